@@ -1,0 +1,54 @@
+// Includes the kernel header S2S_KERNELS once per instruction set, each copy in a namespace of its own: s2s::baseline, s2s::avx2, s2s::avx512.
+// Kernel headers have no guard, include nothing, and find simd.h, vector_math.h and gemm.h already there, built for the same instruction set.
+// Included once by each binding file (csrc/cpu/<stem>.cpp); several kernel headers of one stem are gathered in one that names them all.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#define S2S_ISA baseline
+#define S2S_VECTOR_BYTES 16
+#include "isa_region.h"
+#undef S2S_ISA
+#undef S2S_VECTOR_BYTES
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define S2S_ISA avx2
+#define S2S_VECTOR_BYTES 32
+#include "isa_region.h"
+#undef S2S_ISA
+#undef S2S_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define S2S_ISA avx512
+#define S2S_VECTOR_BYTES 64
+#include "isa_region.h"
+#undef S2S_ISA
+#undef S2S_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+#undef S2S_KERNELS

@@ -1,0 +1,41 @@
+// Which instruction set serves: the widest that both this library and the machine have, or what S2S_CPU_ISA names.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace s2s {
+
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+inline constexpr const char* isa_names[] = {"baseline", "avx2", "avx512"};
+
+inline Isa widest_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+// Throws std::runtime_error where S2S_CPU_ISA names an unknown set or one that this machine lacks: running it would be an illegal instruction.
+inline Isa choose_isa() {
+  const char* forced = std::getenv("S2S_CPU_ISA");
+  if (!forced || !*forced) return widest_isa();
+  for (int i = 0; i <= static_cast<int>(Isa::avx512); ++i)
+    if (!std::strcmp(forced, isa_names[i])) {
+      if (i > static_cast<int>(widest_isa()))
+        throw std::runtime_error(std::string("S2S_CPU_ISA=") + forced + ": this machine has only " + isa_names[static_cast<int>(widest_isa())]);
+      return static_cast<Isa>(i);
+    }
+  throw std::runtime_error(std::string("S2S_CPU_ISA must be baseline, avx2 or avx512, got ") + forced);
+}
+
+inline Isa active_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+}  // namespace s2s
