@@ -91,11 +91,16 @@ void pack_panel(int64_t depth, int64_t columns, const TB* b, int64_t b_row, int6
 }
 
 // ---- the general product ----
-// Elements of T that gemm needs as scratch, for any strides and storage types.
+// Elements of the buffer for panels of B.
+template <class T>
+int64_t gemm_panel_buffer(int64_t n, int64_t k) {
+  return gemm_min(k, gemm_kc) * gemm_nr<T> * gemm_min((n + gemm_nr<T> - 1) / gemm_nr<T>, gemm_wide(1));
+}
+
+// Elements of T that gemm needs as scratch, for any strides and storage types: enough for smaller m, n and k too.
 template <class T>
 int64_t gemm_workspace(int64_t m, int64_t n, int64_t k) {
-  const int64_t depth = gemm_min(k, gemm_kc), panels = gemm_min((n + gemm_nr<T> - 1) / gemm_nr<T>, m <= gemm_mr ? gemm_wide(1) : 1);
-  return gemm_min(m, gemm_mc) * (depth + gemm_row_pad) + panels * depth * gemm_nr<T> + 64 / static_cast<int64_t>(sizeof(T));
+  return gemm_min(m, gemm_mc) * (gemm_min(k, gemm_kc) + gemm_row_pad) + gemm_panel_buffer<T>(n, k) + 64 / static_cast<int64_t>(sizeof(T));
 }
 
 // The first row of group g of `groups` groups into which `rows` rows are dealt evenly.
@@ -111,7 +116,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const TA* a, int64_t a_row_stride, in
     return;
   }
   T* const panel_buffer = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
-  T* const row_buffer = panel_buffer + gemm_min(k, gemm_kc) * nr * gemm_min((n + nr - 1) / nr, m <= gemm_mr ? gemm_wide(1) : 1);
+  T* const row_buffer = panel_buffer + gemm_panel_buffer<T>(n, k);
   for (int64_t i0 = 0; i0 < m; i0 += gemm_mc) {
     const int64_t rows = gemm_min(m - i0, gemm_mc), groups = (rows + gemm_mr - 1) / gemm_mr;
     for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {

@@ -41,7 +41,7 @@ S2S_INLINE Vec<uint64_t> multiply_low_words(Vec<uint64_t> a, Vec<uint64_t> b) {
 #elif defined(__x86_64__) && S2S_VECTOR_BYTES == 32
   return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
-  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  return (Vec<uint64_t>)S2S_OP(mul_epu32, (__m512i)a, (__m512i)b);
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
@@ -89,7 +89,7 @@ static inline void philox_block(int64_t seed0, int64_t seed1, uint32_t stream, i
       }
     } else {
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-      const __m256i low = _mm512_cvtepi64_epi32((__m512i)c[0]);
+      const __m256i low = S2S_OP(cvtepi64_epi32, (__m512i)c[0]);
       std::memcpy(words + 8 * word, &low, sizeof low);
 #endif
     }
