@@ -1,5 +1,5 @@
-// Vectors of this instruction set. Vec<T> is a GCC/Clang vector type: arithmetic, comparisons (giving a Mask<T>) and bit operations are its operators.
-// Storage of 16-bit floats is loaded into and stored from Vec<float>; lanes<bfloat16> is therefore lanes<float>.
+// Vectors of this instruction set. Vec<T> is a GCC/Clang vector type: arithmetic, comparisons (giving a Mask<T>) and bit operations are its
+// operators. Storage of 16-bit floats is loaded into and stored from Vec<float>; lanes<bfloat16> is therefore lanes<float>.
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(S2S_VECTOR_BYTES)));
@@ -11,8 +11,8 @@ using Mask = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
 template <class T>
 inline constexpr int64_t lanes = S2S_VECTOR_BYTES / static_cast<int64_t>(sizeof(compute_t<T>));
 
-// S2S_MM names the intrinsic of this width; S2S_OP also hands it its arguments. Plain 512-bit intrinsics start from an undefined value, of which GCC warns; the
-// zeroing forms with a full mask compile to the same instruction.
+// S2S_MM names the intrinsic of this width; S2S_OP also hands it its arguments. Plain 512-bit intrinsics start from an undefined value, of
+// which GCC warns; the zeroing forms with a full mask compile to the same instruction.
 #undef S2S_MM
 #undef S2S_OP
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 16
@@ -49,9 +49,7 @@ S2S_INLINE To bit_cast(From from) {
 // ---- conversions of whole vectors of 16-bit storage ----
 typedef uint16_t HalfWords __attribute__((vector_size(S2S_VECTOR_BYTES / 2)));
 
-S2S_INLINE Vec<float> widen(HalfWords words, bfloat16) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(words, Vec<uint32_t>) << 16);
-}
+S2S_INLINE Vec<float> widen(HalfWords words, bfloat16) { return bit_cast<Vec<float>>(__builtin_convertvector(words, Vec<uint32_t>) << 16); }
 
 S2S_INLINE HalfWords narrow(Vec<float> v, bfloat16) {
   const Vec<uint32_t> u = bit_cast<Vec<uint32_t>>(v);
@@ -207,11 +205,11 @@ S2S_INLINE Vec<double> copy_sign(Vec<double> v, Vec<double> sign) {
 
 // Reductions fold halves upon each other, so their order is fixed for a given instruction set.
 #if defined(__x86_64__)
-#define S2S_FOLD(name, op)                                                                   \
-  S2S_INLINE float name##_128(__m128 v) {                                                    \
-    v = _mm_##op##_ps(v, _mm_movehl_ps(v, v));                                               \
-    return _mm_cvtss_f32(_mm_##op##_ss(v, _mm_shuffle_ps(v, v, 1)));                         \
-  }                                                                                          \
+#define S2S_FOLD(name, op)                                           \
+  S2S_INLINE float name##_128(__m128 v) {                            \
+    v = _mm_##op##_ps(v, _mm_movehl_ps(v, v));                       \
+    return _mm_cvtss_f32(_mm_##op##_ss(v, _mm_shuffle_ps(v, v, 1))); \
+  }                                                                  \
   S2S_INLINE double name##_128(__m128d v) { return _mm_cvtsd_f64(_mm_##op##_sd(v, _mm_unpackhi_pd(v, v))); }
 S2S_FOLD(hsum, add)
 S2S_FOLD(hmax, max)
