@@ -93,8 +93,9 @@ S2S_INLINE __m256 load_eight(const bfloat16* from) {
 }
 #endif
 
+// to[j] lane i = from[i * from_row + j]
 template <class S>
-S2S_INLINE void transpose_block(const S* from, int64_t from_row, float* to, int64_t to_row) {
+S2S_INLINE void load_transposed(const S* from, int64_t from_row, __m256 (&to)[8]) {
   __m256 pairs[8], quads[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -111,9 +112,17 @@ S2S_INLINE void transpose_block(const S* from, int64_t from_row, float* to, int6
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31));
+    to[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    to[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
   }
+}
+
+template <class S>
+S2S_INLINE void transpose_block(const S* from, int64_t from_row, float* to, int64_t to_row) {
+  __m256 columns[8];
+  load_transposed(from, from_row, columns);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) _mm256_storeu_ps(to + j * to_row, columns[j]);
 }
 
 S2S_INLINE void transpose_block(const double* from, int64_t from_row, double* to, int64_t to_row) {
@@ -125,6 +134,30 @@ S2S_INLINE void transpose_block(const double* from, int64_t from_row, double* to
   _mm256_storeu_pd(to + to_row, _mm256_permute2f128_pd(b, d, 0x20));
   _mm256_storeu_pd(to + 2 * to_row, _mm256_permute2f128_pd(a, c, 0x31));
   _mm256_storeu_pd(to + 3 * to_row, _mm256_permute2f128_pd(b, d, 0x31));
+}
+
+// One row of A times gemm_vector_columns columns of B, each contiguous and b_col after the last: transposed in registers and not stored.
+inline constexpr int64_t gemm_vector_columns = 32;
+template <class TB>
+__attribute__((noinline)) void gemm_vector(int64_t depth, const float* a, const TB* b, int64_t b_col, float* c, bool add) {
+  __m256 sum[4] = {};
+  int64_t k = 0;
+  for (; k + 8 <= depth; k += 8) {
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      __m256 right[8];
+      load_transposed(b + 8 * g * b_col + k, b_col, right);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum[g] = _mm256_fmadd_ps(_mm256_set1_ps(a[k + i]), right[i], sum[g]);
+    }
+  }
+  for (; k < depth; ++k)
+    for (int g = 0; g < 4; ++g) {
+      float right[8];
+      for (int i = 0; i < 8; ++i) right[i] = to_compute(b[(8 * g + i) * b_col + k]);
+      sum[g] = _mm256_fmadd_ps(_mm256_set1_ps(a[k]), _mm256_loadu_ps(right), sum[g]);
+    }
+  for (int g = 0; g < 4; ++g) _mm256_storeu_ps(c + 8 * g, add ? _mm256_loadu_ps(c + 8 * g) + sum[g] : sum[g]);
 }
 #else
 template <class T>
@@ -273,6 +306,13 @@ void gemm(int64_t m, int64_t n, int64_t k, const TA* a, int64_t a_row_stride, in
               gemm_block<T>(rows, in_place, depth, left, left_row, source, nr, b_row_stride, to, c_row_stride, add);
             }
           }
+#if defined(__x86_64__) && S2S_VECTOR_BYTES >= 32
+          if constexpr (std::is_same_v<T, float>) {
+            if (b_row_stride == 1 && b_col_stride != 1 && m == 1)
+              for (; in_place + gemm_vector_columns <= columns; in_place += gemm_vector_columns)
+                gemm_vector(depth, left, source + in_place * b_col_stride, b_col_stride, to + in_place, add);
+          }
+#endif
           if (in_place == columns) continue;
           T* const packed = panel_buffer + (keep ? (j - j0) * depth : 0);
           if (i0 == 0)
