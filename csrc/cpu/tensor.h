@@ -110,7 +110,8 @@ inline void check_argument(const char* op, const char* name, const Tensor& tenso
   check_dtype(op, name, tensor, type);
   check_shape(op, name, tensor, sizes);
 }
-inline void check_argument(const char* op, const char* name, const OptionalTensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+inline void check_argument(const char* op, const char* name, const OptionalTensor& tensor, ScalarType type,
+                           std::initializer_list<int64_t> sizes) {
   if (tensor) check_argument(op, name, *tensor, type, sizes);
 }
 
@@ -137,7 +138,8 @@ auto dispatch_floating(const char* op, const char* name, const Tensor& tensor, F
 // Data pointers as storage types. The dtype must have been checked or dispatched on.
 template <class T>
 const T* data(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ", dtype_name(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ",
+                  dtype_name(tensor.scalar_type()));
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 template <class T>
@@ -146,7 +148,8 @@ const T* data(const OptionalTensor& tensor) {
 }
 template <class T>
 T* mutable_data(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ", dtype_name(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ",
+                  dtype_name(tensor.scalar_type()));
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 template <class T>
@@ -154,11 +157,11 @@ T* mutable_data(const OptionalTensor& tensor) {
   return tensor ? mutable_data<T>(*tensor) : nullptr;
 }
 
-inline Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-inline OptionalTensor contiguous(const OptionalTensor& tensor) { return tensor ? OptionalTensor(contiguous(*tensor)) : std::nullopt; }
+inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) { return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt; }
 
 // A new contiguous CPU tensor, uninitialised.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type, std::nullopt,
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
@@ -192,9 +195,9 @@ View<T, Rank> view(const OptionalTensor& tensor) {
 }
 
 // Scratch memory from torch's allocator, uninitialised, aligned to 64 bytes; every part taken from it is too.
-class Workspace {
+class __attribute__((visibility("hidden"))) Workspace {
  public:
-  explicit Workspace(int64_t bytes) : tensor_(empty({bytes + 64}, ScalarType::Byte)) {
+  explicit Workspace(int64_t bytes) : tensor_(empty_cpu({bytes + 64}, ScalarType::Byte)) {
     const auto address = reinterpret_cast<uintptr_t>(mutable_data<uint8_t>(tensor_));
     begin_ = reinterpret_cast<uint8_t*>((address + 63) / 64 * 64);
     end_ = begin_ + bytes;
