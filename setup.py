@@ -1,4 +1,5 @@
-"""Builds the compiled parts: `_C` (operators behind torch's stable ABI: one abi3 library for every torch >= 2.11 and every Python)
+"""Builds the compiled parts: `_C` (operators behind torch's stable ABI: one abi3 library for every torch >= 2.11 and
+every Python)
 and `_machine` (pybind11, no torch: built for one Python version, and not needed for the import)."""
 
 import os
@@ -12,7 +13,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 STABLE = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Werror=psabi"]
-HOST = ["-O3", "-std=c++17", *STABLE, *WARNINGS]
+# Every fused multiply-add is written out: contraction by the compiler would differ from place to place, and with it the bits.
+HOST = ["-O3", "-std=c++17", "-ffp-contract=off", *STABLE, *WARNINGS]
 
 
 def sources(folder: str, ending: str) -> list[str]:
@@ -20,7 +22,8 @@ def sources(folder: str, ending: str) -> list[str]:
 
 
 def with_cuda() -> bool:
-    """CUDA kernels are built where there are any, and nvcc and a CUDA torch are at hand, or when S2S_BUILD_CUDA=1 asks for them."""
+    """CUDA kernels are built where there are any, and nvcc and a CUDA torch are at hand, or when S2S_BUILD_CUDA=1 asks
+    for them."""
     if not sources("cuda", "cu"):
         return False
     asked = os.environ.get("S2S_BUILD_CUDA")
@@ -49,7 +52,10 @@ class Build(BuildExtension):
 
 
 setup(
-    ext_modules=[operators(), Pybind11Extension("s2s_kernels._machine", ["csrc/machine.cpp"], cxx_std=17, extra_compile_args=["-O3"])]
+    ext_modules=[
+        operators(),
+        Pybind11Extension("s2s_kernels._machine", ["csrc/machine.cpp"], cxx_std=17, extra_compile_args=["-O3", "-ffp-contract=off"]),
+    ]
     if Path("csrc/machine.cpp").exists()
     else [operators()],
     cmdclass={"build_ext": Build},

@@ -23,7 +23,8 @@ def tensor(operator: str, name: str, value: Any) -> None:
 
 
 def data(operator: str, name: str, value: Any, rank: int, layout: str) -> None:
-    """The argument that sets the others' dtype and device: a strided tensor of `rank` dimensions, of a dtype that the contract has."""
+    """The argument that sets the others' dtype and device: a strided tensor of `rank` dimensions, of a dtype that the
+    contract has."""
     tensor(operator, name, value)
     if value.dtype not in DTYPES:
         wrong_type(operator, name, "float64, float32, bfloat16 or float16", value.dtype)
@@ -76,7 +77,8 @@ def readable(value: torch.Tensor) -> bool:
 def lengths(
     operator: str, name: str, value: Any, reference: torch.Tensor, batch: int, maximum: int, limit: str = "T"
 ) -> torch.Tensor | None:
-    """Checks lengths (B,), int32 or int64, on the CPU or beside the data, in [0, maximum] where they can be read (None passes).
+    """Checks lengths (B,), int32 or int64, on the CPU or beside the data, in [0, maximum] where they can be read (None
+    passes).
 
     Returns:
         them as int64 on the device of `reference`.

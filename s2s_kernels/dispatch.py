@@ -1,6 +1,7 @@
 """Which backend serves a call, and the reason in words.
 
-A public operator describes its call to `choose`, which returns the name of the backend to run. Every operator registers,
+A public operator describes its call to `choose`, which returns the name of the backend to run. Every operator
+registers,
 once, what each of its backends doesn't cover. All policy is here: kernels and references know nothing of it.
 """
 
@@ -62,7 +63,8 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def register(name: str, **gaps: Gap) -> Operator:
-    """Enters an operator under its public name. `gaps` maps a backend to what it doesn't cover; the reference covers all."""
+    """Enters an operator under its public name. `gaps` maps a backend to what it doesn't cover; the reference covers
+    all."""
     OPERATORS[name] = Operator(name, gaps)
     return OPERATORS[name]
 
@@ -78,7 +80,8 @@ if _environment is not None:
     _known(_environment, "S2S_BACKEND")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("s2s_kernels_backend", default=_environment)
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("s2s_kernels_explaining", default=False)
-# torch.compile can't read a context variable; it reads this copy, which it guards on, so that forcing another backend compiles anew.
+# torch.compile can't read a context variable; it reads this copy, which it guards on, so that forcing another backend
+# compiles anew.
 _forced_traced = _environment
 
 
@@ -89,7 +92,8 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "reference", "cpu", "triton", "cuda" or "torch".
 
-    A call that the backend doesn't cover raises NotImplementedError with the reason. Backward runs on the backend that ran forward,
+    A call that the backend doesn't cover raises NotImplementedError with the reason. Backward runs on the backend that
+    ran forward,
     wherever it is called. The environment variable S2S_BACKEND, read at import, does the same for a whole process.
     Functions compiled by torch.compile see the backend that was forced last by any thread.
 

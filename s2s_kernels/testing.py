@@ -1,6 +1,7 @@
 """Sample inputs, inputs that must be refused, and the rule by which equality is judged.
 
-The tests, `python -m s2s_kernels check` and the benchmarks all use these. An operator has one `OperatorCase` in `CASES`.
+The tests, `python -m s2s_kernels check` and the benchmarks all use these. An operator has one `OperatorCase` in
+`CASES`.
 """
 
 import dataclasses
@@ -51,7 +52,8 @@ class Sample:
     Attributes:
         name: what is special about it.
         build: draws its arguments.
-        smooth: finite differences make sense (no NaN or Inf among the inputs, nothing at a kink, no saturation to a constant);
+        smooth: finite differences make sense (no NaN or Inf among the inputs, nothing at a kink, no saturation to a
+            constant);
             such samples must be tiny, since gradcheck and gradgradcheck run on them.
     """
 
@@ -125,7 +127,8 @@ def evaluate(
     arguments: Call,
     upstream: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Runs a prepared call under a fixed seed and yields its outputs and, given `upstream` gradients, its inputs' gradients, by name."""
+    """Runs a prepared call under a fixed seed and yields its outputs and, given `upstream` gradients, its inputs'
+    gradients, by name."""
     torch.manual_seed(0)
     outputs = outputs_of(function(*arguments[0], **arguments[1]))
     for index, output in enumerate(outputs):
@@ -142,7 +145,8 @@ def evaluate(
 
 
 def noise_like(output: torch.Tensor, index: int) -> torch.Tensor:
-    """An upstream gradient: noise that depends on the shape and the output's place alone, so that every run draws the same."""
+    """An upstream gradient: noise that depends on the shape and the output's place alone, so that every run draws the
+    same."""
     generator = torch.Generator().manual_seed(100 + index)
     noise = torch.randn(output.shape, generator=generator, dtype=torch.float32)
     return noise.to(dtype=output.dtype, device=output.device)
@@ -151,7 +155,8 @@ def noise_like(output: torch.Tensor, index: int) -> torch.Tensor:
 def excess(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> float:
     """By how much `ours` breaks the tolerance rule; at most 0 where it keeps it.
 
-    |ours - exact| <= 2 max|eager - exact| + 4 eps(dtype) max(1, max|exact|), elementwise, with NaN and Inf in the same places.
+    |ours - exact| <= 2 max|eager - exact| + 4 eps(dtype) max(1, max|exact|), elementwise, with NaN and Inf in the same
+    places.
     """
     if ours.shape != exact.shape or ours.numel() == 0:
         return 0.0 if ours.shape == exact.shape else float("inf")
@@ -176,8 +181,10 @@ def compare(
     wanted: Callable[[int], bool] = lambda index: True,
     upstream: Callable[[torch.Tensor, int], torch.Tensor] | None = noise_like,
 ) -> dict[str, float]:
-    """Judges a backend (None: whichever serves) on one call, value and first-order gradient, against the float64 reference on the same
-    rounded inputs. Returns by how much each output and gradient breaks the tolerance rule: all at most 0 where it is right."""
+    """Judges a backend (None: whichever serves) on one call, value and first-order gradient, against the float64
+    reference on the same
+    rounded inputs. Returns by how much each output and gradient breaks the tolerance rule: all at most 0 where it is
+    right."""
 
     def run(name: str | None, dtype: torch.dtype | None) -> list[tuple[str, torch.Tensor]]:
         prepared = prepare(arguments, dtype, wanted)

@@ -39,13 +39,14 @@ def forced(backend):
 
 
 def covers(backend, function, arguments):
-    """Whether the backend (None: whichever serves) takes the call; where it doesn't, that calling it raises and says why."""
+    """Whether the backend (None: whichever serves) takes the call; where it doesn't, that calling it raises and says
+    why."""
     args, kwargs = arguments
     with forced(backend):
         try:
             dispatch.explain(function, *args, **kwargs)
         except NotImplementedError:
-            with pytest.raises(NotImplementedError, match="does not cover this call: ."):
+            with pytest.raises(NotImplementedError, match=r"does not cover this call: ."):
                 function(*args, **kwargs)
             return False
     return True
@@ -87,7 +88,8 @@ def expanded(value):
 
 
 def far_apart(value):
-    """Neighbours along the first dimension 2^31 elements and more apart, in memory of which only the touched pages exist."""
+    """Neighbours along the first dimension 2^31 elements and more apart, in memory of which only the touched pages
+    exist."""
     if value.dim() == 0 or value.shape[0] < 2:
         return value
     stride = 2**31 // (value.shape[0] - 1) + value.numel()
@@ -260,7 +262,8 @@ def raw_calls(case, sample, dtype=torch.float32):
 @needs_extension
 @pytest.mark.parametrize("case, sample", SAMPLES)
 def test_opcheck(case, sample):
-    """Row 31: the fake kernels give the very shapes, dtypes and strides of the kernels; nothing is aliased or mutated unsaid."""
+    """Row 31: the fake kernels give the very shapes, dtypes and strides of the kernels; nothing is aliased or mutated
+    unsaid."""
     for function, args, kwargs in raw_calls(case, sample):
         detached = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, args)
         torch.library.opcheck(function, detached, kwargs)

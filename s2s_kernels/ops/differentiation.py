@@ -1,6 +1,7 @@
 """Autograd around a pair of kernels: first order by the kernels, every higher order by the reference.
 
-Functions with `setup_context` cost 40 us more a call (torch binds their arguments through inspect.signature), so the plain form is used.
+Functions with `setup_context` cost 40 us more a call (torch binds their arguments through inspect.signature), so the
+plain form is used.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,15 @@ def differentiable(
 
     Args:
         name: the operator's, for profiles and error messages.
-        forward: (tensors, options, save) -> (outputs, saved). `saved` is what backward needs beside the inputs, empty if not `save`.
-        backward: (grads, tensors, saved, options, needs) -> one gradient (or None) per tensor. A grad is None where that output is unused.
+        forward: (tensors, options, save) -> (outputs, saved). `saved` is what backward needs beside the inputs, empty
+            if not `save`.
+        backward: (grads, tensors, saved, options, needs) -> one gradient (or None) per tensor. A grad is None where
+            that output is unused.
         reference: (tensors, options) -> outputs, in plain PyTorch.
 
     Returns:
-        function(tensors, options) -> outputs. `tensors` may hold None, and tensors that take no gradient (lengths, masks, seeds);
+        function(tensors, options) -> outputs. `tensors` may hold None, and tensors that take no gradient (lengths,
+        masks, seeds);
         `options` holds constants. Without a gradient to record it is the forward kernel alone.
     """
 
@@ -51,7 +55,8 @@ def differentiable(
             return None, *backward(grads, tensors, saved, ctx.options, needs)
 
     class Backward(torch.autograd.Function):
-        """The backward kernel as a step of its own; its derivative goes through the reference: right, never silently wrong."""
+        """The backward kernel as a step of its own; its derivative goes through the reference: right, never silently
+        wrong."""
 
         @staticmethod
         def forward(ctx, options, needs, counts, *values):

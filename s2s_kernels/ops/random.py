@@ -1,7 +1,9 @@
 """Seeds and the counter-based random numbers that every backend draws alike.
 
-Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The word of the element in column `column` of row `row`
-(a row is everything but the last dimension, flattened) in stream `stream` under the seed (s0, s1) is, all in 32-bit arithmetic,
+Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The word of the element in column
+`column` of row `row`
+(a row is everything but the last dimension, flattened) in stream `stream` under the seed (s0, s1) is, all in 32-bit
+arithmetic,
 
     key     = (low(s0), high(s0))
     counter = (column // 32 * 8 + column % 8, low(row), high(row), low(s1) + stream)

@@ -1,4 +1,5 @@
-"""What holds for every layer alike: copying, saving, moving, compiling, threads and processes. Rows 32, 36, 37 of the edge cases."""
+"""What holds for every layer alike: copying, saving, moving, compiling, threads and processes. Rows 32, 36, 37 of the
+edge cases."""
 
 import copy
 import io
