@@ -1,0 +1,133 @@
+"""Argument validation, in one wording for every operator: "operator: argument must be ..., got ..."."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def wrong_value(operator: str, name: str, expected: str, given: Any) -> NoReturn:
+    raise ValueError(f"{operator}: {name} must be {expected}, got {given}")
+
+
+def wrong_type(operator: str, name: str, expected: str, given: Any) -> NoReturn:
+    raise TypeError(f"{operator}: {name} must be {expected}, got {given}")
+
+
+def tensor(operator: str, name: str, value: Any) -> None:
+    """TypeError unless `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        wrong_type(operator, name, "a tensor", type(value).__name__)
+
+
+def data(operator: str, name: str, value: Any, rank: int, layout: str) -> None:
+    """The argument that sets the others' dtype and device: a strided tensor of `rank` dimensions, of a dtype that the contract has."""
+    tensor(operator, name, value)
+    if value.dtype not in DTYPES:
+        wrong_type(operator, name, "float64, float32, bfloat16 or float16", value.dtype)
+    if value.layout != torch.strided:
+        wrong_type(operator, name, "a strided tensor", value.layout)
+    if value.dim() != rank:
+        wrong_value(operator, name, layout, tuple(value.shape))
+
+
+def like(
+    operator: str,
+    name: str,
+    value: torch.Tensor | None,
+    reference: torch.Tensor,
+    reference_name: str,
+    shape: Sequence[int],
+    layout: str,
+) -> None:
+    """An argument (None passes) with the dtype and device of `reference` and exactly this shape.
+
+    Args:
+        layout: the shape in letters, for the message, such as "(4H, I)".
+    """
+    if value is None:
+        return
+    tensor(operator, name, value)
+    if value.dtype != reference.dtype:
+        wrong_type(operator, name, f"{reference.dtype} like {reference_name}", value.dtype)
+    beside(operator, name, value, reference, reference_name)
+    if tuple(value.shape) != tuple(shape):
+        wrong_value(operator, name, f"{layout} = {tuple(shape)}", tuple(value.shape))
+
+
+def beside(operator: str, name: str, value: torch.Tensor, reference: torch.Tensor, reference_name: str) -> None:
+    """ValueError unless both tensors are on one device."""
+    if value.device != reference.device:
+        wrong_value(operator, name, f"on {reference.device} like {reference_name}", value.device)
+
+
+def readable(value: torch.Tensor) -> bool:
+    """Whether the content can be looked at now: eager mode, a real tensor in the CPU's memory."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def lengths(
+    operator: str, name: str, value: Any, reference: torch.Tensor, batch: int, maximum: int, limit: str = "T"
+) -> torch.Tensor | None:
+    """Checks lengths (B,), int32 or int64, on the CPU or beside the data, in [0, maximum] where they can be read (None passes).
+
+    Returns:
+        them as int64 on the device of `reference`.
+    """
+    if value is None:
+        return None
+    tensor(operator, name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        wrong_type(operator, name, "an int32 or int64 tensor", value.dtype)
+    if tuple(value.shape) != (batch,):
+        wrong_value(operator, name, f"(B,) = ({batch},)", tuple(value.shape))
+    if value.device.type != "cpu" and value.device != reference.device:
+        wrong_value(operator, name, f"on the CPU or on {reference.device}", value.device)
+    if batch and readable(value):
+        smallest, largest = (int(v) for v in torch.aminmax(value))
+        if smallest < 0 or largest > maximum:
+            wrong_value(operator, name, f"in [0, {limit}] = [0, {maximum}]", f"values in [{smallest}, {largest}]")
+    return value.to(device=reference.device, dtype=torch.int64)
+
+
+def boolean(operator: str, name: str, value: Any, reference: torch.Tensor, reference_name: str) -> None:
+    """TypeError unless `value` is a boolean tensor beside `reference` (None passes)."""
+    if value is None:
+        return
+    tensor(operator, name, value)
+    if value.dtype != torch.bool:
+        wrong_type(operator, name, "a boolean tensor", value.dtype)
+    beside(operator, name, value, reference, reference_name)
+
+
+def probability(operator: str, name: str, value: float) -> None:
+    """ValueError unless 0 <= value <= 1."""
+    if not 0.0 <= value <= 1.0:
+        wrong_value(operator, name, "a probability in [0, 1]", value)
+
+
+def choice(operator: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        wrong_value(operator, name, f"one of {', '.join(map(repr, allowed))}", repr(value))
+
+
+def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Every floating tensor in the autocast dtype of the first one's device; unchanged where autocast is off."""
+    values = (first, *others)
+    device = first.device.type
+    if not (
+        isinstance(first, torch.Tensor)
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        return values
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)

@@ -1,0 +1,203 @@
+"""Which backend serves a call, and the reason in words.
+
+A public operator describes its call to `choose`, which returns the name of the backend to run. Every operator registers,
+once, what each of its backends doesn't cover. All policy is here: kernels and references know nothing of it.
+"""
+
+import contextvars
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+try:
+    from . import _C  # type: ignore[attr-defined]  # noqa: F401  (importing registers torch.ops.s2s)
+except ImportError as error:
+    extension_missing: str | None = f"the compiled extension is missing ({error})"
+else:
+    extension_missing = None
+
+BACKENDS = ("reference", "cpu", "triton", "cuda", "torch")
+
+# The order of preference for each type of device. The reference comes last everywhere, and alone on any other device.
+PREFERENCE: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("torch", "cpu", "reference"),
+    "cuda": ("torch", "cuda", "triton", "reference"),
+}
+DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # the device a backend's kernels run on
+
+# What a backend doesn't cover of a call: a reason in words, or None where it serves it.
+Gap = Callable[[Any], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator and, for each backend that has code for it, the function that says what is not covered."""
+
+    name: str
+    gaps: Mapping[str, Gap]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The backend that serves a call, and for each other backend the reason why it doesn't."""
+
+    backend: str
+    reasons: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"served by {self.backend}", *(f"  not {name}: {why}" for name, why in self.reasons.items())])
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(name: str, **gaps: Gap) -> Operator:
+    """Enters an operator under its public name. `gaps` maps a backend to what it doesn't cover; the reference covers all."""
+    OPERATORS[name] = Operator(name, gaps)
+    return OPERATORS[name]
+
+
+def _known(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_environment = os.environ.get("S2S_BACKEND") or None
+if _environment is not None:
+    _known(_environment, "S2S_BACKEND")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("s2s_kernels_backend", default=_environment)
+_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("s2s_kernels_explaining", default=False)
+# torch.compile can't read a context variable; it reads this copy, which it guards on, so that forcing another backend compiles anew.
+_forced_traced = _environment
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for the forward and first-order backward of every call inside the context.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda" or "torch".
+
+    A call that the backend doesn't cover raises NotImplementedError with the reason. Backward runs on the backend that ran forward,
+    wherever it is called. The environment variable S2S_BACKEND, read at import, does the same for a whole process.
+    Functions compiled by torch.compile see the backend that was forced last by any thread.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    global _forced_traced
+    token, before = _forced.set(_known(name, "use_backend")), _forced_traced
+    _forced_traced = name
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _forced_traced = before
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend can't run anything in this process; None where it can."""
+    if backend == "cpu":
+        return extension_missing
+    if backend in ("cuda", "triton"):
+        return None if torch.cuda.is_available() else "no CUDA device is available"
+    return None
+
+
+def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> str | None:
+    """Why `backend` doesn't serve this call; None where it does."""
+    if backend == "reference":
+        return None
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no such operator: the reference is exported"
+    if backend not in operator.gaps:
+        return f"{operator.name} has no {backend} kernel"
+    if backend in DEVICE and device.type != DEVICE[backend]:
+        return f"its kernels take {DEVICE[backend].upper()} tensors, these are on {device}"
+    if backend == "cpu" and extension_missing is not None:
+        return extension_missing
+    return operator.gaps[backend](call)
+
+
+def choose(operator: Operator, device: torch.device, call: Any) -> str:
+    """The backend that serves a call.
+
+    Args:
+        operator: as registered.
+        device: where the call's tensors are.
+        call: what the operator's gap functions look at.
+
+    Raises:
+        NotImplementedError: the forced backend doesn't cover the call.
+    """
+    if torch.compiler.is_compiling():
+        forced = _forced_traced
+    else:
+        forced = _forced.get()
+        if _explaining.get():
+            raise _Explained(_explain(operator, device, call, forced))
+    if forced is not None:
+        reason = gap(operator, forced, device, call)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{operator.name}: the forced backend {forced} does not cover this call: {reason}"
+            )
+        return forced
+    for backend in PREFERENCE.get(device.type, ()):
+        if gap(operator, backend, device, call) is None:
+            return backend
+    return "reference"
+
+
+def _explain(operator: Operator, device: torch.device, call: Any, forced: str | None) -> Explanation:
+    order = PREFERENCE.get(device.type, ("reference",))
+    ranked = [*order, *(name for name in BACKENDS if name not in order)]
+    reasons = {name: gap(operator, name, device, call) for name in ranked}
+    if forced is not None and reasons[forced] is not None:
+        raise NotImplementedError(
+            f"{operator.name}: the forced backend {forced} does not cover this call: {reasons[forced]}"
+        )
+    chosen = forced or next(name for name in order if reasons[name] is None)
+    why = f"{chosen} is forced" if forced else f"{chosen} is preferred"
+    return Explanation(chosen, {name: reason or why for name, reason in reasons.items() if name != chosen})
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend serves `function(*args, **kwargs)`, and why the others don't. Nothing is computed.
+
+    Args:
+        function: an operator of this package, or anything that calls one: the first call of an operator is explained.
+
+    Raises:
+        ValueError: the function returns without calling an operator.
+        NotImplementedError: a forced backend doesn't cover the call.
+    """
+    token = _explaining.set(True)
+    try:
+        function(*args, **kwargs)
+    except _Explained as found:
+        return found.explanation
+    finally:
+        _explaining.reset(token)
+    raise ValueError(f"explain: function must call an operator of s2s_kernels, {function!r} called none")
+
+
+def transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch.func (vmap, grad, jvp) or forward-mode differentiation is looking: kernels can't see through those,
+    so the reference serves whatever is forced."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )

@@ -1,0 +1,110 @@
+"""Autograd around a pair of kernels: first order by the kernels, every higher order by the reference.
+
+Functions with `setup_context` cost 40 us more a call (torch binds their arguments through inspect.signature), so the plain form is used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Tensors = tuple[torch.Tensor | None, ...]
+Options = tuple[Any, ...]
+
+
+def differentiable(
+    name: str,
+    *,
+    forward: Callable[[Tensors, Options, bool], tuple[Tensors, Tensors]],
+    backward: Callable[[Tensors, Tensors, Tensors, Options, tuple[bool, ...]], Tensors],
+    reference: Callable[[Tensors, Options], Tensors],
+) -> Callable[[Tensors, Options], Tensors]:
+    """Makes one differentiable function of a forward kernel, a backward kernel and the definition.
+
+    Args:
+        name: the operator's, for profiles and error messages.
+        forward: (tensors, options, save) -> (outputs, saved). `saved` is what backward needs beside the inputs, empty if not `save`.
+        backward: (grads, tensors, saved, options, needs) -> one gradient (or None) per tensor. A grad is None where that output is unused.
+        reference: (tensors, options) -> outputs, in plain PyTorch.
+
+    Returns:
+        function(tensors, options) -> outputs. `tensors` may hold None, and tensors that take no gradient (lengths, masks, seeds);
+        `options` holds constants. Without a gradient to record it is the forward kernel alone.
+    """
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, options, *tensors):
+            outputs, saved = forward(tensors, options, True)
+            ctx.options, ctx.count = options, len(tensors)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, *saved)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            needs = tuple(ctx.needs_input_grad[1:])
+            if torch.is_grad_enabled():  # only under create_graph: someone may differentiate this gradient
+                counts = (len(grads), len(tensors))
+                return None, *Backward.apply(ctx.options, needs, counts, *grads, *tensors, *saved)
+            return None, *backward(grads, tensors, saved, ctx.options, needs)
+
+    class Backward(torch.autograd.Function):
+        """The backward kernel as a step of its own; its derivative goes through the reference: right, never silently wrong."""
+
+        @staticmethod
+        def forward(ctx, options, needs, counts, *values):
+            first, second = counts[0], counts[0] + counts[1]
+            grads, tensors, saved = values[:first], values[first:second], values[second:]
+            ctx.options, ctx.needs, ctx.count, ctx.extra = options, needs, counts[0], len(saved)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*grads, *tensors)
+            return tuple(backward(grads, tensors, saved, options, needs))
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            higher = torch.is_grad_enabled()
+            needs = ctx.needs
+            with torch.enable_grad():
+                # Views stay attached to the caller's graph, so a third order works too.
+                values = [_leaf(value) for value in ctx.saved_tensors]
+                grads, tensors = values[: ctx.count], values[ctx.count :]
+                outputs = reference(tuple(tensors), ctx.options)
+                pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+                wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+                first = torch.autograd.grad(
+                    [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+                )
+                above = [u for u, need in zip(upstream, needs, strict=True) if need]
+                used = [
+                    (f, u)
+                    for f, u in zip(first, above, strict=True)
+                    if f is not None and u is not None and f.requires_grad
+                ]
+                sources = [v for v in values if v is not None and v.requires_grad]
+                second = iter(
+                    torch.autograd.grad(
+                        [f for f, _ in used], sources, [u for _, u in used], create_graph=higher, allow_unused=True
+                    )
+                    if used
+                    else [None] * len(sources)
+                )
+                result = [next(second) if v is not None and v.requires_grad else None for v in values]
+            return None, None, None, *result, *([None] * ctx.extra)
+
+    Forward.__name__ = Forward.__qualname__ = f"{name}_forward"
+    Backward.__name__ = Backward.__qualname__ = f"{name}_backward"
+
+    def function(tensors: Tensors, options: Options) -> Tensors:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return Forward.apply(options, *tensors)
+        return forward(tensors, options, False)[0]
+
+    return function
+
+
+def _leaf(value: torch.Tensor | None) -> torch.Tensor | None:
+    if value is None or not value.is_floating_point():
+        return value
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
