@@ -90,10 +90,9 @@ static inline void philox_block(int64_t seed0, int64_t seed1, uint32_t stream, i
         std::memcpy(words + 8 * word + v * width, &pair, sizeof pair);
       }
     } else {
-#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-      const __m256i low = S2S_OP(cvtepi64_epi32, (__m512i)c[0]);
+      typedef uint32_t Words __attribute__((vector_size(S2S_VECTOR_BYTES / 2)));
+      const Words low = __builtin_convertvector(c[0], Words);
       std::memcpy(words + 8 * word, &low, sizeof low);
-#endif
     }
   }
 }

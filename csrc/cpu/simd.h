@@ -1,5 +1,7 @@
 // Vectors of this instruction set. Vec<T> is a GCC/Clang vector type: arithmetic, comparisons (giving a Mask<T>) and bit operations are its
 // operators. Storage of 16-bit floats is loaded into and stored from Vec<float>; lanes<bfloat16> is therefore lanes<float>.
+// Multiply-adds are written as fma. The library must be compiled with -ffp-contract=off: only then has an expression the same bits wherever
+// it is inlined.
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(S2S_VECTOR_BYTES)));

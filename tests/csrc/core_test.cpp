@@ -286,7 +286,7 @@ void test_product(int64_t m, int64_t n, int64_t k, int a_layout, int b_layout, b
   std::vector<T> workspace(size + 1, std::numeric_limits<T>::quiet_NaN());
   workspace[size] = T(42);
   const auto product = S2S_SELECT(core_product<T, TA, TB>);
-  const auto equal = [&] { return std::memcmp(want.data(), got.data(), want.size() * sizeof(T)) == 0; };
+  const auto equal = [&] { return want.empty() || std::memcmp(want.data(), got.data(), want.size() * sizeof(T)) == 0; };
   product(m, n, k, a.data(), as.row, as.col, b.data(), bs.row, bs.col, got.data(), c_row, accumulate, workspace.data());
   check(equal(), "gemm m %lld n %lld k %lld, layouts %d %d", (long long)m, (long long)n, (long long)k, a_layout, b_layout);
   check(workspace[size] == T(42), "gemm exceeds its workspace");
