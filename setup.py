@@ -13,7 +13,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 STABLE = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Werror=psabi"]
-# Every fused multiply-add is written out: contraction by the compiler would differ from place to place, and with it the bits.
+# Every fused multiply-add is written out: contraction by the compiler would differ from place to place, and with it the
+# bits.
 HOST = ["-O3", "-std=c++17", "-ffp-contract=off", *STABLE, *WARNINGS]
 
 
@@ -54,7 +55,9 @@ class Build(BuildExtension):
 setup(
     ext_modules=[
         operators(),
-        Pybind11Extension("s2s_kernels._machine", ["csrc/machine.cpp"], cxx_std=17, extra_compile_args=["-O3", "-ffp-contract=off"]),
+        Pybind11Extension(
+            "s2s_kernels._machine", ["csrc/machine.cpp"], cxx_std=17, extra_compile_args=["-O3", "-ffp-contract=off"]
+        ),
     ]
     if Path("csrc/machine.cpp").exists()
     else [operators()],

@@ -93,8 +93,9 @@ double read_bandwidth(int64_t bytes, double seconds) {
 PYBIND11_MODULE(_machine, m) {
   m.doc() = "What this machine is and what it can do at most.";
   m.def("cpu_features", &cpu_features, "Instruction sets that the processor has: name to bool.");
-  m.def("active_isa", [] { return s2s::isa_names[static_cast<int>(s2s::active_isa())]; },
-        "The instruction set that the kernels run. Raises RuntimeError where S2S_CPU_ISA names one that can't be.");
+  m.def(
+      "active_isa", [] { return s2s::isa_names[static_cast<int>(s2s::active_isa())]; },
+      "The instruction set that the kernels run. Raises RuntimeError where S2S_CPU_ISA names one that can't be.");
   m.def("widest_isa", [] { return s2s::isa_names[static_cast<int>(s2s::widest_isa())]; }, "The widest set of this machine.");
   m.def("build", &build, "Compiler, language standard and instruction sets of this build.");
   m.def("fma_rate_float32", &fma_rate<float>, py::arg("threads") = 1, py::arg("seconds") = 0.1,

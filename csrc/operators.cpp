@@ -10,7 +10,6 @@ STABLE_TORCH_LIBRARY(s2s, m) {
   // attention
 
   // additive attention
-
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

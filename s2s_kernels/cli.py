@@ -100,10 +100,8 @@ def check() -> int:
                         f"{sample.name}, {dtype}, {part}: {by:.3g} too far" for part, by in excesses.items() if by > 0
                     ]
             failures, counted = failures + len(wrong), counted + judged
-            print(
-                state = "FAILED" if wrong else "ok"
-                print(f"{state:6} {name} on {backend}: {judged} calls judged, {uncovered} left to the reference")
-            )
+            state = "FAILED" if wrong else "ok"
+            print(f"{state:6} {name} on {backend}: {judged} calls judged, {uncovered} left to the reference")
             for line in wrong:
                 print(f"       {line}")
     print(f"{counted} calls judged, {failures} wrong, {time.perf_counter() - start:.1f} s")

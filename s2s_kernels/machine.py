@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 try:
-    from . import _machine
+    from . import _machine  # type: ignore[attr-defined]
 except ImportError as error:
     missing: str | None = f"s2s_kernels._machine is missing ({error})"
 else:

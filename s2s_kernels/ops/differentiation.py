@@ -76,8 +76,12 @@ def differentiable(
                 values = [_leaf(value) for value in ctx.saved_tensors]
                 grads, tensors = values[: ctx.count], values[ctx.count :]
                 outputs = reference(tuple(tensors), ctx.options)
-                pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-                wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+                pairs = [
+                    (o, g)
+                    for o, g in zip(outputs, grads, strict=True)
+                    if o is not None and g is not None and o.requires_grad
+                ]
+                wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
                 first = torch.autograd.grad(
                     [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
                 )
