@@ -1,0 +1,208 @@
+"""Causal convolution: dense, grouped, depthwise, dilated, gated; over a whole sequence, in chunks, or step by step."""
+
+from typing import Any, Protocol
+
+import torch
+
+from ... import checks, dispatch
+from . import autograd, reference
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+OPERATOR = dispatch.register("causal_conv1d", cpu=lambda call: None)
+RECORDS = "a step that records a gradient is the reference's, on a copy of the state"
+STEP = dispatch.register("causal_conv1d_step", cpu=lambda records: RECORDS if records else None)
+STACK = dispatch.register("wavenet_step", cpu=lambda records: RECORDS if records else None)
+
+
+class Ring(Protocol):
+    """What a streaming state holds: s2s_kernels.nn.ConvState."""
+
+    ring: torch.Tensor
+    position: torch.Tensor
+
+    def ordered(self) -> torch.Tensor: ...
+    def advance(self, x_t: torch.Tensor, in_place: bool) -> None: ...
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    causal: bool = True,
+) -> Any:
+    """1-D convolution whose output at t sees the inputs at t, t - dilation, ..., t - (K-1) dilation only (van den Oord et al. 2016).
+
+    Args:
+        x: input (B, C_in, T), any strides (channels-last ones without a copy); float64, float32, bfloat16 or float16.
+        weight: (C_out, C_in / groups, K), as `torch.nn.functional.conv1d`; oldest tap first.
+        bias: (C_out,).
+        dilation: distance in positions between neighbouring taps.
+        groups: as `conv1d`; groups = C_in is depthwise.
+        activation: None, "relu", "silu", "gelu" (the exact one), "tanh", or a gate that halves the channels: "glu", a * sigmoid(b), and
+            "gated_tanh", tanh(a) * sigmoid(b), a the first half of C_out and b the second.
+        residual: in the shape of the result, added after the activation.
+        lengths: (B,) int32 or int64, on the CPU or beside x. Positions at or past it never matter, and the result is 0 there.
+        initial_state: (B, C_in, (K-1) dilation), the inputs before position 0, oldest first. Without it the taps before position 0
+            contribute nothing.
+        return_state: also return the same kind of state after position T (after position `length` where lengths are given).
+        causal: False centres the taps, (K-1) dilation // 2 of their reach on the left; takes and returns no state.
+
+    Returns:
+        y (B, C_out, T), or (B, C_out / 2, T) under a gate, contiguous, in x's dtype; (y, state) if `return_state`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Equivalent to: ``activation(F.conv1d(F.pad(x, ((K - 1) * dilation, 0)), weight, bias, dilation=dilation, groups=groups)) + residual``
+    """
+    name = "causal_conv1d"
+    checks.tensor(name, "x", x)
+    x, weight, bias, residual, initial_state = checks.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
+    checks.data(name, "x", x, 3, "(B, C_in, T)")
+    batch, channels, time = x.shape
+    results = _parameters(name, x, channels, weight, bias, dilation, groups, activation)
+    checks.like(name, "residual", residual, x, "x", (batch, results, time), "the result's shape (B, C, T)")
+    lengths = checks.lengths(name, "lengths", lengths, x, batch, time)
+    span = (weight.shape[2] - 1) * dilation
+    checks.like(
+        name, "initial_state", initial_state, x, "x", (batch, channels, span), "(B, C_in, (K-1) dilation)"
+    )
+    if not causal and (initial_state is not None or return_state):
+        which = "initial_state" if initial_state is not None else "return_state"
+        checks.wrong_value(name, which, "absent when causal is False", "one")
+    options = (dilation, groups, activation, causal)
+    y = convolve((x, weight, bias, residual, lengths, initial_state, None), options)
+    if not return_state:
+        return y
+    return y, reference.final_state(x, span, lengths, initial_state)
+
+
+def convolve(tensors: autograd.Tensors, options: autograd.Options) -> torch.Tensor:
+    """Chooses a backend for checked arguments: x, weight, bias, residual, lengths, initial_state, condition (added before the
+    activation, (B, C_out, T or 1)); dilation, groups, activation, causal."""
+    x = tensors[0]
+    assert x is not None
+    backend = dispatch.choose(OPERATOR, x.device, None)
+    if backend == "reference" or dispatch.transformed(*tensors):
+        return autograd.reference_of(tensors, options)[0]  # type: ignore[return-value]
+    return autograd.kernel(tensors, options)[0]  # type: ignore[return-value]
+
+
+def causal_conv1d_step(
+    x_t: torch.Tensor,
+    state: Ring,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One position of `causal_conv1d`, at a cost that doesn't depend on the dilation.
+
+    Args:
+        x_t: the input at this position (B, C_in).
+        state: a `ConvState` of x_t's dtype with the inputs before it; updated in place. Where a gradient is recorded the state
+            gets new tensors instead, so that the earlier steps can still be differentiated.
+        weight, bias, dilation, groups, activation: as `causal_conv1d`.
+        residual: in the shape of the result, added after the activation.
+
+    Returns:
+        y_t (B, C_out), or (B, C_out / 2) under a gate.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    name = "causal_conv1d_step"
+    checks.tensor(name, "x_t", x_t)
+    x_t, weight, bias, residual = checks.autocast(x_t, weight, bias, residual)  # type: ignore[assignment]
+    checks.data(name, "x_t", x_t, 2, "(B, C_in)")
+    batch, channels = x_t.shape
+    results = _parameters(name, x_t, channels, weight, bias, dilation, groups, activation, "x_t")
+    checks.like(name, "residual", residual, x_t, "x_t", (batch, results), "the result's shape (B, C)")
+    ring = ring_of(name, state)
+    span = (weight.shape[2] - 1) * dilation
+    checks.like(name, "state", ring, x_t, "x_t", (batch, span, channels), "a ring (B, (K-1) dilation, C_in)")
+    records = recording(x_t, ring, weight, bias, residual)
+    backend = dispatch.choose(STEP, x_t.device, records)
+    transformed = dispatch.transformed(x_t, ring, weight, bias, residual)
+    if backend == "reference" or transformed:
+        y, _ = reference.causal_conv1d_step(
+            x_t,
+            state.ordered(),
+            weight,
+            bias,
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+            residual=residual,
+        )
+        state.advance(x_t, in_place=not (records or transformed))
+        return y
+    return torch.ops.s2s.causal_conv1d_step(
+        x_t, ring, state.position, weight, bias, residual, dilation, groups, autograd.ACTIVATIONS.index(activation)
+    )
+
+
+def ring_of(name: str, state: Any) -> torch.Tensor:
+    """The ring of a streaming state; TypeError where it is none."""
+    ring = getattr(state, "ring", None)
+    if not isinstance(ring, torch.Tensor):
+        checks.wrong_type(name, "state", "a ConvState", type(state).__name__)
+    return ring
+
+
+def recording(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _parameters(
+    name: str,
+    x: torch.Tensor,
+    channels: int,
+    weight: Any,
+    bias: torch.Tensor | None,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+    data: str = "x",
+) -> int:
+    """Checks what a convolution and its step share; returns the number of channels of the result."""
+    _positive(name, "dilation", dilation)
+    _positive(name, "groups", groups)
+    checks.choice(name, "activation", activation, autograd.ACTIVATIONS)
+    if channels % groups:
+        checks.wrong_value(name, "groups", f"a divisor of C_in = {channels}", groups)
+    checks.tensor(name, "weight", weight)
+    if weight.dim() != 3 or weight.shape[2] < 1:
+        checks.wrong_value(name, "weight", "(C_out, C_in / groups, K) with K >= 1", tuple(weight.shape))
+    outputs, _, taps = weight.shape
+    checks.like(
+        name, "weight", weight, x, data, (outputs, channels // groups, taps), "(C_out, C_in / groups, K)"
+    )
+    if outputs % groups:
+        checks.wrong_value(name, "groups", f"a divisor of C_out = {outputs}", groups)
+    checks.like(name, "bias", bias, x, data, (outputs,), "(C_out,)")
+    if activation not in autograd.GATES:
+        return outputs
+    if outputs % 2:
+        checks.wrong_value(name, "weight", f"of an even C_out under {activation}", tuple(weight.shape))
+    return outputs // 2
+
+
+def _positive(name: str, argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        checks.wrong_type(name, argument, "an integer", type(value).__name__)
+    if value < 1:
+        checks.wrong_value(name, argument, "at least 1", value)
