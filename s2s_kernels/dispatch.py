@@ -119,6 +119,8 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
     """Why `backend` doesn't serve this call; None where it does."""
     if backend == "reference":
         return None
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no such operator: the reference is exported"
     if backend not in operator.gaps:
         return f"{operator.name} has no {backend} kernel"
     if backend in DEVICE and device.type != DEVICE[backend]:

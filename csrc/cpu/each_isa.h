@@ -8,6 +8,15 @@
 #include <limits>
 #include <type_traits>
 
+#include "isa.h"
+#include "storage.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// Helpers that take or return vectors are inlined always: a call would pass them by an ABI that depends on the instruction set.
+#define S2S_INLINE static inline __attribute__((always_inline))
+
 #define S2S_ISA baseline
 #define S2S_VECTOR_BYTES 16
 #include "isa_region.h"

@@ -38,4 +38,24 @@ inline Isa active_isa() {
   return isa;
 }
 
+// The copy that this machine runs, of a function or table that exists once per instruction set with one and the same type.
+template <class X>
+X& select_isa(X& baseline, X& avx2, X& avx512) {
+  switch (active_isa()) {
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    default:
+      return baseline;
+  }
+}
+
 }  // namespace s2s
+
+// S2S_SELECT(lstm_forward<T>) or S2S_SELECT(Lstm<T>::forward): the active instruction set's function. Needs each_isa.h with that kernel before it.
+#if defined(__x86_64__)
+#define S2S_SELECT(...) ::s2s::select_isa(::s2s::baseline::__VA_ARGS__, ::s2s::avx2::__VA_ARGS__, ::s2s::avx512::__VA_ARGS__)
+#else
+#define S2S_SELECT(...) ::s2s::baseline::__VA_ARGS__
+#endif

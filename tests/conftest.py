@@ -1,0 +1,27 @@
+"""What every test runs under: deterministic algorithms (fresh buffers hold NaN) and bounded hypothesis runs."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("S2S_HYPOTHESIS", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Fresh buffers are filled with NaN, so that an element no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none is available"))

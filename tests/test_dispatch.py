@@ -1,0 +1,99 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from s2s_kernels import dispatch
+from s2s_kernels.dispatch import Operator, choose, explain, use_backend
+
+CPU = torch.device("cpu")
+OPERATOR = Operator("double", {"cpu": lambda call: "odd sizes are not covered" if call % 2 else None})
+served = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced():
+    """These tests say themselves what is forced, whatever S2S_BACKEND is."""
+    token = dispatch._forced.set(None)
+    yield
+    dispatch._forced.reset(token)
+
+
+def double(size, device=CPU):
+    return choose(OPERATOR, device, size)
+
+
+@served
+def test_the_kernel_serves_what_it_covers():
+    assert (double(4), double(3)) == ("cpu", "reference")
+
+
+def test_a_device_that_no_backend_knows_uses_the_reference():
+    assert double(4, torch.device("meta")) == "reference"
+
+
+@served
+def test_a_forced_backend_serves_or_raises():
+    with use_backend("cpu"):
+        assert double(4) == "cpu"
+        with pytest.raises(
+            NotImplementedError, match="double: the forced backend cpu does not cover this call: odd sizes"
+        ):
+            double(3)
+        with pytest.raises(NotImplementedError, match="on meta"):
+            double(4, torch.device("meta"))
+        with use_backend("reference"):
+            assert double(4) == "reference"
+    with use_backend("triton"), pytest.raises(NotImplementedError, match="double has no triton kernel"):
+        double(4)
+    assert double(3) == "reference"
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"backend must be one of .*cpu.* got 'gpu'"), use_backend("gpu"):
+        pass
+
+
+@served
+def test_forcing_binds_its_own_thread_only():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(double(4)))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"] or dispatch._environment is not None
+
+
+@served
+def test_explain_gives_the_choice_and_every_reason():
+    explanation = explain(double, 3)
+    assert explanation.backend == "reference"
+    assert explanation.reasons["cpu"] == "odd sizes are not covered"
+    assert set(explanation.reasons) == set(dispatch.BACKENDS) - {"reference"}
+    assert str(explanation).startswith("served by reference\n  not ")
+    with use_backend("reference"):
+        assert explain(double, 4).reasons["cpu"] == "reference is forced"
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match="odd sizes"):
+        explain(double, 3)
+
+
+def test_explain_needs_an_operator():
+    with pytest.raises(ValueError, match="called none"):
+        explain(abs, -1)
+    assert not dispatch._explaining.get()
+
+
+@pytest.mark.parametrize("value, expected", [("reference", "reference"), ("nonsense", "ValueError: S2S_BACKEND")])
+def test_the_environment_variable(value, expected):
+    program = "from s2s_kernels import dispatch as d, use_backend; print(d._forced.get())"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env={**os.environ, "S2S_BACKEND": value},
+        capture_output=True,
+        text=True,
+    )
+    assert expected in run.stdout + run.stderr

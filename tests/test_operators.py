@@ -1,0 +1,459 @@
+"""What the contract promises of every operator, on every backend, over the samples of s2s_kernels.testing."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from s2s_kernels import dispatch
+from s2s_kernels.testing import (
+    CASES,
+    Draw,
+    compare,
+    evaluate,
+    is_float,
+    leaves_of,
+    noise_like,
+    outputs_of,
+    prepare,
+    to_device,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SAMPLES = [
+    pytest.param(case, sample, id=f"{name}-{sample.name}") for name, case in CASES.items() for sample in case.samples
+]
+SMOOTH = [parameter for parameter in SAMPLES if parameter.values[1].smooth]
+FIRST = [pytest.param(case, case.samples[0], id=name) for name, case in CASES.items()]
+OPERATORS = [pytest.param(case, id=name) for name, case in CASES.items()]
+needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+
+
+def forced(backend):
+    return contextlib.nullcontext() if backend is None else dispatch.use_backend(backend)
+
+
+def covers(backend, function, arguments):
+    """Whether the backend (None: whichever serves) takes the call; where it doesn't, that calling it raises and says why."""
+    args, kwargs = arguments
+    with forced(backend):
+        try:
+            dispatch.explain(function, *args, **kwargs)
+        except NotImplementedError:
+            with pytest.raises(NotImplementedError, match="does not cover this call: ."):
+                function(*args, **kwargs)
+            return False
+    return True
+
+
+def judge(backend, function, arguments, **options):
+    if covers(backend, function, arguments):
+        broken = {name: by for name, by in compare(function, arguments, backend, **options).items() if by > 0}
+        assert not broken, broken
+
+
+def relaid(arguments, layout):
+    """The same call with every floating tensor laid out otherwise; `layout` gets a tensor and returns it."""
+    return tree_map(lambda v: layout(v) if is_float(v) else v, arguments)
+
+
+def transposed(value):
+    order = tuple(reversed(range(value.dim())))
+    return value.permute(order).contiguous().permute(order)
+
+
+def sliced(value):
+    """Every second element of a buffer of NaN, off its start."""
+    if value.dim() == 0:
+        return value
+    outer = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 3), float("nan"))
+    outer[..., 3::2] = value
+    return outer[..., 3::2]
+
+
+def absurd(value):
+    """Strides that are never used, because their dimension has size 1."""
+    strides = [10**9 + 7 if size == 1 else stride for size, stride in zip(value.shape, value.stride(), strict=True)]
+    return value.as_strided(value.shape, strides)
+
+
+def expanded(value):
+    return value[:1].expand(value.shape) if value.dim() and value.shape[0] else value
+
+
+# Equality with the definition
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_values_and_gradients(case, sample, backend, dtype):
+    judge(backend, case.function, sample.build(Draw(dtype)))
+
+
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_whichever_backend_serves(case, sample):
+    judge(None, case.function, sample.build(Draw()))
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, absurd, expanded])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_any_strides(case, sample, backend, layout):
+    """Rows 3, 4, 6 of the edge cases."""
+    judge(backend, case.function, relaid(sample.build(Draw()), layout))
+
+
+def ones_expanded(output, index):
+    return output.new_ones(()).expand(output.shape)
+
+
+def noise_transposed(output, index):
+    return transposed(noise_like(output, index))
+
+
+def noise_sliced(output, index):
+    return sliced(noise_like(output, index))
+
+
+@pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_any_strides_of_the_incoming_gradient(case, sample, backend, upstream):
+    """Rows 1 and 2."""
+    judge(backend, case.function, sample.build(Draw()), upstream=upstream)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_any_subset_of_inputs_wanting_a_gradient(case, sample, backend):
+    """Row 13: each alone, and all but one."""
+    arguments = sample.build(Draw())
+    for chosen in range(len(leaves_of(prepare(arguments)))):
+        judge(backend, case.function, arguments, wanted=lambda index, chosen=chosen: index == chosen)
+        judge(backend, case.function, arguments, wanted=lambda index, chosen=chosen: index != chosen)
+
+
+def one_output_only(which):
+    def upstream(output, index):
+        return noise_like(output, index) if index == which else torch.zeros_like(output)
+
+    return upstream
+
+
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_one_output_used_alone(case, sample):
+    """An output that nothing uses hands backward no gradient at all, not zeros."""
+    arguments = sample.build(Draw())
+    prepared = prepare(arguments)
+    torch.manual_seed(0)
+    count = sum(o.requires_grad for o in outputs_of(case.function(*prepared[0], **prepared[1])))
+    for which in range(count if count > 1 else 0):
+        expected = dict(evaluate(case.function, prepare(arguments), one_output_only(which)))
+        torch.manual_seed(0)
+        prepared = prepare(arguments)
+        output = outputs_of(case.function(*prepared[0], **prepared[1]))[which]
+        grads = torch.autograd.grad(output, leaves_of(prepared), noise_like(output, which), allow_unused=True)
+        wanted = [value for name, value in expected.items() if name.startswith("gradient")]
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(torch.zeros_like(want) if grad is None else grad, want)
+
+
+def differentiated(case, sample):
+    """A function of the floating tensors alone, for gradcheck, and those tensors."""
+    arguments = prepare(sample.build(Draw(torch.float64)))
+    flat, spec = tree_flatten(arguments)
+    places = [i for i, v in enumerate(flat) if is_float(v)]
+
+    def function(*tensors):
+        values = list(flat)
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor
+        args, kwargs = tree_unflatten(values, spec)
+        torch.manual_seed(0)
+        return tuple(o for o in outputs_of(case.function(*args, **kwargs)) if is_float(o))
+
+    return function, tuple(flat[i] for i in places)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_first_and_second_order(case, sample, backend):
+    arguments = sample.build(Draw(torch.float64))
+    if covers(backend, case.function, arguments):
+        function, tensors = differentiated(case, sample)
+        with forced(backend):
+            assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+            assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("case, sample", FIRST)
+def test_third_order(case, sample):
+    function, tensors = differentiated(case, sample)
+
+    def third():
+        value = sum(o.pow(3).sum() for o in function(*tensors))
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value.sum(), tensors[0], create_graph=True)
+        return value
+
+    ours = third()
+    with dispatch.use_backend("reference"):
+        torch.testing.assert_close(ours, third())
+
+
+# What torch's machinery sees
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps each call of a raw operator of ours that passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "s2s":
+            self.calls.append((function, copy.deepcopy(args), copy.deepcopy(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def raw_calls(case, sample, dtype=torch.float32):
+    arguments = sample.build(Draw(dtype))
+    if not covers("cpu", case.function, arguments):
+        return []
+    with Recorder() as recorder, dispatch.use_backend("cpu"):
+        list(evaluate(case.function, prepare(arguments), noise_like))
+    return recorder.calls
+
+
+@needs_extension
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_opcheck(case, sample):
+    """Row 31: the fake kernels give the very shapes, dtypes and strides of the kernels; nothing is aliased or mutated unsaid."""
+    for function, args, kwargs in raw_calls(case, sample):
+        detached = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, args)
+        torch.library.opcheck(function, detached, kwargs)
+
+
+@needs_extension
+@pytest.mark.parametrize("case, sample", FIRST)
+def test_raw_operators_check_again(case, sample):
+    """A raw operator called with arguments of another rank or shape raises or answers; it never crashes the process."""
+    for function, args, kwargs in raw_calls(case, sample):
+        refused = 0
+        for place, value in enumerate(args):
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                continue
+            for spoilt in (
+                value[None],
+                value.flatten()[:-1],
+                value.to(torch.complex64),
+                value[..., :0],
+                value.reshape(-1).repeat(2),
+            ):
+                changed = (*args[:place], spoilt, *args[place + 1 :])
+                try:
+                    function(*changed, **kwargs)
+                except (RuntimeError, NotImplementedError):
+                    refused += 1
+        assert refused, f"{function} refused nothing"
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_compiles_whole_and_once_for_all_lengths(case):
+    """Row 26."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend=counter)
+    for length in (5, 9, 17):
+        arguments = case.by_length(Draw(seed=length), length)
+        ours = dict(evaluate(compiled, prepare(arguments), noise_like))
+        plain = dict(evaluate(case.function, prepare(arguments), noise_like))
+        for name, value in plain.items():
+            torch.testing.assert_close(ours[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_forcing_a_backend_compiles_anew(case):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend=counter)
+    arguments = case.by_length(Draw(), 6)
+    for backend in ("reference", "cpu") if dispatch.extension_missing is None else ("reference",):
+        with dispatch.use_backend(backend):
+            ours = outputs_of(compiled(*arguments[0], **arguments[1]))
+            plain = outputs_of(case.function(*arguments[0], **arguments[1]))
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == (2 if dispatch.extension_missing is None else 1)
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_exports(case):
+    class Wrapper(torch.nn.Module):
+        def forward(self, args, kwargs):
+            return case.function(*args, **kwargs)
+
+    args, kwargs = case.by_length(Draw(), 6)
+    exported = torch.export.export(Wrapper(), (args, kwargs)).module()
+    for a, b in zip(outputs_of(exported(args, kwargs)), outputs_of(case.function(*args, **kwargs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_activation_checkpointing(case, sample):
+    """The same masks are drawn when forward runs again inside backward."""
+    arguments = sample.build(Draw())
+
+    def function(*args, **kwargs):
+        return checkpoint(case.function, *args, use_reentrant=False, **kwargs)
+
+    plain = dict(evaluate(case.function, prepare(arguments), noise_like))
+    for name, value in evaluate(function, prepare(arguments), noise_like):
+        torch.testing.assert_close(value, plain[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_forward_mode_and_function_transforms(case, sample):
+    """Row 43: a raw kernel would drop the tangent in silence."""
+    function, tensors = differentiated(case, sample)
+    tensors = tuple(t.detach() for t in tensors)
+    if not tensors[0].numel():
+        return
+    x, rest = tensors[0], tensors[1:]
+    tangent = noise_like(x, 7)
+    step = 1e-6
+    above, below = function(x + step * tangent, *rest), function(x - step * tangent, *rest)
+    numeric = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
+    by_jvp = torch.func.jvp(lambda x: function(x, *rest), (x,), (tangent,))[1]
+    with forward_ad.dual_level():
+        duals = function(forward_ad.make_dual(x, tangent), *rest)
+        by_dual = [forward_ad.unpack_dual(dual).tangent for dual in duals]
+    for ours, dual, want in zip(by_jvp, by_dual, numeric, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(torch.zeros_like(want) if dual is None else dual, ours)
+
+    wanted = torch.autograd.grad(sum(o.sum() for o in function(x.requires_grad_(), *rest)), x, allow_unused=True)[0]
+    ours = torch.func.grad(lambda x: sum(o.sum() for o in function(x, *rest)))(x.detach())
+    torch.testing.assert_close(ours, torch.zeros_like(ours) if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("case, sample", FIRST)
+def test_vmap(case, sample):
+    function, tensors = differentiated(case, sample)
+    x, rest = tensors[0].detach(), tuple(t.detach() for t in tensors[1:])
+    both = torch.stack([x, 0.5 * x])
+    ours = torch.vmap(lambda x: function(x, *rest), randomness="same")(both)
+    for index in range(2):
+        for a, b in zip(ours, function(both[index], *rest), strict=True):
+            torch.testing.assert_close(a[index], b)
+
+
+@pytest.mark.parametrize("case, sample", SMOOTH)
+def test_autocast(case, sample):
+    """Row 29: floating arguments are cast first, gradients come back in the leaves' own dtype."""
+    arguments = sample.build(Draw())
+    flat, spec = tree_flatten(prepare(arguments))
+    halved = prepare(arguments, torch.bfloat16)
+    plain = dict(evaluate(case.function, halved, noise_like))
+    leaves = leaves_of(tree_unflatten(flat, spec))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = dict(evaluate(case.function, tree_unflatten(flat, spec), noise_like))
+    for name, value in plain.items():
+        if name.startswith("output"):
+            assert ours[name].dtype == value.dtype
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+    grads = [value for name, value in ours.items() if name.startswith("gradient")]
+    for leaf, grad, want in zip(
+        leaves, grads, [value for name, value in plain.items() if name.startswith("gradient")], strict=True
+    ):
+        assert grad.dtype == leaf.dtype
+        torch.testing.assert_close(grad, want.to(grad.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_meta_tensors(case, sample):
+    arguments = sample.build(Draw())
+    torch.manual_seed(0)
+    real = outputs_of(case.function(*arguments[0], **arguments[1]))
+    meta = to_device(arguments, "meta")
+    for a, b in zip(real, outputs_of(case.function(*meta[0], **meta[1])), strict=True):
+        assert b.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("case, sample", FIRST)
+def test_input_changed_before_backward_is_noticed(case, sample):
+    """Row 24."""
+    arguments = prepare(sample.build(Draw()))
+    output = outputs_of(case.function(*arguments[0], **arguments[1]))[0]
+    leaf = leaves_of(arguments)[0]
+    with torch.no_grad():
+        leaf.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_inputs_are_left_alone_and_results_are_contiguous(case, sample):
+    arguments = sample.build(Draw())
+    before = copy.deepcopy(arguments)
+    for output in outputs_of(case.function(*arguments[0], **arguments[1])):
+        assert output.is_contiguous()
+    for a, b in zip(tree_flatten(arguments)[0], tree_flatten(before)[0], strict=True):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_same_bits_on_any_number_of_threads(case, sample):
+    arguments = sample.build(Draw())
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(dict(evaluate(case.function, prepare(arguments), noise_like)))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for name, value in run.items():
+            assert torch.equal(value.nan_to_num(7), runs[0][name].nan_to_num(7)), name
+
+
+# Bad input
+
+
+ERRORS = [
+    pytest.param(case, sample, id=f"{name}-{sample.name}") for name, case in CASES.items() for sample in case.errors
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@pytest.mark.parametrize("case, sample", ERRORS)
+def test_bad_input_is_refused_by_name(case, sample, backend):
+    """Rows 34 and 35."""
+    args, kwargs = sample.build(Draw())
+    with forced(backend), pytest.raises(sample.error, match=rf"\b{sample.argument}\b"):
+        case.function(*args, **kwargs)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case, sample", SAMPLES)
+def test_values_and_gradients_on_a_gpu(case, sample, dtype):
+    judge(None, case.function, to_device(sample.build(Draw(dtype)), "cuda"))
