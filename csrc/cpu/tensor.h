@@ -154,11 +154,11 @@ T* mutable_data(const OptionalTensor& tensor) {
   return tensor ? mutable_data<T>(*tensor) : nullptr;
 }
 
-inline Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-inline OptionalTensor contiguous(const OptionalTensor& tensor) { return tensor ? OptionalTensor(contiguous(*tensor)) : std::nullopt; }
+inline Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) { return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt; }
 
 // A new contiguous CPU tensor, uninitialised.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type, std::nullopt,
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
@@ -192,9 +192,9 @@ View<T, Rank> view(const OptionalTensor& tensor) {
 }
 
 // Scratch memory from torch's allocator, uninitialised, aligned to 64 bytes; every part taken from it is too.
-class Workspace {
+class __attribute__((visibility("hidden"))) Workspace {
  public:
-  explicit Workspace(int64_t bytes) : tensor_(empty({bytes + 64}, ScalarType::Byte)) {
+  explicit Workspace(int64_t bytes) : tensor_(empty_cpu({bytes + 64}, ScalarType::Byte)) {
     const auto address = reinterpret_cast<uintptr_t>(mutable_data<uint8_t>(tensor_));
     begin_ = reinterpret_cast<uint8_t*>((address + 63) / 64 * 64);
     end_ = begin_ + bytes;
