@@ -8,7 +8,7 @@ namespace s2s {
 
 enum class Activation : int64_t { none, relu, silu, gelu, tanh, glu, gated_tanh };
 
-inline bool is_gate(Activation activation) { return activation == Activation::glu || activation == Activation::gated_tanh; }
+constexpr bool is_gate(Activation activation) { return activation == Activation::glu || activation == Activation::gated_tanh; }
 
 // Data of storage type S as (B, C, T) with strides in elements.
 template <class S>
@@ -36,8 +36,8 @@ struct Convolution {
   const C* bias;                   // (outputs), or null
   Signal<const Out> condition, residual;
   C* saved;                        // (B, outputs, end - begin): what enters the activation, or null
-  Activation activation;           // a gate needs groups = 1
-  Signal<Out> out;                 // from t = begin
+  Activation activation;           // a gate needs groups = 1, unless there is no `out`
+  Signal<Out> out;                 // from t = begin, unit stride over time; null: only `saved` is wanted
 
   int64_t high(int64_t b) const { return lengths ? lengths[b] : time; }
   int64_t low() const { return before.data ? -span : 0; }
@@ -67,5 +67,11 @@ struct ConvolutionStep {
   C* u;                      // (batch, outputs): what enters the activation
   C* panel;                  // scratch of step_panel() elements for each thread
 };
+
+// The positions of a tile: a multiple of every instruction set's vector, with the inputs of a tap in the first-level cache.
+inline int64_t tile_width(int64_t channels) {
+  const int64_t width = 4096 / (channels < 1 ? 1 : channels) / 64 * 64;
+  return width < 64 ? 64 : width > 1024 ? 1024 : width;
+}
 
 }  // namespace s2s

@@ -3,7 +3,7 @@
 // The gradient with respect to what enters the activation, for one result channel of one row of the batch: n positions into `a` (and `b`
 // under a gate). `saved_b` and `b` are read and written under a gate only.
 template <Activation A, class S>
-void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b, bool from_output,
+void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b,
                               compute_t<S>* a, compute_t<S>* b, int64_t n) {
   using C = compute_t<S>;
   for (int64_t i = 0; i < n; i += lanes<C>) {
@@ -11,7 +11,7 @@ void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_
     Vec<C> before_a{}, before_b{}, grad_b{};
     if constexpr (A != Activation::none) before_a = left >= lanes<C> ? load(saved_a + i) : load_partial(saved_a + i, left);
     if constexpr (is_gate(A)) before_b = left >= lanes<C> ? load(saved_b + i) : load_partial(saved_b + i, left);
-    const Vec<C> grad_a = activate_gradient<A, C>(load_spread(grad + i * grad_stride, grad_stride, left), before_a, before_b, from_output, &grad_b);
+    const Vec<C> grad_a = activate_gradient<A, C>(load_spread(grad + i * grad_stride, grad_stride, left), before_a, before_b, &grad_b);
     if (left >= lanes<C>)
       store(a + i, grad_a);
     else
@@ -27,22 +27,36 @@ void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_
 
 template <class S>
 void activation_gradient(Activation activation, const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b,
-                         bool from_output, compute_t<S>* a, compute_t<S>* b, int64_t n) {
+                         compute_t<S>* a, compute_t<S>* b, int64_t n) {
   switch (activation) {
     case Activation::none:
-      return activation_gradient_line<Activation::none>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::none>(grad, grad_stride, saved_a, saved_b, a, b, n);
     case Activation::relu:
-      return activation_gradient_line<Activation::relu>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::relu>(grad, grad_stride, saved_a, saved_b, a, b, n);
     case Activation::silu:
-      return activation_gradient_line<Activation::silu>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::silu>(grad, grad_stride, saved_a, saved_b, a, b, n);
     case Activation::gelu:
-      return activation_gradient_line<Activation::gelu>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::gelu>(grad, grad_stride, saved_a, saved_b, a, b, n);
     case Activation::tanh:
-      return activation_gradient_line<Activation::tanh>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::tanh>(grad, grad_stride, saved_a, saved_b, a, b, n);
     case Activation::glu:
-      return activation_gradient_line<Activation::glu>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::glu>(grad, grad_stride, saved_a, saved_b, a, b, n);
     case Activation::gated_tanh:
-      return activation_gradient_line<Activation::gated_tanh>(grad, grad_stride, saved_a, saved_b, from_output, a, b, n);
+      return activation_gradient_line<Activation::gated_tanh>(grad, grad_stride, saved_a, saved_b, a, b, n);
+  }
+}
+
+// The same from what came out of the activation, for relu and tanh.
+template <class S>
+void activation_gradient_from_output(Activation activation, const S* grad, int64_t grad_stride, const S* y, compute_t<S>* a, int64_t n) {
+  using C = compute_t<S>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const Vec<C> g = load_spread(grad + i * grad_stride, grad_stride, n - i), out = load_spread(y + i, 1, n - i);
+    const Vec<C> v = activation == Activation::relu ? select(out <= C(0), Vec<C>{}, g) : g * (C(1) - out * out);
+    if (n - i >= lanes<C>)
+      store(a + i, v);
+    else
+      store_partial(a + i, v, n - i);
   }
 }
 
@@ -144,8 +158,32 @@ void weight_gradient_rows(const WeightGradient<C>& p, int64_t group, int64_t fir
   }
 }
 
+// n elements `stride` apart, side by side in the compute type; and back.
+template <class S>
+void widen_line(const S* from, int64_t stride, compute_t<S>* to, int64_t n) {
+  using C = compute_t<S>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const Vec<C> v = load_spread(from + i * stride, stride, n - i);
+    if (n - i >= lanes<C>)
+      store(to + i, v);
+    else
+      store_partial(to + i, v, n - i);
+  }
+}
+
+template <class S>
+void narrow_line(const compute_t<S>* from, S* to, int64_t n) {
+  using C = compute_t<S>;
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) store(to + i, load(from + i));
+  if (i < n) store_partial(to + i, load_partial(from + i, n - i), n - i);
+}
+
 template <class S>
 struct ConvolutionGradientKernels {
+  static constexpr auto widen = &widen_line<S>;
+  static constexpr auto narrow = &narrow_line<S>;
   static constexpr auto activation = &activation_gradient<S>;
+  static constexpr auto activation_from_output = &activation_gradient_from_output<S>;
   static constexpr auto weight_rows = &weight_gradient_rows<compute_t<S>>;
 };

@@ -2,21 +2,15 @@
 // channel) and the step (a line is the channels of one row), so that both give the same bits.
 // Scratch lines are readable up to the next multiple of the vector length.
 
-template <class C>
-S2S_INLINE Vec<C> lane_erf(Vec<C> v) {
-  for (int64_t i = 0; i < lanes<C>; ++i) v[i] = std::erf(v[i]);
-  return v;
-}
-
 // a, and for a gate its partner b.
 template <Activation A, class C>
 S2S_INLINE Vec<C> activate(Vec<C> a, Vec<C> b) {
   if constexpr (A == Activation::relu) return select(a <= C(0), Vec<C>{}, a);  // a NaN passes
-  if constexpr (A == Activation::silu) return a * sigmoid(a);
-  if constexpr (A == Activation::gelu) return C(0.5) * a * (C(1) + lane_erf<C>(a * C(M_SQRT1_2)));
-  if constexpr (A == Activation::tanh) return tanh(a);
-  if constexpr (A == Activation::glu) return a * sigmoid(b);
-  if constexpr (A == Activation::gated_tanh) return tanh(a) * sigmoid(b);
+  if constexpr (A == Activation::silu) return a * vsigmoid(a);
+  if constexpr (A == Activation::gelu) return C(0.5) * a * (C(1) + verf(a * C(M_SQRT1_2)));
+  if constexpr (A == Activation::tanh) return vtanh(a);
+  if constexpr (A == Activation::glu) return a * vsigmoid(b);
+  if constexpr (A == Activation::gated_tanh) return vtanh(a) * vsigmoid(b);
   return a;
 }
 
@@ -33,11 +27,18 @@ S2S_INLINE Vec<compute_t<S>> load_spread(const S* from, int64_t stride, int64_t 
 template <class S>
 void add_line(compute_t<S>* u, const S* from, int64_t stride, int64_t n) {
   using C = compute_t<S>;
-  for (int64_t i = 0; i < n; i += lanes<C>) store(u + i, load(u + i) + load_spread(from + i * stride, stride, n - i));
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const Vec<C> sum = load(u + i) + load_spread(from + i * stride, stride, n - i);
+    if (n - i >= lanes<C>)
+      store(u + i, sum);
+    else
+      store_partial(u + i, sum, n - i);
+  }
 }
 
+// Not inlined: one body, so that the compiler can't contract a product and the residual's sum in one place and not in another.
 template <Activation A, class S>
-void finish_line(const compute_t<S>* a, const compute_t<S>* b, const S* residual, int64_t residual_stride, S* y, int64_t n) {
+__attribute__((noinline)) void finish_line(const compute_t<S>* a, const compute_t<S>* b, const S* residual, int64_t residual_stride, S* y, int64_t n) {
   using C = compute_t<S>;
   for (int64_t i = 0; i < n; i += lanes<C>) {
     Vec<C> v = activate<A, C>(load(a + i), is_gate(A) ? load(b + i) : Vec<C>{});
@@ -70,29 +71,29 @@ void finish_line(Activation activation, const compute_t<S>* a, const compute_t<S
 }
 
 // The gradient with respect to what enters the activation: of a, and for a gate of b through *grad_b.
-// `a` is what entered it, or what came out of it where `from_output` (relu and tanh).
+// a and b are what entered it.
 template <Activation A, class C>
-S2S_INLINE Vec<C> activate_gradient(Vec<C> grad, Vec<C> a, Vec<C> b, bool from_output, Vec<C>* grad_b) {
+S2S_INLINE Vec<C> activate_gradient(Vec<C> grad, Vec<C> a, Vec<C> b, Vec<C>* grad_b) {
   if constexpr (A == Activation::relu) return select(a <= C(0), Vec<C>{}, grad);
   if constexpr (A == Activation::silu) {
-    const Vec<C> s = sigmoid(a);
+    const Vec<C> s = vsigmoid(a);
     return grad * s * (C(1) + a * (C(1) - s));
   }
   if constexpr (A == Activation::gelu) {
-    const Vec<C> density = C(0.5 * M_2_SQRTPI * M_SQRT1_2) * exp(C(-0.5) * a * a);
-    return grad * (C(0.5) * (C(1) + lane_erf<C>(a * C(M_SQRT1_2))) + a * density);
+    const Vec<C> density = C(0.5 * M_2_SQRTPI * M_SQRT1_2) * vexp(C(-0.5) * a * a);
+    return grad * (C(0.5) * (C(1) + verf(a * C(M_SQRT1_2))) + a * density);
   }
   if constexpr (A == Activation::tanh) {
-    const Vec<C> y = from_output ? a : tanh(a);
+    const Vec<C> y = vtanh(a);
     return grad * (C(1) - y * y);
   }
   if constexpr (A == Activation::glu) {
-    const Vec<C> s = sigmoid(b);
+    const Vec<C> s = vsigmoid(b);
     *grad_b = grad * a * (s * (C(1) - s));
     return grad * s;
   }
   if constexpr (A == Activation::gated_tanh) {
-    const Vec<C> h = tanh(a), s = sigmoid(b);
+    const Vec<C> h = vtanh(a), s = vsigmoid(b);
     *grad_b = grad * h * (s * (C(1) - s));
     return grad * s * (C(1) - h * h);
   }

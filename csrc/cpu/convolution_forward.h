@@ -180,6 +180,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
       std::memcpy(saved, u + r * padded, kept * sizeof(C));
       for (int64_t i = kept; i < width; ++i) saved[i] = C(0);
     }
+    if (!p.out.data) continue;
     for (int64_t r = 0; r < (gate ? rows_here / 2 : rows_here); ++r) {
       Out* y = p.out.data + b * p.out.batch + output[r] * p.out.channel + at;
       const Out* residual =
@@ -193,4 +194,6 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
 template <class In, class Out>
 struct ConvolutionKernels {
   static constexpr auto tile = &convolution_tile<In, Out>;
+  static constexpr auto finish =
+      static_cast<void (*)(Activation, const compute_t<Out>*, const compute_t<Out>*, const Out*, int64_t, Out*, int64_t)>(&finish_line<Out>);
 };

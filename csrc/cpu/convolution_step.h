@@ -108,25 +108,17 @@ void step_finish(Activation activation, compute_t<S>* u, int64_t batch, int64_t 
   const int64_t results = is_gate(activation) ? outputs / 2 : outputs;
   for (int64_t b = 0; b < batch; ++b) {
     compute_t<S>* line = u + b * outputs;
-    if (condition) {
-      // The last vector would run into the next row's sums, so what it adds there is kept 0.
-      add_line(line, condition + b * condition_batch, condition_stride, outputs);
-    }
+    if (condition) add_line(line, condition + b * condition_batch, condition_stride, outputs);
     finish_line(activation, line, line + results, residual ? residual + b * residual_batch : nullptr, residual_stride, y + b * results, results);
   }
 }
 
 template <class S>
-S2S_INLINE void add_into(S* to, const S* from, int64_t n) {
+void add_lines(S* to, const S* from, int64_t n) {
   using C = compute_t<S>;
   int64_t i = 0;
   for (; i + lanes<C> <= n; i += lanes<C>) store(to + i, load(to + i) + load(from + i));
   if (i < n) store_partial(to + i, load_partial(to + i, n - i) + load_partial(from + i, n - i), n - i);
-}
-
-template <class S>
-void add_lines(S* to, const S* from, int64_t n) {
-  add_into(to, from, n);
 }
 
 template <class S>
