@@ -1,7 +1,7 @@
 // One position: lanes hold outputs, so that each chain (bias, taps oldest first, channels ascending) is the one of the whole form. The weights
 // lie with their reduction contiguous; a panel of rows is turned over in registers on its way, then serves every row of the batch.
 
-inline constexpr int64_t panel_vectors = 4;
+static constexpr int64_t panel_vectors = 4;
 
 // Columns [0, n) of `rows` rows, as to[column place][lane]; the places are k * channels + c for the column c * taps + k.
 template <class S>

@@ -1,5 +1,7 @@
 """What generation carries from one step to the next."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -46,6 +48,53 @@ class ConvState:
     def advance(self, x_t: torch.Tensor, in_place: bool) -> None:
         """Puts the input x_t (B, C) in the place of the oldest one; with new tensors where the old ones must survive."""
         self.ring, self.position = advanced(self.ring, self.position, x_t, in_place)
+
+
+class ConvStackState:
+    """What a stack of dilated causal convolutions carries: one ring a layer, in one tensor, updated in place by each step.
+
+    Attributes:
+        ring: (B, the sum of all (K-1) dilation, C), the layers' rings one after the other.
+        position: () int64 beside it, how many inputs came since the rings began.
+        spans: (K-1) dilation of each layer.
+    """
+
+    def __init__(self, ring: torch.Tensor, position: torch.Tensor, spans: tuple[int, ...]) -> None:
+        self.ring, self.position, self.spans = ring, position, spans
+
+    @classmethod
+    def zeros(
+        cls,
+        batch: int,
+        channels: int,
+        kernel_size: int,
+        dilations: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "ConvStackState":
+        """The state before the first position."""
+        spans = tuple((kernel_size - 1) * dilation for dilation in dilations)
+        ring = torch.zeros(batch, sum(spans), channels, dtype=dtype, device=device)
+        return cls(ring, torch.zeros((), dtype=torch.int64, device=ring.device), spans)
+
+    def ordered(self) -> list[torch.Tensor]:
+        """For each layer its inputs before the next position, oldest first: (B, C, (K-1) dilation)."""
+        rings = self.ring.split(self.spans, dim=1)
+        return [ordered(ring, self.position).transpose(1, 2).contiguous() for ring in rings]
+
+    def reorder(self, index: torch.Tensor) -> "ConvStackState":
+        """A new state whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search)."""
+        return type(self)(self.ring.index_select(0, index), self.position.clone(), self.spans)
+
+    def replace(self, states: Sequence[torch.Tensor], in_place: bool) -> None:
+        """Takes what `ordered` would give after the step; with new tensors where the old ones must survive."""
+        ring = torch.cat([state.transpose(1, 2) for state in states], dim=1)
+        if in_place:
+            self.ring.copy_(ring)
+            self.position.zero_()
+        else:
+            self.ring, self.position = ring, torch.zeros_like(self.position)
 
 
 def ordered(ring: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

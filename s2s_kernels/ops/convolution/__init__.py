@@ -1,5 +1,6 @@
 """Causal convolution: dense, grouped, depthwise, dilated, gated; over a whole sequence, in chunks, or step by step."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -151,6 +152,83 @@ def causal_conv1d_step(
         return y
     return torch.ops.s2s.causal_conv1d_step(
         x_t, ring, state.position, weight, bias, residual, dilation, groups, autograd.ACTIVATIONS.index(activation)
+    )
+
+
+def conditioned_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    condition: torch.Tensor | None,
+    *,
+    dilation: int,
+    activation: str,
+) -> torch.Tensor:
+    """`causal_conv1d` with `condition` (B, C_out, T or 1) added before the activation."""
+    name = "causal_conv1d"
+    checks.tensor(name, "x", x)
+    x, weight, bias, condition = checks.autocast(x, weight, bias, condition)  # type: ignore[assignment]
+    checks.data(name, "x", x, 3, "(B, C_in, T)")
+    batch, channels, time = x.shape
+    _parameters(name, x, channels, weight, bias, dilation, 1, activation)
+    if condition is not None:
+        several = condition.dim() == 3 and condition.shape[2] != 1
+        shape = (batch, weight.shape[0], time if several else 1)
+        checks.like(name, "condition", condition, x, "x", shape, "(B, C_out, T or 1)")
+    return convolve((x, weight, bias, None, None, None, condition), (dilation, 1, activation, True))
+
+
+class StackRing(Protocol):
+    """What the streaming state of a stack holds: s2s_kernels.nn.ConvStackState."""
+
+    ring: torch.Tensor
+    position: torch.Tensor
+
+    def ordered(self) -> list[torch.Tensor]: ...
+    def replace(self, states: Sequence[torch.Tensor], in_place: bool) -> None: ...
+
+
+def wavenet_step(
+    x_t: torch.Tensor,
+    state: StackRing,
+    conv_weight: list[torch.Tensor],
+    conv_bias: list[torch.Tensor],
+    out_weight: list[torch.Tensor],
+    out_bias: list[torch.Tensor],
+    dilations: Sequence[int],
+    condition: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the state is updated in
+    place, or gets new tensors where a gradient is recorded."""
+    name = "wavenet_step"
+    checks.tensor(name, "x_t", x_t)
+    if torch.is_autocast_enabled(x_t.device.type):
+        lists = [conv_weight, conv_bias, out_weight, out_bias]
+        x_t, condition, *flat = checks.autocast(x_t, condition, *(t for tensors in lists for t in tensors))  # type: ignore[assignment]
+        count = len(dilations)
+        conv_weight, conv_bias, out_weight, out_bias = (flat[i * count : (i + 1) * count] for i in range(4))  # type: ignore[assignment]
+    checks.data(name, "x_t", x_t, 2, "(B, C)")
+    batch, channels = x_t.shape
+    taps = conv_weight[0].shape[2]
+    checks.like(name, "x_t", x_t, conv_weight[0], "the weights", (batch, conv_weight[0].shape[1]), "(B, C)")
+    checks.like(
+        name, "condition", condition, x_t, "x_t", (batch, len(dilations) * 2 * channels), "(B, L 2C)"
+    )
+    ring = ring_of(name, state)
+    slots = (taps - 1) * sum(dilations)
+    checks.like(name, "state", ring, x_t, "x_t", (batch, slots, channels), "a ring (B, sum of (K-1) dilation, C)")
+    parameters = (*conv_weight, *conv_bias, *out_weight, *out_bias)
+    records = recording(x_t, ring, condition, *parameters)
+    backend = dispatch.choose(STACK, x_t.device, records)
+    transformed = dispatch.transformed(x_t, ring, condition)
+    if backend == "reference" or transformed:
+        skip, states = reference.wavenet_step(
+            x_t, state.ordered(), conv_weight, conv_bias, out_weight, out_bias, list(dilations), condition
+        )
+        state.replace(states, in_place=not (records or transformed))
+        return skip
+    return torch.ops.s2s.wavenet_step(
+        x_t, ring, state.position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations
     )
 
 
