@@ -86,6 +86,16 @@ def expanded(value):
     return value[:1].expand(value.shape) if value.dim() and value.shape[0] else value
 
 
+def far_apart(value):
+    """Neighbours along the first dimension 2^31 elements and more apart, in memory of which only the touched pages exist."""
+    if value.dim() == 0 or value.shape[0] < 2:
+        return value
+    stride = 2**31 // (value.shape[0] - 1) + value.numel()
+    buffer = torch.empty(stride * (value.shape[0] - 1) + value[0].numel(), dtype=value.dtype)
+    far = buffer.as_strided(value.shape, (stride, *value[0].contiguous().stride()))
+    return far.copy_(value)
+
+
 # Equality with the definition
 
 
@@ -107,6 +117,21 @@ def test_whichever_backend_serves(case, sample):
 def test_any_strides(case, sample, backend, layout):
     """Rows 3, 4, 6 of the edge cases."""
     judge(backend, case.function, relaid(sample.build(Draw()), layout))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case, sample", FIRST)
+def test_offsets_past_32_bits(case, sample, backend, monkeypatch):
+    """Row 7."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    arguments = sample.build(Draw(torch.bfloat16))
+    for chosen in range(len(leaves_of(prepare(arguments)))):
+        seen = iter(range(99))
+        judge(
+            backend,
+            case.function,
+            relaid(arguments, lambda v, seen=seen, chosen=chosen: far_apart(v) if next(seen) == chosen else v),
+        )
 
 
 def ones_expanded(output, index):
