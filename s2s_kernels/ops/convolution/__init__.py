@@ -11,9 +11,10 @@ from . import autograd, reference
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 OPERATOR = dispatch.register("causal_conv1d", cpu=lambda call: None)
-RECORDS = "a step that records a gradient is the reference's, on a copy of the state"
-STEP = dispatch.register("causal_conv1d_step", cpu=lambda records: RECORDS if records else None)
-STACK = dispatch.register("wavenet_step", cpu=lambda records: RECORDS if records else None)
+STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
+STACK = dispatch.register(
+    "wavenet_step", cpu=lambda records: "a step of a stack that records a gradient is the reference's" if records else None
+)
 
 
 class Ring(Protocol):
@@ -135,21 +136,16 @@ def causal_conv1d_step(
     span = (weight.shape[2] - 1) * dilation
     checks.like(name, "state", ring, x_t, "x_t", (batch, span, channels), "a ring (B, (K-1) dilation, C_in)")
     records = recording(x_t, ring, weight, bias, residual)
-    backend = dispatch.choose(STEP, x_t.device, records)
+    backend = dispatch.choose(STEP, x_t.device, None)
     transformed = dispatch.transformed(x_t, ring, weight, bias, residual)
-    if backend == "reference" or transformed:
-        y, _ = reference.causal_conv1d_step(
-            x_t,
-            state.ordered(),
-            weight,
-            bias,
-            dilation=dilation,
-            groups=groups,
-            activation=activation,
-            residual=residual,
+    if backend == "reference" or transformed or records:
+        # A ring that is written in place can't be differentiated: this is the whole form, on a copy and of one position.
+        after = None if residual is None else residual[:, :, None]
+        y = convolve(
+            (x_t[:, :, None], weight, bias, after, None, state.ordered(), None), (dilation, groups, activation, True)
         )
         state.advance(x_t, in_place=not (records or transformed))
-        return y
+        return y[:, :, 0]
     return torch.ops.s2s.causal_conv1d_step(
         x_t, ring, state.position, weight, bias, residual, dilation, groups, autograd.ACTIVATIONS.index(activation)
     )
