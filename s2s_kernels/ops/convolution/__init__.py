@@ -132,7 +132,7 @@ def causal_conv1d_step(
     batch, channels = x_t.shape
     results = _parameters(name, x_t, channels, weight, bias, dilation, groups, activation, "x_t")
     checks.like(name, "residual", residual, x_t, "x_t", (batch, results), "the result's shape (B, C)")
-    ring = ring_of(name, state)
+    ring = ring_of(name, state, x_t)
     span = (weight.shape[2] - 1) * dilation
     checks.like(name, "state", ring, x_t, "x_t", (batch, span, channels), "a ring (B, (K-1) dilation, C_in)")
     records = recording(x_t, ring, weight, bias, residual)
@@ -210,7 +210,7 @@ def wavenet_step(
     checks.like(
         name, "condition", condition, x_t, "x_t", (batch, len(dilations) * 2 * channels), "(B, L 2C)"
     )
-    ring = ring_of(name, state)
+    ring = ring_of(name, state, x_t)
     slots = (taps - 1) * sum(dilations)
     checks.like(name, "state", ring, x_t, "x_t", (batch, slots, channels), "a ring (B, sum of (K-1) dilation, C)")
     parameters = (*conv_weight, *conv_bias, *out_weight, *out_bias)
@@ -228,11 +228,13 @@ def wavenet_step(
     )
 
 
-def ring_of(name: str, state: Any) -> torch.Tensor:
-    """The ring of a streaming state; TypeError where it is none."""
+def ring_of(name: str, state: Any, x_t: torch.Tensor) -> torch.Tensor:
+    """The ring of a streaming state; TypeError where it is none. Under autocast the state takes the autocast dtype, once."""
     ring = getattr(state, "ring", None)
     if not isinstance(ring, torch.Tensor):
         checks.wrong_type(name, "state", "a ConvState", type(state).__name__)
+    if ring.dtype != x_t.dtype and ring.is_floating_point() and torch.is_autocast_enabled(x_t.device.type):
+        ring = state.ring = ring.to(x_t.dtype)
     return ring
 
 
