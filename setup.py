@@ -1,22 +1,56 @@
-"""Builds the compiled parts: `_C` (operators, torch's stable ABI, one abi3 library) and `_machine` (pybind11, no torch)."""
+"""Builds the compiled parts: `_C` (operators behind torch's stable ABI: one abi3 library for every torch >= 2.11 and every Python)
+and `_machine` (pybind11, no torch: built for one Python version, and not needed for the import)."""
 
+import os
+import shutil
 from pathlib import Path
 
+import torch
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 STABLE = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Werror=psabi"]
+HOST = ["-O3", "-std=c++17", *STABLE, *WARNINGS]
 
-setup(
-    ext_modules=[
-        CppExtension(
+
+def sources(folder: str, ending: str) -> list[str]:
+    return sorted(str(path) for path in Path("csrc", folder).glob(f"*.{ending}"))
+
+
+def with_cuda() -> bool:
+    """CUDA kernels are built where there are any, and nvcc and a CUDA torch are at hand, or when S2S_BUILD_CUDA=1 asks for them."""
+    if not sources("cuda", "cu"):
+        return False
+    asked = os.environ.get("S2S_BUILD_CUDA")
+    return asked == "1" or (asked != "0" and shutil.which("nvcc") is not None and torch.version.cuda is not None)
+
+
+def operators() -> CppExtension:
+    files = ["csrc/operators.cpp", *sources("cpu", "cpp")]
+    if with_cuda():
+        return CUDAExtension(
             "s2s_kernels._C",
-            ["csrc/operators.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
-            extra_compile_args=["-O3", "-std=c++17", *STABLE, *WARNINGS],
+            files + sources("cuda", "cpp") + sources("cuda", "cu"),
+            extra_compile_args={"cxx": [*HOST, "-DS2S_CUDA"], "nvcc": ["-O3", "-std=c++17", *STABLE]},
             py_limited_api=True,
         )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    return CppExtension("s2s_kernels._C", files, extra_compile_args=HOST, py_limited_api=True)
+
+
+class Build(BuildExtension):
+    """torch's builder names every extension abi3 if one is; the pybind11 module belongs to one Python version."""
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        if ext_name.endswith("_machine"):
+            return super(BuildExtension, self).get_ext_filename(ext_name)
+        return super().get_ext_filename(ext_name)
+
+
+setup(
+    ext_modules=[operators(), Pybind11Extension("s2s_kernels._machine", ["csrc/machine.cpp"], cxx_std=17, extra_compile_args=["-O3"])]
+    if Path("csrc/machine.cpp").exists()
+    else [operators()],
+    cmdclass={"build_ext": Build},
 )

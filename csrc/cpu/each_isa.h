@@ -1,6 +1,7 @@
-// Includes the kernel header S2S_KERNELS once per instruction set, each copy in a namespace of its own: s2s::baseline, s2s::avx2, s2s::avx512.
-// Kernel headers have no guard, include nothing, and find simd.h, vector_math.h and gemm.h already there, built for the same instruction set.
-// Included once by each binding file (csrc/cpu/<stem>.cpp); several kernel headers of one stem are gathered in one that names them all.
+// Includes the kernel header S2S_KERNELS once per instruction set, each copy in a namespace of its own: s2s::baseline, s2s::avx2,
+// s2s::avx512. Kernel headers have no guard, include nothing, and find simd.h, vector_math.h and gemm.h already there, built for the same
+// instruction set. Included once by each binding file (csrc/cpu/<stem>.cpp); several kernel headers of one stem are gathered in one that
+// names them all.
 #pragma once
 #include <cmath>
 #include <cstdint>

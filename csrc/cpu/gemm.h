@@ -1,17 +1,19 @@
 // Single-threaded matrix products. C (m, n), unit column stride, becomes or is increased by A (m, k) times B (k, n).
 //
-// The rule of order, which makes the bits independent of how callers split m or n over threads, and of the path taken: k is cut into blocks of gemm_kc; in a
-// block each element of C has one accumulator, starting at 0, to which fma(a, b, .) is applied for k ascending; blocks are added to C in ascending order (the
-// first replaces C unless accumulating). Every tile shape obeys it, so gemm and gemm_packed agree to the bit as well. Splitting k would change the bits.
+// The rule of order, which makes the bits independent of how callers split m or n over threads, and of the path taken: k is cut into blocks
+// of gemm_kc; in a block each element of C has one accumulator, starting at 0, to which fma(a, b, .) is applied for k ascending; blocks are
+// added to C in ascending order (the first replaces C unless accumulating). Every tile shape obeys it, so gemm and gemm_packed agree to the
+// bit as well. Splitting k would change the bits.
 //
-// A tile is `rows` rows by `panels` panels of gemm_nr columns, wide enough in either direction to keep the multipliers busy. B is packed panel by panel into a
-// buffer of first-level-cache size just before use; rows-by-unit-stride B with few rows of A is read in place, as packing would cost more than the product.
+// A tile is `rows` rows by `panels` panels of gemm_nr columns, wide enough in either direction to keep the multipliers busy. B is packed
+// panel by panel into a buffer of first-level-cache size just before use; rows-by-unit-stride B with few rows of A is read in place, as
+// packing would cost more than the product.
 
 template <class T>
 inline constexpr int64_t gemm_nr = 2 * lanes<T>;
 inline constexpr int64_t gemm_kc = 256;
 inline constexpr int gemm_mr = S2S_VECTOR_BYTES == 64 ? 12 : 6;
-inline constexpr int64_t gemm_mc = 192;
+inline constexpr int64_t gemm_mc = 192, gemm_nc = 1024;
 inline constexpr int64_t gemm_row_pad = 16;  // keeps the rows of a copied block of A out of one cache set
 
 // Panels side by side in a tile of few rows.
@@ -22,10 +24,10 @@ constexpr int gemm_wide(int rows) {
 
 constexpr int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// C (ROWS, PANELS * gemm_nr) of which the last panel has `columns` valid columns. Element (i, k) of A is a[i * a_row + k * a_col]; row k of panel p of B starts at
-// b + p * b_panel + k * b_row.
+// C (ROWS, PANELS * gemm_nr) of which the last panel has `columns` valid columns. Element (i, k) of A is a[i * a_row + k]; row k of panel p
+// of B starts at b + p * b_panel + k * b_row.
 template <class T, int ROWS, int PANELS>
-__attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_panel, int64_t b_row, T* c,
+__attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
                                          int64_t c_row, bool add, int64_t columns) {
   Vec<T> sum[ROWS][2 * PANELS] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -41,7 +43,7 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_ro
 #pragma GCC unroll 16
       for (int j = 0; j < 2 * PANELS; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
     }
-    a += a_col;
+    ++a;
     b += b_row;
   }
 #pragma GCC unroll 16
@@ -60,113 +62,269 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_ro
 
 // As gemm_tile, for any number of rows up to gemm_mr, over one panel or (if `wide`) gemm_wide(rows) of them.
 template <class T, int ROWS = gemm_mr>
-void gemm_rows(int64_t rows, bool wide, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_panel, int64_t b_row, T* c, int64_t c_row,
-               bool add, int64_t columns) {
+void gemm_rows(int64_t rows, bool wide, int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
+               int64_t c_row, bool add, int64_t columns) {
   if (rows == ROWS) {
     if (wide)
-      gemm_tile<T, ROWS, gemm_wide(ROWS)>(depth, a, a_row, a_col, b, b_panel, b_row, c, c_row, add, columns);
+      gemm_tile<T, ROWS, gemm_wide(ROWS)>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns);
     else
-      gemm_tile<T, ROWS, 1>(depth, a, a_row, a_col, b, b_panel, b_row, c, c_row, add, columns);
+      gemm_tile<T, ROWS, 1>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns);
   } else if constexpr (ROWS > 1) {
-    gemm_rows<T, ROWS - 1>(rows, wide, depth, a, a_row, a_col, b, b_panel, b_row, c, c_row, add, columns);
+    gemm_rows<T, ROWS - 1>(rows, wide, depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns);
   }
 }
 
 // ---- packing ----
-// One panel, k-major: packed[k * gemm_nr + j] = B[k, j], columns past `columns` are 0.
-template <class T, class TB>
-void pack_panel(int64_t depth, int64_t columns, const TB* b, int64_t b_row, int64_t b_col, T* packed) {
-  constexpr int64_t nr = gemm_nr<T>;
-  if (b_col == 1 && columns == nr) {
-    for (int64_t k = 0; k < depth; ++k) {
-      store(packed + k * nr, load(b + k * b_row));
-      store(packed + k * nr + lanes<T>, load(b + k * b_row + lanes<T>));
-    }
-    return;
+// One block of gemm_transpose rows and columns: to[j * to_row + i] = from[i * from_row + j].
+#if defined(__x86_64__) && S2S_VECTOR_BYTES >= 32
+template <class T>
+inline constexpr int64_t gemm_transpose = 32 / static_cast<int64_t>(sizeof(T));
+
+#if S2S_VECTOR_BYTES == 32
+template <class S>
+S2S_INLINE __m256 load_eight(const S* from) {
+  return load(from);
+}
+#else
+S2S_INLINE __m256 load_eight(const float* from) { return _mm256_loadu_ps(from); }
+S2S_INLINE __m256 load_eight(const float16* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+S2S_INLINE __m256 load_eight(const bfloat16* from) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
+}
+#endif
+
+// to[j] lane i = from[i * from_row + j]
+template <class S>
+S2S_INLINE void load_transposed(const S* from, int64_t from_row, __m256 (&to)[8]) {
+  __m256 pairs[8], quads[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 even = load_eight(from + 2 * i * from_row), odd = load_eight(from + (2 * i + 1) * from_row);
+    pairs[2 * i] = _mm256_unpacklo_ps(even, odd);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
   }
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t k = 0; k < depth; ++k) packed[k * nr + j] = to_compute(b[k * b_row + j * b_col]);
-  for (int64_t k = 0; k < depth && columns < nr; ++k)
-    for (int64_t j = columns; j < nr; ++j) packed[k * nr + j] = T(0);
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    to[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    to[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+template <class S>
+S2S_INLINE void transpose_block(const S* from, int64_t from_row, float* to, int64_t to_row) {
+  __m256 columns[8];
+  load_transposed(from, from_row, columns);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) _mm256_storeu_ps(to + j * to_row, columns[j]);
+}
+
+S2S_INLINE void transpose_block(const double* from, int64_t from_row, double* to, int64_t to_row) {
+  const __m256d r0 = _mm256_loadu_pd(from), r1 = _mm256_loadu_pd(from + from_row);
+  const __m256d r2 = _mm256_loadu_pd(from + 2 * from_row), r3 = _mm256_loadu_pd(from + 3 * from_row);
+  const __m256d a = _mm256_unpacklo_pd(r0, r1), b = _mm256_unpackhi_pd(r0, r1), c = _mm256_unpacklo_pd(r2, r3),
+                d = _mm256_unpackhi_pd(r2, r3);
+  _mm256_storeu_pd(to, _mm256_permute2f128_pd(a, c, 0x20));
+  _mm256_storeu_pd(to + to_row, _mm256_permute2f128_pd(b, d, 0x20));
+  _mm256_storeu_pd(to + 2 * to_row, _mm256_permute2f128_pd(a, c, 0x31));
+  _mm256_storeu_pd(to + 3 * to_row, _mm256_permute2f128_pd(b, d, 0x31));
+}
+
+// One row of A times gemm_vector_columns columns of B, each contiguous and b_col after the last: transposed in registers and not stored.
+inline constexpr int64_t gemm_vector_columns = 32;
+template <class TB>
+__attribute__((noinline)) void gemm_vector(int64_t depth, const float* a, const TB* b, int64_t b_col, float* c, bool add) {
+  __m256 sum[4] = {};
+  int64_t k = 0;
+  // Sixteen at a time, a whole cache line of each column: with a stride of a power of two the lines of 32 columns don't stay in the first
+  // level.
+  for (; k + 16 <= depth; k += 16) {
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      const TB* const from = b + 8 * g * b_col + k;
+#pragma GCC unroll 2
+      for (int h = 0; h < 16; h += 8) {
+        __m256 right[8];
+        load_transposed(from + h, b_col, right);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) sum[g] = _mm256_fmadd_ps(_mm256_set1_ps(a[k + h + i]), right[i], sum[g]);
+      }
+    }
+  }
+  for (; k < depth; ++k)
+    for (int g = 0; g < 4; ++g) {
+      float right[8];
+      for (int i = 0; i < 8; ++i) right[i] = to_compute(b[(8 * g + i) * b_col + k]);
+      sum[g] = _mm256_fmadd_ps(_mm256_set1_ps(a[k]), _mm256_loadu_ps(right), sum[g]);
+    }
+  for (int g = 0; g < 4; ++g) _mm256_storeu_ps(c + 8 * g, add ? _mm256_loadu_ps(c + 8 * g) + sum[g] : sum[g]);
+}
+#else
+template <class T>
+inline constexpr int64_t gemm_transpose = 4;
+
+template <class T, class S>
+S2S_INLINE void transpose_block(const S* from, int64_t from_row, T* to, int64_t to_row) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) to[j * to_row + i] = to_compute(from[i * from_row + j]);
+}
+#endif
+
+// to[j * to_row + i] = from[i * from_row + j * from_col] for i in [0, rows), j in [0, cols).
+template <class T, class S>
+void copy_transposed(int64_t rows, int64_t cols, const S* from, int64_t from_row, int64_t from_col, T* to, int64_t to_row) {
+  constexpr int64_t block = gemm_transpose<T>;
+  const int64_t whole_rows = from_col == 1 ? rows / block * block : 0, whole_cols = whole_rows ? cols / block * block : 0;
+  for (int64_t j = 0; j < whole_cols; j += block)
+    for (int64_t i = 0; i < whole_rows; i += block) transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * to_row + i] = to_compute(from[i * from_row + j * from_col]);
+}
+
+// to[i * to_row + j] = from[i * from_row + j]
+template <class T, class S>
+void copy_rows(int64_t rows, int64_t cols, const S* from, int64_t from_row, T* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* const source = from + i * from_row;
+    T* const target = to + i * to_row;
+    for (int64_t j = 0; j < cols; j += lanes<T>) {
+      if (j + lanes<T> <= cols)
+        store(target + j, load(source + j));
+      else
+        store_partial(target + j, load_partial(source + j, cols - j), cols - j);
+    }
+  }
+}
+
+// The panels that cover `columns` columns: packed[p * panel + k * gemm_nr + j] = B[k, p * gemm_nr + j]; columns past the last are 0.
+template <class T, class TB>
+void pack_panels(int64_t depth, int64_t columns, const TB* b, int64_t b_row, int64_t b_col, T* packed, int64_t panel) {
+  constexpr int64_t nr = gemm_nr<T>;
+  const int64_t whole = columns / nr, rest = columns - whole * nr;
+  if (b_col == 1) {
+    // Row by row over all panels, the order in which memory is fetched best.
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t p = 0; p < whole; ++p) {
+        const TB* const from = b + k * b_row + p * nr;
+        __builtin_prefetch(from + 8 * b_row);
+        store(packed + p * panel + k * nr, load(from));
+        store(packed + p * panel + k * nr + lanes<T>, load(from + lanes<T>));
+      }
+    }
+  } else {
+    for (int64_t p = 0; p < whole; ++p) copy_transposed(nr, depth, b + p * nr * b_col, b_col, b_row, packed + p * panel, nr);
+  }
+  if (rest) {
+    T* const last = packed + whole * panel;
+    const TB* const from = b + whole * nr * b_col;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = rest; j < nr; ++j) last[k * nr + j] = T(0);
+    if (b_col == 1)
+      copy_rows(depth, rest, from, b_row, last, nr);
+    else
+      copy_transposed(rest, depth, from, b_col, b_row, last, nr);
+  }
 }
 
 // ---- the general product ----
-// Elements of T that gemm needs as scratch, for any strides and storage types.
+// Columns of B packed together: few where one block of rows uses them at once, many where they are kept for the blocks of rows that follow.
+template <class T>
+int64_t gemm_packed_columns(int64_t m, int64_t n) {
+  const int64_t most = m > gemm_mc ? gemm_nc : gemm_wide(1) * gemm_nr<T>;
+  return gemm_min(most, (n + gemm_nr<T> - 1) / gemm_nr<T> * gemm_nr<T>);
+}
+
+// Elements of T that gemm needs as scratch, for any strides and storage types: enough for smaller m, n and k too.
 template <class T>
 int64_t gemm_workspace(int64_t m, int64_t n, int64_t k) {
-  const int64_t depth = gemm_min(k, gemm_kc), panels = gemm_min((n + gemm_nr<T> - 1) / gemm_nr<T>, m <= gemm_mr ? gemm_wide(1) : 1);
-  return gemm_min(m, gemm_mc) * (depth + gemm_row_pad) + panels * depth * gemm_nr<T> + 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t depth = gemm_min(k, gemm_kc);
+  return gemm_packed_columns<T>(m, n) * depth + gemm_min(m, gemm_mc) * (depth + gemm_row_pad) + 64 / static_cast<int64_t>(sizeof(T));
 }
 
 // The first row of group g of `groups` groups into which `rows` rows are dealt evenly.
 constexpr int64_t gemm_group(int64_t rows, int64_t groups, int64_t g) { return rows / groups * g + gemm_min(g, rows % groups); }
 
+// The columns [0, n) of one block of rows and of k, from panels: those of B itself (rows `right_row` apart) or packed ones.
+template <class T>
+void gemm_block(int64_t rows, int64_t n, int64_t depth, const T* left, int64_t left_row, const T* right, int64_t right_panel,
+                int64_t right_row, T* c, int64_t c_row, bool add) {
+  constexpr int64_t nr = gemm_nr<T>;
+  const int64_t groups = (rows + gemm_mr - 1) / gemm_mr, wide = groups == 1 ? gemm_wide(static_cast<int>(rows)) : 1;
+  for (int64_t j = 0; j < n;) {
+    const bool is_wide = j + wide * nr <= n;
+    const int64_t panels = is_wide ? wide : 1, last = gemm_min(n - j, panels * nr) - (panels - 1) * nr;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = gemm_group(rows, groups, g), count = gemm_group(rows, groups, g + 1) - begin;
+      gemm_rows<T>(count, is_wide && wide > 1, depth, left + begin * left_row, left_row, right + j / nr * right_panel, right_panel,
+                   right_row, c + begin * c_row + j, c_row, add, last);
+    }
+    j += panels * nr;
+  }
+}
+
 template <class T, class TA, class TB>
-void gemm(int64_t m, int64_t n, int64_t k, const TA* a, int64_t a_row_stride, int64_t a_col_stride, const TB* b, int64_t b_row_stride, int64_t b_col_stride,
-          T* c, int64_t c_row_stride, bool accumulate, T* workspace) {
+void gemm(int64_t m, int64_t n, int64_t k, const TA* a, int64_t a_row_stride, int64_t a_col_stride, const TB* b, int64_t b_row_stride,
+          int64_t b_col_stride, T* c, int64_t c_row_stride, bool accumulate, T* workspace) {
   constexpr int64_t nr = gemm_nr<T>;
   if (m <= 0 || n <= 0) return;
   if (k <= 0) {
     for (int64_t i = 0; i < m && !accumulate; ++i) std::memset(c + i * c_row_stride, 0, static_cast<size_t>(n) * sizeof(T));
     return;
   }
+  const bool keep = m > gemm_mc;
+  const int64_t width = gemm_packed_columns<T>(m, n), step = gemm_wide(1) * nr;
   T* const panel_buffer = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
-  T* const row_buffer = panel_buffer + gemm_min(k, gemm_kc) * nr * gemm_min((n + nr - 1) / nr, m <= gemm_mr ? gemm_wide(1) : 1);
-  for (int64_t i0 = 0; i0 < m; i0 += gemm_mc) {
-    const int64_t rows = gemm_min(m - i0, gemm_mc), groups = (rows + gemm_mr - 1) / gemm_mr;
-    for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {
-      const int64_t depth = gemm_min(k - k0, gemm_kc);
-      const TA* const from = a + i0 * a_row_stride + k0 * a_col_stride;
-      const bool add = accumulate || k0 > 0;
-      const T* left = row_buffer;
-      int64_t left_row = depth + gemm_row_pad, left_col = 1;
-      bool grouped = false;  // A is copied group by group, each k-major
-      if (a_col_stride == 1) {
-        if constexpr (std::is_same_v<T, TA>) {
+  T* const row_buffer = panel_buffer + width * gemm_min(k, gemm_kc);
+  for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {
+    const int64_t depth = gemm_min(k - k0, gemm_kc);
+    const bool add = accumulate || k0 > 0;
+    for (int64_t j0 = 0, j1; j0 < n; j0 = j1) {
+      j1 = keep ? gemm_min(n, j0 + width) : n;
+      for (int64_t i0 = 0; i0 < m; i0 += gemm_mc) {
+        const int64_t rows = gemm_min(m - i0, gemm_mc);
+        const TA* const from = a + i0 * a_row_stride + k0 * a_col_stride;
+        const T* left = row_buffer;
+        int64_t left_row = depth + gemm_row_pad;
+        if (a_col_stride != 1) {
+          copy_transposed(depth, rows, from, a_col_stride, a_row_stride, row_buffer, left_row);
+        } else if constexpr (std::is_same_v<T, TA>) {
           left = from;
           left_row = a_row_stride;
         } else {
-          for (int64_t i = 0; i < rows; ++i) {
-            int64_t j = 0;
-            for (; j + lanes<T> <= depth; j += lanes<T>) store(row_buffer + i * left_row + j, load(from + i * a_row_stride + j));
-            for (; j < depth; ++j) row_buffer[i * left_row + j] = to_compute(from[i * a_row_stride + j]);
+          copy_rows(rows, depth, from, a_row_stride, row_buffer, left_row);
+        }
+        for (int64_t j = j0; j < j1; j += step) {
+          const int64_t columns = gemm_min(j1 - j, step);
+          const TB* const source = b + k0 * b_row_stride + j * b_col_stride;
+          T* const to = c + i0 * c_row_stride + j;
+          int64_t in_place = 0;
+          if constexpr (std::is_same_v<T, TB>) {
+            if (b_col_stride == 1 && m <= gemm_mr) {
+              in_place = columns / nr * nr;
+              gemm_block<T>(rows, in_place, depth, left, left_row, source, nr, b_row_stride, to, c_row_stride, add);
+            }
           }
-        }
-      } else {
-        grouped = true;
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t begin = gemm_group(rows, groups, g), count = gemm_group(rows, groups, g + 1) - begin;
-          T* to = row_buffer + begin * depth;
-          for (int64_t j = 0; j < depth; ++j)
-            for (int64_t i = 0; i < count; ++i) *to++ = to_compute(from[(begin + i) * a_row_stride + j * a_col_stride]);
-        }
-      }
-      const int64_t wide = groups == 1 ? gemm_wide(static_cast<int>(rows)) : 1;
-      for (int64_t j = 0; j < n;) {
-        const bool is_wide = wide > 1 && j + wide * nr <= n;
-        const int64_t panels = is_wide ? wide : 1, columns = gemm_min(n - j, panels * nr), last = columns - (panels - 1) * nr;
-        const TB* const source = b + k0 * b_row_stride + j * b_col_stride;
-        const T* right = panel_buffer;
-        int64_t right_panel = depth * nr, right_row = nr;
-        bool in_place = false;
-        if constexpr (std::is_same_v<T, TB>) {
-          if (b_col_stride == 1 && groups == 1 && last == nr) {
-            in_place = true;
-            right = source;
-            right_panel = nr;
-            right_row = b_row_stride;
+#if defined(__x86_64__) && S2S_VECTOR_BYTES >= 32
+          if constexpr (std::is_same_v<T, float>) {
+            if (b_row_stride == 1 && b_col_stride != 1 && m == 1)
+              for (; in_place + gemm_vector_columns <= columns; in_place += gemm_vector_columns)
+                gemm_vector(depth, left, source + in_place * b_col_stride, b_col_stride, to + in_place, add);
           }
+#endif
+          if (in_place == columns) continue;
+          T* const packed = panel_buffer + (keep ? (j - j0) * depth : 0);
+          if (i0 == 0)
+            pack_panels(depth, columns - in_place, source + in_place * b_col_stride, b_row_stride, b_col_stride, packed, depth * nr);
+          gemm_block<T>(rows, columns - in_place, depth, left, left_row, packed, depth * nr, nr, to + in_place, c_row_stride, add);
         }
-        if (!in_place)
-          for (int64_t p = 0; p < panels; ++p)
-            pack_panel(depth, p + 1 < panels ? nr : last, source + p * nr * b_col_stride, b_row_stride, b_col_stride, panel_buffer + p * depth * nr);
-        for (int64_t g = 0; g < groups; ++g) {
-          const int64_t begin = gemm_group(rows, groups, g), count = gemm_group(rows, groups, g + 1) - begin;
-          const T* const tile = grouped ? row_buffer + begin * depth : left + begin * left_row;
-          gemm_rows<T>(count, is_wide, depth, tile, grouped ? 1 : left_row, grouped ? count : left_col, right, right_panel, right_row,
-                       c + (i0 + begin) * c_row_stride + j, c_row_stride, add, last);
-        }
-        j += panels * nr;
       }
     }
   }
@@ -181,33 +339,30 @@ int64_t packed_b_size(int64_t n, int64_t k) {
 
 template <class T, class TB>
 void pack_b(int64_t n, int64_t k, const TB* b, int64_t b_row_stride, int64_t b_col_stride, T* packed) {
-  for (int64_t j = 0; j < n; j += gemm_nr<T>)
-    pack_panel(k, gemm_min(n - j, gemm_nr<T>), b + j * b_col_stride, b_row_stride, b_col_stride, packed + j * k);
+  const int64_t step = gemm_wide(1) * gemm_nr<T>;
+  for (int64_t j = 0; j < n; j += step)
+    pack_panels(k, gemm_min(n - j, step), b + j * b_col_stride, b_row_stride, b_col_stride, packed + j * k, k * gemm_nr<T>);
 }
 
 // The columns of panels [panel_begin, panel_end) only; a, packed and c are those of the whole product. A has unit column stride.
 template <class T>
-void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride, bool accumulate,
-                        int64_t panel_begin, int64_t panel_end) {
+void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride,
+                        bool accumulate, int64_t panel_begin, int64_t panel_end) {
   constexpr int64_t nr = gemm_nr<T>;
-  const int64_t end = gemm_min(panel_end * nr, n), groups = (m + gemm_mr - 1) / gemm_mr;
-  const int64_t wide = groups == 1 ? gemm_wide(static_cast<int>(m)) : 1;
-  for (int64_t j = panel_begin * nr; j < end && m > 0;) {
-    const bool is_wide = wide > 1 && j + wide * nr <= end;
-    const int64_t panels = is_wide ? wide : 1, last = gemm_min(end - j, panels * nr) - (panels - 1) * nr;
+  const int64_t begin = panel_begin * nr, end = gemm_min(panel_end * nr, n), step = gemm_wide(1) * nr;
+  if (m <= 0) return;
+  for (int64_t j = begin; j < end; j += step) {
+    const int64_t columns = gemm_min(end - j, step);
     for (int64_t k0 = 0; k0 < k; k0 += gemm_kc)
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t begin = gemm_group(m, groups, g), count = gemm_group(m, groups, g + 1) - begin;
-        gemm_rows<T>(count, is_wide, gemm_min(k - k0, gemm_kc), a + begin * a_row_stride + k0, a_row_stride, 1, packed + j * k + k0 * nr, k * nr, nr,
-                     c + begin * c_row_stride + j, c_row_stride, accumulate || k0 > 0, last);
-      }
-    if (k <= 0 && !accumulate)
-      for (int64_t i = 0; i < m; ++i) std::memset(c + i * c_row_stride + j, 0, static_cast<size_t>(last) * sizeof(T));
-    j += panels * nr;
+      gemm_block<T>(m, columns, gemm_min(k - k0, gemm_kc), a + k0, a_row_stride, packed + j * k + k0 * nr, k * nr, nr, c + j, c_row_stride,
+                    accumulate || k0 > 0);
+    for (int64_t i = 0; i < m && k <= 0 && !accumulate; ++i)
+      std::memset(c + i * c_row_stride + j, 0, static_cast<size_t>(columns) * sizeof(T));
   }
 }
 
 template <class T>
-void gemm_packed(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride, bool accumulate) {
+void gemm_packed(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride,
+                 bool accumulate) {
   gemm_packed_panels<T>(m, n, k, a, a_row_stride, packed, c, c_row_stride, accumulate, 0, (n + gemm_nr<T> - 1) / gemm_nr<T>);
 }

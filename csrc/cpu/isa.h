@@ -20,14 +20,16 @@ inline Isa widest_isa() {
   return Isa::baseline;
 }
 
-// Throws std::runtime_error where S2S_CPU_ISA names an unknown set or one that this machine lacks: running it would be an illegal instruction.
+// Throws std::runtime_error where S2S_CPU_ISA names an unknown set or one that this machine lacks: running it would be an illegal
+// instruction.
 inline Isa choose_isa() {
   const char* forced = std::getenv("S2S_CPU_ISA");
   if (!forced || !*forced) return widest_isa();
   for (int i = 0; i <= static_cast<int>(Isa::avx512); ++i)
     if (!std::strcmp(forced, isa_names[i])) {
       if (i > static_cast<int>(widest_isa()))
-        throw std::runtime_error(std::string("S2S_CPU_ISA=") + forced + ": this machine has only " + isa_names[static_cast<int>(widest_isa())]);
+        throw std::runtime_error(std::string("S2S_CPU_ISA=") + forced + ": this machine has only " +
+                                 isa_names[static_cast<int>(widest_isa())]);
       return static_cast<Isa>(i);
     }
   throw std::runtime_error(std::string("S2S_CPU_ISA must be baseline, avx2 or avx512, got ") + forced);
@@ -53,7 +55,8 @@ X& select_isa(X& baseline, X& avx2, X& avx512) {
 
 }  // namespace s2s
 
-// S2S_SELECT(lstm_forward<T>) or S2S_SELECT(Lstm<T>::forward): the active instruction set's function. Needs each_isa.h with that kernel before it.
+// S2S_SELECT(lstm_forward<T>) or S2S_SELECT(Lstm<T>::forward): the active instruction set's function. Needs each_isa.h with that kernel
+// before it.
 #if defined(__x86_64__)
 #define S2S_SELECT(...) ::s2s::select_isa(::s2s::baseline::__VA_ARGS__, ::s2s::avx2::__VA_ARGS__, ::s2s::avx512::__VA_ARGS__)
 #else

@@ -1,8 +1,10 @@
 // One instruction set's copy of the shared vector code and of the kernels that each_isa.h names. Included by each_isa.h only.
 namespace s2s::S2S_ISA {
+// clang-format off: each needs those before it
 #include "simd.h"
 #include "vector_math.h"
 #include "gemm.h"
 #include "philox.h"
 #include S2S_KERNELS
+// clang-format on
 }  // namespace s2s::S2S_ISA

@@ -2,7 +2,8 @@
 // The word of element (row, column) of `stream` under the seed (seed0, seed1):
 //   key = (low32(seed0), high32(seed0)),  counter = ((column / 32) * 8 + column % 8, low32(row), high32(row), low32(seed1) + stream),
 //   output word number (column / 8) % 4.
-// Eight consecutive counters therefore give 32 consecutive columns, eight of them per output word. An element is kept iff word >= threshold.
+// Eight consecutive counters therefore give 32 consecutive columns, eight of them per output word. An element is kept iff word >=
+// threshold.
 
 static inline void philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
@@ -20,8 +21,8 @@ static inline void philox4x32_10(const uint32_t counter[4], const uint32_t key[2
 
 static inline uint32_t random_word(int64_t seed0, int64_t seed1, uint32_t stream, int64_t row, int64_t column) {
   const uint64_t key = static_cast<uint64_t>(seed0), at = static_cast<uint64_t>(row);
-  const uint32_t counter[4] = {static_cast<uint32_t>(column / 32 * 8 + column % 8), static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32),
-                               static_cast<uint32_t>(seed1) + stream};
+  const uint32_t counter[4] = {static_cast<uint32_t>(column / 32 * 8 + column % 8), static_cast<uint32_t>(at),
+                               static_cast<uint32_t>(at >> 32), static_cast<uint32_t>(seed1) + stream};
   const uint32_t keys[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
   uint32_t out[4];
   philox4x32_10(counter, keys, out);
@@ -41,14 +42,15 @@ S2S_INLINE Vec<uint64_t> multiply_low_words(Vec<uint64_t> a, Vec<uint64_t> b) {
 #elif defined(__x86_64__) && S2S_VECTOR_BYTES == 32
   return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
-  return (Vec<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  return (Vec<uint64_t>)S2S_OP(mul_epu32, (__m512i)a, (__m512i)b);
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
 
-// The 32 words of columns [32 * block, 32 * block + 32). A counter word lives in the low half of a 64-bit lane, what is above it is never read: the products
-// need no shuffles. With fewer than eight lanes the counters are dealt to the vectors so that neighbouring columns pair up in one 64-bit store.
+// The 32 words of columns [32 * block, 32 * block + 32). A counter word lives in the low half of a 64-bit lane, what is above it is never
+// read: the products need no shuffles. With fewer than eight lanes the counters are dealt to the vectors so that neighbouring columns pair
+// up in one 64-bit store.
 static inline void philox_block(int64_t seed0, int64_t seed1, uint32_t stream, int64_t row, int64_t block, uint32_t* words) {
   constexpr int width = static_cast<int>(lanes<uint64_t>), count = 8 / width;
   const uint64_t key = static_cast<uint64_t>(seed0);
@@ -89,7 +91,7 @@ static inline void philox_block(int64_t seed0, int64_t seed1, uint32_t stream, i
       }
     } else {
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-      const __m256i low = _mm512_cvtepi64_epi32((__m512i)c[0]);
+      const __m256i low = S2S_OP(cvtepi64_epi32, (__m512i)c[0]);
       std::memcpy(words + 8 * word, &low, sizeof low);
 #endif
     }
@@ -98,7 +100,8 @@ static inline void philox_block(int64_t seed0, int64_t seed1, uint32_t stream, i
 
 // out[i] = scale where element (row, column_begin + i) is kept, else 0, for i in [0, n).
 template <class T>
-void dropout_factors(int64_t seed0, int64_t seed1, uint32_t stream, int64_t row, int64_t column_begin, int64_t n, uint64_t threshold, T scale, T* out) {
+void dropout_factors(int64_t seed0, int64_t seed1, uint32_t stream, int64_t row, int64_t column_begin, int64_t n, uint64_t threshold,
+                     T scale, T* out) {
   const int64_t end = column_begin + n;
   for (int64_t column = column_begin; column < end;) {
     uint32_t words[32];

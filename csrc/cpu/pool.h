@@ -8,8 +8,8 @@ namespace s2s {
 
 inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Calls f(begin, end) on disjoint ranges that cover [0, n), each of at least `grain` elements save the last; in this thread if there is but one.
-// Nothing may throw inside f: the pool loses the message.
+// Calls f(begin, end) on disjoint ranges that cover [0, n), each of at least `grain` elements save the last; in this thread if there is but
+// one. Nothing may throw inside f: the pool loses the message.
 template <class F>
 void parallel(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;

@@ -1,5 +1,5 @@
-// Vectors of this instruction set. Vec<T> is a GCC/Clang vector type: arithmetic, comparisons (giving a Mask<T>) and bit operations are its operators.
-// Storage of 16-bit floats is loaded into and stored from Vec<float>; lanes<bfloat16> is therefore lanes<float>.
+// Vectors of this instruction set. Vec<T> is a GCC/Clang vector type: arithmetic, comparisons (giving a Mask<T>) and bit operations are its
+// operators. Storage of 16-bit floats is loaded into and stored from Vec<float>; lanes<bfloat16> is therefore lanes<float>.
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(S2S_VECTOR_BYTES)));
@@ -11,13 +11,19 @@ using Mask = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
 template <class T>
 inline constexpr int64_t lanes = S2S_VECTOR_BYTES / static_cast<int64_t>(sizeof(compute_t<T>));
 
+// S2S_MM names the intrinsic of this width; S2S_OP also hands it its arguments. Plain 512-bit intrinsics start from an undefined value, of
+// which GCC warns; the zeroing forms with a full mask compile to the same instruction.
 #undef S2S_MM
+#undef S2S_OP
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 16
 #define S2S_MM(name) _mm_##name
+#define S2S_OP(name, ...) _mm_##name(__VA_ARGS__)
 #elif defined(__x86_64__) && S2S_VECTOR_BYTES == 32
 #define S2S_MM(name) _mm256_##name
+#define S2S_OP(name, ...) _mm256_##name(__VA_ARGS__)
 #elif defined(__x86_64__)
 #define S2S_MM(name) _mm512_##name
+#define S2S_OP(name, ...) _mm512_maskz_##name(-1, __VA_ARGS__)
 #endif
 
 template <class T>
@@ -43,9 +49,7 @@ S2S_INLINE To bit_cast(From from) {
 // ---- conversions of whole vectors of 16-bit storage ----
 typedef uint16_t HalfWords __attribute__((vector_size(S2S_VECTOR_BYTES / 2)));
 
-S2S_INLINE Vec<float> widen(HalfWords words, bfloat16) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(words, Vec<uint32_t>) << 16);
-}
+S2S_INLINE Vec<float> widen(HalfWords words, bfloat16) { return bit_cast<Vec<float>>(__builtin_convertvector(words, Vec<uint32_t>) << 16); }
 
 S2S_INLINE HalfWords narrow(Vec<float> v, bfloat16) {
   const Vec<uint32_t> u = bit_cast<Vec<uint32_t>>(v);
@@ -58,8 +62,8 @@ S2S_INLINE HalfWords narrow(Vec<float> v, bfloat16) {
 S2S_INLINE Vec<float> widen(HalfWords words, float16) { return _mm256_cvtph_ps((__m128i)words); }
 S2S_INLINE HalfWords narrow(Vec<float> v, float16) { return (HalfWords)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-S2S_INLINE Vec<float> widen(HalfWords words, float16) { return _mm512_cvtph_ps((__m256i)words); }
-S2S_INLINE HalfWords narrow(Vec<float> v, float16) { return (HalfWords)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+S2S_INLINE Vec<float> widen(HalfWords words, float16) { return S2S_OP(cvtph_ps, (__m256i)words); }
+S2S_INLINE HalfWords narrow(Vec<float> v, float16) { return (HalfWords)S2S_OP(cvtps_ph, v, _MM_FROUND_TO_NEAREST_INT); }
 #endif
 #else
 S2S_INLINE Vec<float> widen(HalfWords words, float16) {
@@ -155,12 +159,12 @@ S2S_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 
 // min is a < b ? a : b and max is a > b ? a : b, lane by lane: a NaN in either gives b. Put a limit first to let a NaN through.
 #if defined(__x86_64__)
-S2S_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return S2S_MM(min_ps)(a, b); }
-S2S_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return S2S_MM(max_ps)(a, b); }
-S2S_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return S2S_MM(min_pd)(a, b); }
-S2S_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return S2S_MM(max_pd)(a, b); }
-S2S_INLINE Vec<float> vsqrt(Vec<float> v) { return S2S_MM(sqrt_ps)(v); }
-S2S_INLINE Vec<double> vsqrt(Vec<double> v) { return S2S_MM(sqrt_pd)(v); }
+S2S_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return S2S_OP(min_ps, a, b); }
+S2S_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return S2S_OP(max_ps, a, b); }
+S2S_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return S2S_OP(min_pd, a, b); }
+S2S_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return S2S_OP(max_pd, a, b); }
+S2S_INLINE Vec<float> vsqrt(Vec<float> v) { return S2S_OP(sqrt_ps, v); }
+S2S_INLINE Vec<double> vsqrt(Vec<double> v) { return S2S_OP(sqrt_pd, v); }
 #else
 S2S_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
 S2S_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
@@ -201,11 +205,11 @@ S2S_INLINE Vec<double> copy_sign(Vec<double> v, Vec<double> sign) {
 
 // Reductions fold halves upon each other, so their order is fixed for a given instruction set.
 #if defined(__x86_64__)
-#define S2S_FOLD(name, op)                                                                   \
-  S2S_INLINE float name##_128(__m128 v) {                                                    \
-    v = _mm_##op##_ps(v, _mm_movehl_ps(v, v));                                               \
-    return _mm_cvtss_f32(_mm_##op##_ss(v, _mm_shuffle_ps(v, v, 1)));                         \
-  }                                                                                          \
+#define S2S_FOLD(name, op)                                           \
+  S2S_INLINE float name##_128(__m128 v) {                            \
+    v = _mm_##op##_ps(v, _mm_movehl_ps(v, v));                       \
+    return _mm_cvtss_f32(_mm_##op##_ss(v, _mm_shuffle_ps(v, v, 1))); \
+  }                                                                  \
   S2S_INLINE double name##_128(__m128d v) { return _mm_cvtsd_f64(_mm_##op##_sd(v, _mm_unpackhi_pd(v, v))); }
 S2S_FOLD(hsum, add)
 S2S_FOLD(hmax, max)
@@ -226,10 +230,10 @@ S2S_INLINE float hmax(Vec<float> v) { return hmax_256(v); }
 S2S_INLINE double hsum(Vec<double> v) { return hsum_256(v); }
 S2S_INLINE double hmax(Vec<double> v) { return hmax_256(v); }
 #else
-S2S_INLINE float hsum(Vec<float> v) { return hsum_256(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))); }
-S2S_INLINE float hmax(Vec<float> v) { return hmax_256(_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))); }
-S2S_INLINE double hsum(Vec<double> v) { return hsum_256(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))); }
-S2S_INLINE double hmax(Vec<double> v) { return hmax_256(_mm256_max_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1))); }
+S2S_INLINE float hsum(Vec<float> v) { return hsum_256(_mm256_add_ps(S2S_OP(extractf32x8_ps, v, 0), S2S_OP(extractf32x8_ps, v, 1))); }
+S2S_INLINE float hmax(Vec<float> v) { return hmax_256(_mm256_max_ps(S2S_OP(extractf32x8_ps, v, 0), S2S_OP(extractf32x8_ps, v, 1))); }
+S2S_INLINE double hsum(Vec<double> v) { return hsum_256(_mm256_add_pd(S2S_OP(extractf64x4_pd, v, 0), S2S_OP(extractf64x4_pd, v, 1))); }
+S2S_INLINE double hmax(Vec<double> v) { return hmax_256(_mm256_max_pd(S2S_OP(extractf64x4_pd, v, 0), S2S_OP(extractf64x4_pd, v, 1))); }
 #endif
 #endif
 #else

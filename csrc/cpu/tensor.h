@@ -110,7 +110,8 @@ inline void check_argument(const char* op, const char* name, const Tensor& tenso
   check_dtype(op, name, tensor, type);
   check_shape(op, name, tensor, sizes);
 }
-inline void check_argument(const char* op, const char* name, const OptionalTensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+inline void check_argument(const char* op, const char* name, const OptionalTensor& tensor, ScalarType type,
+                           std::initializer_list<int64_t> sizes) {
   if (tensor) check_argument(op, name, *tensor, type, sizes);
 }
 
@@ -137,7 +138,8 @@ auto dispatch_floating(const char* op, const char* name, const Tensor& tensor, F
 // Data pointers as storage types. The dtype must have been checked or dispatched on.
 template <class T>
 const T* data(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ", dtype_name(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ",
+                  dtype_name(tensor.scalar_type()));
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 template <class T>
@@ -146,7 +148,8 @@ const T* data(const OptionalTensor& tensor) {
 }
 template <class T>
 T* mutable_data(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ", dtype_name(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type_of<T>, "expected ", dtype_name(scalar_type_of<T>), ", got ",
+                  dtype_name(tensor.scalar_type()));
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 template <class T>

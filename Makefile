@@ -1,0 +1,68 @@
+# One command measures, one command tests. Both use the active environment if it has torch, else a local .venv.
+
+SHELL := /bin/bash
+TORCH ?= torch>=2.11
+PYTHON3 ?= python3
+HAS_TORCH := $(shell $(PYTHON3) -c 'import importlib.util as u, sys; print(int(u.find_spec("torch") is not None))' 2>/dev/null)
+ifeq ($(HAS_TORCH),1)
+PYTHON := $(PYTHON3)
+STAMPS := build/stamps
+else
+PYTHON := .venv/bin/python
+STAMPS := .venv/stamps
+endif
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CLANG_FORMATTED := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp)
+
+.PHONY: help build test lint format bench gpu clean
+help:
+	@echo "make bench   build, measure on this machine in under 10 minutes, end with a report page"
+	@echo "make test    build and run every test"
+	@echo "make build   build the extension in place"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make format  let ruff and clang-format rewrite the files"
+	@echo "make gpu     everything that needs a CUDA device: build, tests, compute-sanitizer, benchmarks, facts"
+	@echo "make clean   remove what was built"
+	@echo "TORCH='torch==X.Y.Z' chooses the torch that is installed where none is (now: $(TORCH))"
+
+.venv/bin/python:
+	$(PYTHON3) -m venv .venv
+	.venv/bin/python -m pip install --quiet '$(TORCH)'
+
+# The requirements are installed only where they are missing, so an environment without a network works if it has them.
+$(STAMPS)/build: $(SOURCES) | $(filter .venv/bin/python,$(PYTHON))
+	@mkdir -p $(STAMPS)
+	$(PYTHON) -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' ninja numpy
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(STAMPS)/%: pyproject.toml | $(STAMPS)/build
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+build: $(STAMPS)/build
+
+test: $(STAMPS)/build $(STAMPS)/test
+	$(PYTHON) -m pytest -q
+	S2S_BACKEND=reference $(PYTHON) -m pytest -q tests/test_operators.py
+	S2S_BACKEND=cpu $(PYTHON) -m pytest -q tests/test_operators.py
+
+lint: $(STAMPS)/build $(STAMPS)/lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	PATH="$(dir $(PYTHON)):$$PATH" clang-format --dry-run --Werror $(CLANG_FORMATTED)
+
+format: $(STAMPS)/lint
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	PATH="$(dir $(PYTHON)):$$PATH" clang-format -i $(CLANG_FORMATTED)
+
+bench: $(STAMPS)/build $(STAMPS)/bench
+	$(PYTHON) -m benchmarks.run --quick
+
+gpu: $(STAMPS)/build
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf build dist .venv *.egg-info s2s_kernels/*.so
