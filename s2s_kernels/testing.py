@@ -318,7 +318,9 @@ def convolution_errors(step: bool) -> tuple[ErrorSample, ...]:
 
 def convolution_by_length(draw: Draw, time: int) -> Call:
     weight = draw(6, 2, 3, scale=0.5)
-    return call(draw(2, 4, time), weight, draw(6), dilation=2, groups=2, activation="gated_tanh", residual=draw(2, 3, time))
+    return call(
+        draw(2, 4, time), weight, draw(6), dilation=2, groups=2, activation="gated_tanh", residual=draw(2, 3, time)
+    )
 
 
 def step_on_copy(
@@ -331,7 +333,14 @@ def step_on_copy(
 
 
 def step_sample(
-    name: str, batch: int = 2, channels: int = 3, outputs: int = 4, taps: int = 3, *, residual: bool = False, **options: Any
+    name: str,
+    batch: int = 2,
+    channels: int = 3,
+    outputs: int = 4,
+    taps: int = 3,
+    *,
+    residual: bool = False,
+    **options: Any,
 ) -> Sample:
     def build(draw: Draw) -> Call:
         groups, dilation = options.get("groups", 1), options.get("dilation", 1)
@@ -420,4 +429,3 @@ CASES["causal_conv1d_step"] = OperatorCase(
 
 
 # additive attention
-

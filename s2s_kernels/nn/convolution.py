@@ -40,7 +40,14 @@ class CausalConv1d(Layer):
         self.dilation, self.groups, self.activation = dilation, groups, activation
         # torch's own layer checks the sizes and draws the weights, so one seed gives the same ones here and there.
         like = nn.Conv1d(
-            in_channels, out_channels, kernel_size, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype
+            in_channels,
+            out_channels,
+            kernel_size,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
         self.weight = like.weight
         self.bias = like.bias

@@ -13,7 +13,8 @@ __all__ = ["causal_conv1d", "causal_conv1d_step"]
 OPERATOR = dispatch.register("causal_conv1d", cpu=lambda call: None)
 STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
 STACK = dispatch.register(
-    "wavenet_step", cpu=lambda records: "a step of a stack that records a gradient is the reference's" if records else None
+    "wavenet_step",
+    cpu=lambda records: "a step of a stack that records a gradient is the reference's" if records else None,
 )
 
 
@@ -75,9 +76,7 @@ def causal_conv1d(
     checks.like(name, "residual", residual, x, "x", (batch, results, time), "the result's shape (B, C, T)")
     lengths = checks.lengths(name, "lengths", lengths, x, batch, time)
     span = (weight.shape[2] - 1) * dilation
-    checks.like(
-        name, "initial_state", initial_state, x, "x", (batch, channels, span), "(B, C_in, (K-1) dilation)"
-    )
+    checks.like(name, "initial_state", initial_state, x, "x", (batch, channels, span), "(B, C_in, (K-1) dilation)")
     if not causal and (initial_state is not None or return_state):
         which = "initial_state" if initial_state is not None else "return_state"
         checks.wrong_value(name, which, "absent when causal is False", "one")
@@ -207,9 +206,7 @@ def wavenet_step(
     batch, channels = x_t.shape
     taps = conv_weight[0].shape[2]
     checks.like(name, "x_t", x_t, conv_weight[0], "the weights", (batch, conv_weight[0].shape[1]), "(B, C)")
-    checks.like(
-        name, "condition", condition, x_t, "x_t", (batch, len(dilations) * 2 * channels), "(B, L 2C)"
-    )
+    checks.like(name, "condition", condition, x_t, "x_t", (batch, len(dilations) * 2 * channels), "(B, L 2C)")
     ring = ring_of(name, state, x_t)
     slots = (taps - 1) * sum(dilations)
     checks.like(name, "state", ring, x_t, "x_t", (batch, slots, channels), "a ring (B, sum of (K-1) dilation, C)")
@@ -264,9 +261,7 @@ def _parameters(
     if weight.dim() != 3 or weight.shape[2] < 1:
         checks.wrong_value(name, "weight", "(C_out, C_in / groups, K) with K >= 1", tuple(weight.shape))
     outputs, _, taps = weight.shape
-    checks.like(
-        name, "weight", weight, x, data, (outputs, channels // groups, taps), "(C_out, C_in / groups, K)"
-    )
+    checks.like(name, "weight", weight, x, data, (outputs, channels // groups, taps), "(C_out, C_in / groups, K)")
     if outputs % groups:
         checks.wrong_value(name, "groups", f"a divisor of C_out = {outputs}", groups)
     checks.like(name, "bias", bias, x, data, (outputs,), "(C_out,)")

@@ -18,9 +18,7 @@ def _results(activation: int, outputs: int) -> int:
 if dispatch.extension_missing is None:
 
     @torch.library.register_fake("s2s::causal_conv1d_forward")
-    def _(
-        x, weight, bias, residual, lengths, initial_state, condition, dilation, groups, activation, causal, save
-    ):
+    def _(x, weight, bias, residual, lengths, initial_state, condition, dilation, groups, activation, causal, save):
         batch, _, time = x.shape
         outputs = weight.shape[0]
         y = x.new_empty(batch, _results(activation, outputs), time)
