@@ -122,8 +122,9 @@ void pack_transposed_weights(const View<const S, 3>& weight, int64_t groups, int
 }
 
 template <class In, class Out>
-void convolve(const Convolution<In, Out>& p) {
+void convolve(Convolution<In, Out> p) {
   using C = compute_t<In>;
+  p.stream = p.batch * p.outputs * (p.end - p.begin) * static_cast<int64_t>(sizeof(Out)) > (int64_t{8} << 20);
   const int64_t channels = p.channels / p.groups, outputs = p.outputs / p.groups, length = p.end - p.begin;
   const int64_t width = std::min(tile_width(channels), (length + 63) / 64 * 64);
   if (length <= 0 || p.batch == 0 || p.outputs == 0) return;

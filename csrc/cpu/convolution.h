@@ -39,6 +39,8 @@ struct Convolution {
   Activation activation;           // a gate needs groups = 1, unless there is no `out`
   Signal<Out> out;                 // from t = begin, unit stride over time; null: only `saved` is wanted
 
+  bool stream;                     // the result is too large to stay in a cache
+
   int64_t high(int64_t b) const { return lengths ? lengths[b] : time; }
   int64_t low() const { return before.data ? -span : 0; }
 };

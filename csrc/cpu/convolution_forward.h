@@ -17,6 +17,18 @@ S2S_INLINE Mask<C> lanes_between(int64_t from, int64_t to) {
   return (lane >= broadcast(first)) & (lane < broadcast(last));
 }
 
+// Lanes [from, to) of a vector, 0 elsewhere; the memory of the others isn't touched.
+template <class C>
+S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_t to) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 32
+  if constexpr (sizeof(C) == 4) return _mm256_maskload_ps(x, (__m256i)present);
+  if constexpr (sizeof(C) == 8) return _mm256_maskload_pd(x, (__m256i)present);
+#endif
+  Vec<C> v{};
+  for (int64_t i = max<int64_t>(0, from); i < min(to, lanes<C>); ++i) v[i] = x[i];
+  return v;
+}
+
 // u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R).
 template <int R, int V, bool Masked, class C>
 void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weights, const C* start, int64_t channels, int64_t at, C* u, int64_t u_stride) {
@@ -27,12 +39,14 @@ void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weight
     const C* w = weights + k * channels * R;
     const C* x = taps[k].x + at;
     const int64_t stride = taps[k].stride;
-    Mask<C> present[V];
+    Mask<C> present[V] = {};
     if constexpr (Masked)
       for (int v = 0; v < V; ++v) present[v] = lanes_between<C>(taps[k].from - at - v * lanes<C>, taps[k].to - at - v * lanes<C>);
     for (int64_t c = 0; c < channels; ++c, x += stride, w += R) {
       Vec<C> in[V];
-      for (int v = 0; v < V; ++v) in[v] = load(x + v * lanes<C>);
+      for (int v = 0; v < V; ++v)
+        in[v] = Masked ? load_between(x + v * lanes<C>, present[v], taps[k].from - at - v * lanes<C>, taps[k].to - at - v * lanes<C>)
+                       : load(x + v * lanes<C>);
       for (int r = 0; r < R; ++r) {
         const Vec<C> scale = broadcast(w[r]);
         for (int v = 0; v < V; ++v) {
@@ -86,6 +100,77 @@ void accumulate_block(int64_t rows, const Tap<C>* taps, int64_t count, const C* 
     default:
       return accumulate_rows<6>(taps, count, weights, start, channels, width, u, u_stride);
   }
+}
+
+// One channel, K taps, all lanes of [at, width) present: inputs are read and outputs written once, past the cache where `stream`.
+template <int K, class C>
+void accumulate_line(const Tap<C>* taps, int64_t count, const C* weights, C start, int64_t at, int64_t width, C* u, bool stream) {
+  constexpr int64_t V = 4;
+  Vec<C> scale[K ? K : 1];
+  const C* x[K ? K : 1];
+  for (int k = 0; k < K; ++k) scale[k] = broadcast(weights[k]), x[k] = taps[k].x;
+  const int64_t step = V * lanes<C>;
+#if defined(__x86_64__)
+  if (stream && reinterpret_cast<uintptr_t>(u + at) % S2S_VECTOR_BYTES != 0) stream = false;
+#endif
+  for (; at < width; at += step) {
+    Vec<C> sum[V];
+    for (int v = 0; v < V; ++v) sum[v] = broadcast(start);
+    if constexpr (K > 0) {
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k)
+        for (int v = 0; v < V; ++v) sum[v] = fma(scale[k], load(x[k] + at + v * lanes<C>), sum[v]);
+    } else {
+      for (int64_t k = 0; k < count; ++k) {
+        const Vec<C> w = broadcast(weights[k]);
+        for (int v = 0; v < V; ++v) sum[v] = fma(w, load(taps[k].x + at + v * lanes<C>), sum[v]);
+      }
+    }
+#if defined(__x86_64__)
+    if (stream) {
+      for (int v = 0; v < V; ++v) {
+        if constexpr (sizeof(C) == 4)
+          S2S_MM(stream_ps)(reinterpret_cast<float*>(u + at + v * lanes<C>), sum[v]);
+        else
+          S2S_MM(stream_pd)(reinterpret_cast<double*>(u + at + v * lanes<C>), sum[v]);
+      }
+      continue;
+    }
+#endif
+    for (int v = 0; v < V; ++v) store(u + at + v * lanes<C>, sum[v]);
+  }
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();
+#endif
+}
+
+template <class C>
+void accumulate_depthwise(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t width, C* u, bool stream) {
+  constexpr int64_t step = 4 * lanes<C>;
+  int64_t from = 0, to = width;
+  for (int64_t k = 0; k < count; ++k) from = max(from, taps[k].from), to = min(to, taps[k].to);
+  from = min(width, (from + step - 1) / step * step);
+  to = from + max<int64_t>(0, to - from) / step * step;
+  int64_t at = 0;
+  for (; at + step <= from; at += step) accumulate_lanes<1, 4>(taps, count, weights, start, 1, at, u, 0);
+  if (to > from && at == from) {
+    switch (count) {
+      case 2:
+        accumulate_line<2>(taps, count, weights, start[0], from, to, u, stream);
+        break;
+      case 3:
+        accumulate_line<3>(taps, count, weights, start[0], from, to, u, stream);
+        break;
+      case 4:
+        accumulate_line<4>(taps, count, weights, start[0], from, to, u, stream);
+        break;
+      default:
+        accumulate_line<0>(taps, count, weights, start[0], from, to, u, stream);
+    }
+    at = to;
+  }
+  for (; at + step <= width; at += step) accumulate_lanes<1, 4>(taps, count, weights, start, 1, at, u, 0);
+  for (; at < width; at += lanes<C>) accumulate_lanes<1, 1>(taps, count, weights, start, 1, at, u, 0);
 }
 
 // Positions [at, at + width) of all channels of a group as rows `width` apart, 0 outside [from, to), which are lanes.
@@ -146,7 +231,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
     if (shared) {
       tap.x = rows + (at - earliest);
       tap.stride = shared_width;
-    } else if (direct && at >= 0 && tap.from == 0 && tap.to == padded) {
+    } else if (direct && (at >= 0 || !p.before.data)) {
       if constexpr (std::is_same_v<In, C>) tap.x = p.in.data + b * p.in.batch + channel * p.in.channel + at;
       tap.stride = p.in.channel;
     } else {
@@ -157,6 +242,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
     }
   }
 
+  const bool plain = p.activation == Activation::none && !p.condition.data && !p.residual.data && !p.saved && p.out.data && padded == kept;
   const bool gate = is_gate(p.activation);
   const int64_t half = p.outputs / 2;
   for (int64_t done = 0; done < outputs; done += p.rows) {
@@ -169,8 +255,23 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
       if (p.bias) start[r] = p.bias[output[r]];
     }
     const C* weights = p.weights + (group * outputs + done) * channels * p.taps;
-    accumulate_block(rows_here, taps, p.taps, weights, start, channels, padded, u, padded);
     const int64_t at = t0 - p.begin;
+    if constexpr (std::is_same_v<Out, C>) {
+      if (plain) {  // what is accumulated is the result
+        C* y = p.out.data + b * p.out.batch + output[0] * p.out.channel + at;
+        if (rows_here == 1 && channels == 1)
+          accumulate_depthwise(taps, p.taps, weights, start, padded, y, p.stream);
+        else
+          accumulate_block(rows_here, taps, p.taps, weights, start, channels, padded, y, p.out.channel);
+        for (int64_t r = 0; r < rows_here; ++r)
+          for (int64_t i = kept; i < width; ++i) y[r * p.out.channel + i] = C(0);
+        continue;
+      }
+    }
+    if (rows_here == 1 && channels == 1)
+      accumulate_depthwise(taps, p.taps, weights, start, padded, u, false);
+    else
+      accumulate_block(rows_here, taps, p.taps, weights, start, channels, padded, u, padded);
     for (int64_t r = 0; r < rows_here; ++r) {
       if (p.condition.data)
         add_line(u + r * padded, p.condition.data + b * p.condition.batch + output[r] * p.condition.channel + t0 * p.condition.time,

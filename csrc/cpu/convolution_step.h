@@ -12,35 +12,37 @@ S2S_INLINE void turn_panel(const S* from, int64_t rows, int64_t channels, int64_
   int64_t column = 0;
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<S, float>) {
-    int64_t c = 0, k = 0;
-    for (; column + 4 <= columns; column += 4) {
-      float* place[4];
-      for (int i = 0; i < 4; ++i) {
-        place[i] = to + (k * channels + c) * width;
-        if (++k == taps) k = 0, ++c;
-      }
-      for (int64_t lane = 0; lane < width; lane += lanes<C>) {
+    for (int64_t lane = 0; lane < width; lane += lanes<C>) {
+      // Sixteen bytes of each of rows i, i + 4, ... at a time: what is left is a 4 by 4 transposition within 128 bits.
+      const float* row[4][lanes<C> / 4];
+      for (int i = 0; i < 4; ++i)
+        for (int64_t j = 0; j < lanes<C> / 4; ++j) row[i][j] = from + min(lane + i + 4 * j, rows - 1) * columns;
+      int64_t c = 0, k = 0;
+      for (column = 0; column + 4 <= columns; column += 4) {
+        float* place[4];
+        for (int i = 0; i < 4; ++i) {
+          place[i] = to + (k * channels + c) * width + lane;
+          if (++k == taps) k = 0, ++c;
+        }
         Vec<float> v[4];
         for (int i = 0; i < 4; ++i) {
-          // Sixteen bytes of each of rows i, i + 4, ...: what is left is a 4 by 4 transposition within 128 bits.
-          const float* row[lanes<C> / 4];
-          for (int64_t j = 0; j < lanes<C> / 4; ++j) row[j] = from + min(lane + i + 4 * j, rows - 1) * columns + column;
 #if S2S_VECTOR_BYTES == 16
-          v[i] = (Vec<float>)_mm_loadu_ps(row[0]);
+          v[i] = (Vec<float>)_mm_loadu_ps(row[i][0] + column);
 #elif S2S_VECTOR_BYTES == 32
-          v[i] = (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[0])), _mm_loadu_ps(row[1]), 1);
+          v[i] = (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i][0] + column)), _mm_loadu_ps(row[i][1] + column), 1);
 #else
           v[i] = (Vec<float>)_mm512_insertf32x4(
-              _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[0])), _mm_loadu_ps(row[1]), 1), _mm_loadu_ps(row[2]), 2),
-              _mm_loadu_ps(row[3]), 3);
+              _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[i][0] + column)), _mm_loadu_ps(row[i][1] + column), 1),
+                                 _mm_loadu_ps(row[i][2] + column), 2),
+              _mm_loadu_ps(row[i][3] + column), 3);
 #endif
         }
         const auto a = S2S_MM(unpacklo_ps)(v[0], v[1]), b = S2S_MM(unpackhi_ps)(v[0], v[1]);
         const auto d = S2S_MM(unpacklo_ps)(v[2], v[3]), e = S2S_MM(unpackhi_ps)(v[2], v[3]);
-        store(place[0] + lane, (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0x44));
-        store(place[1] + lane, (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0xee));
-        store(place[2] + lane, (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0x44));
-        store(place[3] + lane, (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0xee));
+        store(place[0], (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0x44));
+        store(place[1], (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0xee));
+        store(place[2], (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0x44));
+        store(place[3], (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0xee));
       }
     }
   }
