@@ -1,7 +1,9 @@
 """Kernel-level performance toolkit for attention and recurrence in PyTorch."""
 
+from . import nn
 from .dispatch import Explanation, explain, use_backend
+from .ops.convolution import causal_conv1d, causal_conv1d_step
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "explain", "use_backend"]
+__all__ = ["Explanation", "causal_conv1d", "causal_conv1d_step", "explain", "nn", "use_backend"]

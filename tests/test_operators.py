@@ -246,7 +246,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "s2s":
-            self.calls.append((function, copy.deepcopy(args), copy.deepcopy(kwargs or {})))
+            # Detached first: only a leaf can be copied deeply, and only a deep copy keeps every stride.
+            leaves = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, (args, kwargs or {}))
+            self.calls.append((function, *copy.deepcopy(leaves)))
         return function(*args, **(kwargs or {}))
 
 

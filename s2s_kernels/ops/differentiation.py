@@ -47,7 +47,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx, *grads):
-            tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            kept = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+            tensors, saved = kept[: ctx.count], kept[ctx.count :]
             needs = tuple(ctx.needs_input_grad[1:])
             if torch.is_grad_enabled():  # only under create_graph: someone may differentiate this gradient
                 counts = (len(grads), len(tensors))

@@ -1,0 +1,591 @@
+// Binding of causal convolution on the CPU: unpacks tensors, checks again what Python has checked, splits the work over torch's threads.
+#include "convolution.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "pool.h"
+#include "tensor.h"
+
+#define S2S_KERNELS "convolution_kernels.h"
+#include "each_isa.h"
+
+namespace s2s {
+namespace {
+
+template <class S>
+Signal<const S> signal(const OptionalTensor& tensor) {
+  if (!tensor) return {};
+  return {data<S>(*tensor), tensor->stride(0), tensor->stride(1), tensor->stride(2)};
+}
+
+template <class S>
+Signal<S> contiguous_signal(S* to, int64_t channels, int64_t time) {
+  return {to, channels * time, time, 1};
+}
+
+// Sizes of one call, checked.
+struct Shape {
+  int64_t batch, channels, time, outputs, taps, groups, dilation, span, left;
+  Activation activation;
+  const int64_t* lengths = nullptr;
+  int64_t results() const { return is_gate(activation) ? outputs / 2 : outputs; }
+};
+
+Activation checked_activation(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gated_tanh), op, ": activation must be in [0, 6], got ", activation);
+  return static_cast<Activation>(activation);
+}
+
+Shape checked_shape(const char* op, const Tensor& x, const Tensor& weight, int64_t dilation, int64_t groups, int64_t activation) {
+  Shape shape{};
+  check_cpu(op, "x", x);
+  check_cpu(op, "weight", weight);
+  check_dim(op, "weight", weight, 3);
+  check_dtype(op, "weight", weight, x.scalar_type());
+  shape.activation = checked_activation(op, activation);
+  shape.batch = x.size(0);
+  shape.channels = x.size(1);
+  shape.outputs = weight.size(0);
+  shape.taps = weight.size(2);
+  shape.groups = groups;
+  shape.dilation = dilation;
+  STD_TORCH_CHECK(dilation >= 1, op, ": dilation must be at least 1, got ", dilation);
+  STD_TORCH_CHECK(groups >= 1 && shape.channels % groups == 0 && shape.outputs % groups == 0, op, ": groups must divide C_in and C_out, got ", groups);
+  STD_TORCH_CHECK(shape.taps >= 1 && weight.size(1) == shape.channels / groups, op, ": weight must be (C_out, C_in / groups, K), got ",
+                  shape_text(weight));
+  STD_TORCH_CHECK(!is_gate(shape.activation) || shape.outputs % 2 == 0, op, ": weight must have an even C_out under a gate, got ", shape_text(weight));
+  shape.span = (shape.taps - 1) * dilation;
+  return shape;
+}
+
+Shape checked_sequence(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& lengths, const OptionalTensor& initial_state,
+                       int64_t dilation, int64_t groups, int64_t activation, bool causal) {
+  check_dim(op, "x", x, 3);
+  Shape shape = checked_shape(op, x, weight, dilation, groups, activation);
+  shape.time = x.size(2);
+  shape.left = causal ? shape.span : shape.span / 2;
+  check_argument(op, "initial_state", initial_state, x.scalar_type(), {shape.batch, shape.channels, shape.span});
+  STD_TORCH_CHECK(causal || !initial_state, op, ": initial_state must be absent when causal is False");
+  check_argument(op, "lengths", lengths, ScalarType::Long, {shape.batch});
+  if (lengths) {
+    shape.lengths = data<int64_t>(*lengths);
+    for (int64_t b = 0; b < shape.batch; ++b)
+      STD_TORCH_CHECK(shape.lengths[b] >= 0 && shape.lengths[b] <= shape.time, op, ": lengths must be in [0, T] = [0, ", shape.time, "], got ",
+                      shape.lengths[b]);
+  }
+  return shape;
+}
+
+// Blocks of outputs as accumulate_block takes them, as equal as can be; `step` 2 keeps the two halves of a gate together.
+int64_t block_rows(int64_t outputs, int64_t step) {
+  const int64_t blocks = std::max<int64_t>(1, (outputs + 5) / 6), rows = (outputs + blocks - 1) / blocks;
+  return std::max(step, (rows + step - 1) / step * step);
+}
+
+// weight (outputs, channels, K) -> [group][block][k][channel][row].
+template <class S>
+void pack_weights(const View<const S, 3>& weight, int64_t groups, int64_t rows, bool gate, compute_t<S>* to) {
+  const int64_t outputs = weight.size[0] / groups, channels = weight.size[1], half = weight.size[0] / 2;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t done = 0; done < outputs; done += rows) {
+      const int64_t here = std::min(rows, outputs - done);
+      for (int64_t r = 0; r < here; ++r) {
+        int64_t output = g * outputs + done + r;
+        if (gate) output = r < here / 2 ? done / 2 + r : half + done / 2 + (r - here / 2);
+        const S* from = weight.data + output * weight.stride[0];
+        for (int64_t k = 0; k < weight.size[2]; ++k)
+          for (int64_t c = 0; c < channels; ++c)
+            to[(k * channels + c) * here + r] = to_compute(from[c * weight.stride[1] + k * weight.stride[2]]);
+      }
+      to += here * channels * weight.size[2];
+    }
+}
+
+// For the gradient with respect to the input: outputs and channels change places.
+template <class S>
+void pack_transposed_weights(const View<const S, 3>& weight, int64_t groups, int64_t rows, compute_t<S>* to) {
+  View<const S, 3> turned = weight;
+  const int64_t outputs = weight.size[0] / groups;
+  turned.size[0] = weight.size[1];
+  turned.size[1] = outputs;
+  turned.stride[0] = weight.stride[1];
+  turned.stride[1] = weight.stride[0];
+  for (int64_t g = 0; g < groups; ++g) {
+    turned.data = weight.data + g * outputs * weight.stride[0];
+    pack_weights(turned, 1, rows, false, to + g * turned.size[0] * outputs * weight.size[2]);
+  }
+}
+
+template <class In, class Out>
+void convolve(Convolution<In, Out> p) {
+  using C = compute_t<In>;
+  p.stream = p.batch * p.outputs * (p.end - p.begin) * static_cast<int64_t>(sizeof(Out)) > (int64_t{8} << 20);
+  const int64_t channels = p.channels / p.groups, outputs = p.outputs / p.groups, length = p.end - p.begin;
+  const int64_t width = std::min(tile_width(channels), (length + 63) / 64 * 64);
+  if (length <= 0 || p.batch == 0 || p.outputs == 0) return;
+  const int64_t tiles = (length + width - 1) / width, tasks = p.batch * p.groups * tiles;
+  const int64_t row_elements = p.taps * std::max<int64_t>(channels, 1) * (width + 16), u_elements = 6 * (width + 16), tap_bytes = p.taps * 32;
+  const int64_t bytes = Workspace::bytes<C>(row_elements) + Workspace::bytes<C>(u_elements) + Workspace::bytes<uint8_t>(tap_bytes);
+  const int64_t threads = std::min(thread_count(), tasks);
+  Workspace workspace(threads * bytes);
+  uint8_t* scratch = workspace.take<uint8_t>(threads * bytes);
+  std::atomic<int64_t> next{0};
+  const int64_t work = std::max<int64_t>(1, width * outputs * channels * p.taps);
+  const auto tile = S2S_SELECT(ConvolutionKernels<In, Out>::tile);
+  parallel(tasks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
+    uint8_t* own = scratch + next.fetch_add(1) * bytes;
+    C* rows = reinterpret_cast<C*>(own);
+    C* u = reinterpret_cast<C*>(own + Workspace::bytes<C>(row_elements));
+    void* taps = own + Workspace::bytes<C>(row_elements) + Workspace::bytes<C>(u_elements);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t t0 = p.begin + task % tiles * width, bg = task / tiles;
+      tile(p, bg / p.groups, bg % p.groups, t0, std::min(width, p.end - t0), taps, rows, u);
+    }
+  });
+}
+
+// A vector of parameters in the compute type.
+template <class S>
+std::vector<compute_t<S>> widened(const OptionalTensor& tensor) {
+  std::vector<compute_t<S>> result;
+  if (!tensor) return result;
+  const View<const S, 1> from = view<const S, 1>(*tensor);
+  for (int64_t i = 0; i < from.size[0]; ++i) result.push_back(to_compute(from.data[i * from.stride[0]]));
+  return result;
+}
+
+std::tuple<Tensor, Tensor> causal_conv1d_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                                   const OptionalTensor& lengths_in, const OptionalTensor& initial_state, const OptionalTensor& condition,
+                                   int64_t dilation, int64_t groups, int64_t activation, bool causal, bool save) {
+  const char* op = "causal_conv1d";
+  const OptionalTensor lengths = as_contiguous(lengths_in);
+  const Shape s = checked_sequence(op, x, weight, lengths, initial_state, dilation, groups, activation, causal);
+  check_argument(op, "bias", bias, x.scalar_type(), {s.outputs});
+  check_argument(op, "residual", residual, x.scalar_type(), {s.batch, s.results(), s.time});
+  check_argument(op, "condition", condition, x.scalar_type(), {s.batch, s.outputs, -1});
+  STD_TORCH_CHECK(!condition || condition->size(2) == s.time || condition->size(2) == 1, op, ": condition must be (B, C_out, T or 1), got ",
+                  shape_text(*condition));
+  return dispatch_floating(op, "x", x, [&](auto zero) {
+    using S = decltype(zero);
+    using C = compute_t<S>;
+    const bool gate = is_gate(s.activation), apart = gate && groups > 1;
+    Tensor y = empty_cpu({s.batch, s.results(), s.time}, x.scalar_type());
+    Tensor saved = save || apart ? empty_cpu({s.batch, s.outputs, s.time}, scalar_type_of<C>) : empty_cpu({0}, scalar_type_of<C>);
+    const std::vector<C> start = widened<S>(bias);
+    Convolution<S, S> p{};
+    p.batch = s.batch, p.channels = s.channels, p.outputs = s.outputs, p.taps = s.taps, p.groups = groups;
+    p.origin = -s.left, p.dilation = dilation;
+    p.in = signal<S>(x), p.before = signal<S>(initial_state);
+    if (!s.span) p.before = {};
+    p.span = s.span, p.time = s.time;
+    p.lengths = s.lengths, p.clip = s.lengths != nullptr;
+    p.begin = 0, p.end = s.time;
+    p.rows = block_rows(s.outputs / groups, gate && !apart ? 2 : 1);
+    p.bias = bias ? start.data() : nullptr;
+    p.condition = signal<S>(condition);
+    if (condition && condition->size(2) == 1) p.condition.time = 0;
+    p.residual = signal<S>(residual);
+    p.saved = save || apart ? mutable_data<C>(saved) : nullptr;
+    p.activation = apart ? Activation::none : s.activation;
+    p.out = apart ? Signal<S>{} : contiguous_signal(mutable_data<S>(y), s.results(), s.time);
+    Workspace packed(Workspace::bytes<C>(weight.numel()));
+    C* weights = packed.take<C>(weight.numel());
+    pack_weights(view<const S, 3>(weight), groups, p.rows, gate && !apart, weights);
+    p.weights = weights;
+    convolve(p);
+    if (apart) {
+      S* to = mutable_data<S>(y);
+      const auto finish = S2S_SELECT(ConvolutionKernels<S, S>::finish);
+      const Signal<const S> after = signal<S>(residual);
+      parallel(s.batch * s.results(), 1 + (1 << 14) / (s.time + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t b = row / s.results(), r = row % s.results(), kept = p.high(b);
+          const C* a = p.saved + (b * s.outputs + r) * s.time;
+          // Lines end where the next begins, so the last vector is finished from a copy that may be read to its end.
+          const int64_t whole = kept / 16 * 16;
+          const S* add = after.data ? after.data + b * after.batch + r * after.channel : nullptr;
+          finish(s.activation, a, a + s.results() * s.time, add, after.time, to + row * s.time, whole);
+          C last[2][16] = {};
+          std::copy(a + whole, a + kept, last[0]);
+          std::copy(a + s.results() * s.time + whole, a + s.results() * s.time + kept, last[1]);
+          finish(s.activation, last[0], last[1], add ? add + whole * after.time : nullptr, after.time, to + row * s.time + whole, kept - whole);
+          std::fill(to + row * s.time + kept, to + (row + 1) * s.time, from_compute<S>(C(0)));
+        }
+      });
+    }
+    return std::make_tuple(y, save ? saved : empty_cpu({0}, scalar_type_of<C>));
+  });
+}
+
+// What backward is asked for.
+struct Needs {
+  bool x, weight, bias, state, condition;
+};
+
+template <class S>
+class Backward {
+  using C = compute_t<S>;
+
+ public:
+  Backward(const Shape& s, const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved, const OptionalTensor& initial_state,
+           bool from_output, Needs needs)
+      : s_(s), needs_(needs), from_output_(from_output), grad_(signal<S>(grad)), x_(signal<S>(x)), before_(signal<S>(initial_state)),
+        weight_(view<const S, 3>(weight)), saved_(saved), type_(x.scalar_type()) {
+    if (!s.span) before_ = {};
+    for (int64_t b = 0; b < s.batch; ++b) high_.push_back(s.lengths ? s.lengths[b] : s.time);
+    grad_x_ = empty_if(needs.x, {s.batch, s.channels, s.time});
+    grad_weight_ = empty_if(needs.weight, {s.outputs, s.channels / s.groups, s.taps});
+    grad_bias_ = empty_if(needs.bias, {s.outputs});
+    grad_state_ = empty_if(needs.state, {s.batch, s.channels, s.span});
+    grad_condition_ = empty_if(needs.condition, {s.batch, s.outputs, s.time});
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+    const int64_t wide_weight = weight_.size[0] * weight_.size[1] * weight_.size[2];
+    const bool direct_grad = std::is_same_v<S, C> && s_.activation == Activation::none && grad_.time == 1 && !needs_.condition;
+    const bool direct_x = std::is_same_v<S, C> && x_.time == 1 && !before_.data;
+    const bool weights = needs_.weight || needs_.bias, inputs = needs_.x || needs_.state;
+    // A few rows of the batch at a time: what is computed of them is used while it is in the cache.
+    const int64_t row_elements = std::max<int64_t>(1, (s_.outputs + s_.channels) * s_.time);
+    const int64_t at_once = std::clamp<int64_t>((1 << 19) / row_elements, 1, std::max<int64_t>(1, s_.batch));
+    const int64_t x_row = s_.span + s_.time;
+    const int64_t grad_count = direct_grad ? 0 : at_once * s_.outputs * s_.time, x_count = direct_x || !needs_.weight ? 0 : at_once * s_.channels * x_row;
+    Workspace workspace(Workspace::bytes<C>(grad_count) + Workspace::bytes<C>(x_count) + 2 * Workspace::bytes<C>(wide_weight) +
+                        Workspace::bytes<C>(s_.outputs));
+    C* grads = workspace.take<C>(grad_count);
+    C* rows = workspace.take<C>(x_count);
+    C* packed = workspace.take<C>(wide_weight);
+    C* weight_sum = workspace.take<C>(wide_weight);
+    C* bias_sum = workspace.take<C>(s_.outputs);
+    std::fill(weight_sum, weight_sum + wide_weight, C(0));
+    std::fill(bias_sum, bias_sum + s_.outputs, C(0));
+    const int64_t block = block_rows(s_.channels / s_.groups, 1);
+    if (inputs) pack_transposed_weights(weight_, s_.groups, block, packed);
+
+    for (int64_t first = 0; first < s_.batch; first += at_once) {
+      const int64_t count = std::min(at_once, s_.batch - first);
+      Signal<const C> grad = contiguous_signal<const C>(grads, s_.outputs, s_.time), x{};
+      if constexpr (std::is_same_v<S, C>) {
+        if (direct_grad) grad = {grad_.data + first * grad_.batch, grad_.batch, grad_.channel, 1};
+        if (direct_x) x = {x_.data + first * x_.batch, x_.batch, x_.channel, 1};
+      }
+      if (!direct_grad) activation_gradients(first, count, grads);
+      if (x_count) {
+        widen_rows(first, count, rows, x_row);
+        x = {rows + s_.span, s_.channels * x_row, x_row, 1};
+      }
+      if (inputs) input_gradients(first, count, grad, packed, block);
+      if (weights) weight_gradients(first, count, grad, x, weight_sum, bias_sum);
+    }
+    const auto narrow = S2S_SELECT(ConvolutionGradientKernels<S>::narrow);
+    if (needs_.weight) narrow(weight_sum, mutable_data<S>(grad_weight_), wide_weight);
+    if (needs_.bias) narrow(bias_sum, mutable_data<S>(grad_bias_), s_.outputs);
+    return {grad_x_, grad_weight_, grad_bias_, grad_state_, grad_condition_};
+  }
+
+ private:
+  Tensor empty_if(bool need, std::initializer_list<int64_t> sizes) const { return need ? empty_cpu(sizes, type_) : empty_cpu({0}, type_); }
+
+  void activation_gradients(int64_t first, int64_t count, C* grads) {
+    const int64_t results = s_.results(), time = s_.time, half = results * time;
+    const auto line = S2S_SELECT(ConvolutionGradientKernels<S>::activation);
+    const auto line_from_output = S2S_SELECT(ConvolutionGradientKernels<S>::activation_from_output);
+    const auto narrow = S2S_SELECT(ConvolutionGradientKernels<S>::narrow);
+    S* condition = needs_.condition ? mutable_data<S>(grad_condition_) : nullptr;
+    const bool gate = is_gate(s_.activation);
+    parallel(count * results, 1 + (1 << 14) / (time + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / results, r = task % results, n = high_[first + b];
+        const S* from = grad_.data + (first + b) * grad_.batch + r * grad_.channel;
+        C* a = grads + (b * s_.outputs + r) * time;
+        const int64_t place = ((first + b) * s_.outputs + r) * time;
+        if (from_output_)
+          line_from_output(s_.activation, from, grad_.time, data<S>(*saved_) + place, a, n);
+        else
+          line(s_.activation, from, grad_.time, saved_ ? data<C>(*saved_) + place : nullptr, saved_ ? data<C>(*saved_) + place + half : nullptr, a,
+               a + half, n);
+        if (!condition) continue;
+        for (int part = 0; part < (gate ? 2 : 1); ++part) {
+          narrow(a + part * half, condition + place + part * half, n);
+          std::fill(condition + place + part * half + n, condition + place + part * half + time, from_compute<S>(C(0)));
+        }
+      }
+    });
+  }
+
+  // Rows of span + T positions: the initial state, then x.
+  void widen_rows(int64_t first, int64_t count, C* rows, int64_t row) {
+    const auto widen = S2S_SELECT(ConvolutionGradientKernels<S>::widen);
+    parallel(count * s_.channels, 1 + (1 << 14) / (row + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = first + task / s_.channels, c = task % s_.channels;
+        C* to = rows + task * row;
+        if (before_.data) widen(before_.data + b * before_.batch + c * before_.channel, before_.time, to, s_.span);
+        widen(x_.data + b * x_.batch + c * x_.channel, x_.time, to + s_.span, high_[b]);
+      }
+    });
+  }
+
+  void input_gradients(int64_t first, int64_t count, const Signal<const C>& grad, const C* packed, int64_t block) {
+    Convolution<C, S> p{};
+    p.batch = count, p.channels = s_.outputs, p.outputs = s_.channels, p.taps = s_.taps, p.groups = s_.groups;
+    p.origin = s_.left, p.dilation = -s_.dilation;
+    p.in = grad, p.time = s_.time;
+    p.lengths = s_.lengths ? s_.lengths + first : nullptr;
+    p.weights = packed, p.rows = block;
+    if (needs_.x) {
+      p.clip = p.lengths != nullptr, p.begin = 0, p.end = s_.time;
+      p.out = contiguous_signal(mutable_data<S>(grad_x_) + first * s_.channels * s_.time, s_.channels, s_.time);
+      convolve(p);
+    }
+    if (needs_.state) {
+      p.clip = false, p.begin = -s_.span, p.end = 0;
+      p.out = contiguous_signal(mutable_data<S>(grad_state_) + first * s_.channels * s_.span, s_.channels, s_.span);
+      convolve(p);
+    }
+  }
+
+  void weight_gradients(int64_t first, int64_t count, const Signal<const C>& grad, const Signal<const C>& x, C* weight_sum, C* bias_sum) {
+    WeightGradient<C> p{};
+    p.batch = count, p.channels = s_.channels, p.outputs = s_.outputs, p.taps = needs_.weight ? s_.taps : 0, p.groups = s_.groups;
+    p.origin = -s_.left, p.dilation = s_.dilation, p.low = before_.data ? -s_.span : 0;
+    p.high = high_.data() + first;
+    p.grad = grad, p.x = x;
+    p.grad_weight = weight_sum, p.grad_bias = needs_.bias ? bias_sum : nullptr;
+    const int64_t outputs = s_.outputs / s_.groups, blocks = (outputs + 3) / 4;
+    const int64_t work = 4 * count * s_.time * (s_.channels / s_.groups) * s_.taps + 1;
+    const auto rows = S2S_SELECT(ConvolutionGradientKernels<S>::weight_rows);
+    parallel(s_.groups * blocks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t at = task % blocks * 4;
+        rows(p, task / blocks, at, std::min<int64_t>(4, outputs - at));
+      }
+    });
+  }
+
+  const Shape s_;
+  const Needs needs_;
+  const bool from_output_;
+  Signal<const S> grad_, x_, before_;
+  View<const S, 3> weight_;
+  const OptionalTensor saved_;
+  const ScalarType type_;
+  std::vector<int64_t> high_;
+  Tensor grad_x_, grad_weight_, grad_bias_, grad_state_, grad_condition_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved_in,
+                                                            const OptionalTensor& lengths_in, const OptionalTensor& initial_state, int64_t dilation,
+                                                            int64_t groups, int64_t activation, bool causal, bool saved_output, bool need_x,
+                                                            bool need_weight, bool need_bias, bool need_state, bool need_condition) {
+  const char* op = "causal_conv1d_backward";
+  const OptionalTensor lengths = as_contiguous(lengths_in), saved = as_contiguous(saved_in);
+  const Shape s = checked_sequence(op, x, weight, lengths, initial_state, dilation, groups, activation, causal);
+  check_argument(op, "grad", grad, x.scalar_type(), {s.batch, s.results(), s.time});
+  STD_TORCH_CHECK(saved || s.activation == Activation::none, op, ": saved must be given under an activation");
+  STD_TORCH_CHECK(!need_state || initial_state, op, ": initial_state must be given where its gradient is wanted");
+  return dispatch_floating(op, "x", x, [&](auto zero) {
+    using S = decltype(zero);
+    const bool from_output = saved && saved_output;
+    check_argument(op, "saved", saved, from_output ? x.scalar_type() : scalar_type_of<compute_t<S>>, {s.batch, s.outputs, s.time});
+    STD_TORCH_CHECK(!from_output || s.activation == Activation::relu || s.activation == Activation::tanh, op,
+                    ": saved must be what enters the activation");
+    return Backward<S>(s, grad, x, weight, saved, initial_state, from_output, {need_x, need_weight, need_bias, need_state, need_condition}).run();
+  });
+}
+
+// A ring of one layer: slots [0, span) of rows `batch_stride` apart, of which `slot` holds the oldest input.
+template <class S>
+struct RingView {
+  S* data;
+  int64_t batch_stride, channels, span, slot;
+};
+
+// Sums of one step into u (batch, outputs), then the input in the place of the oldest: tap k lies k * dilation slots after it.
+template <class S>
+class Stepper {
+  using C = compute_t<S>;
+
+ public:
+  static int64_t panel_elements(int64_t channels, int64_t taps) { return 4 * 16 * std::max<int64_t>(1, channels * taps); }
+
+  Stepper(int64_t batch, int64_t taps) : taps_(taps), tap_(taps), tap_batch_(taps), batch_(batch) {}
+
+  void sums(const S* x, const RingView<S>& ring, const S* weight, const S* bias, int64_t channels, int64_t outputs, int64_t groups, int64_t dilation, C* u,
+            C* panel, int64_t panel_size) {
+    for (int64_t k = 0; k + 1 < taps_; ++k) {
+      int64_t slot = ring.slot + k * dilation;
+      if (slot >= ring.span) slot -= ring.span;
+      tap_[k] = ring.data + slot * channels;
+      tap_batch_[k] = ring.batch_stride;
+    }
+    tap_[taps_ - 1] = x;
+    tap_batch_[taps_ - 1] = channels;
+    ConvolutionStep<S> p{batch_, channels, outputs, taps_, groups, weight, bias, tap_.data(), tap_batch_.data(), u, panel};
+    const int64_t per_group = outputs / groups;
+    if (per_group == 1 && channels == groups) {
+      S2S_SELECT(ConvolutionStepKernels<S>::depthwise)(p, 0, outputs, panel);
+      return;
+    }
+    const auto rows = S2S_SELECT(ConvolutionStepKernels<S>::rows);
+    constexpr int64_t block = 64;  // a multiple of every instruction set's panel
+    const int64_t blocks = (per_group + block - 1) / block, work = batch_ * std::min(block, per_group) * channels / groups * taps_ + 1;
+    std::atomic<int64_t> next{0};
+    parallel(groups * blocks, std::max<int64_t>(1, (1 << 18) / work), [&](int64_t begin, int64_t end) {
+      C* own = panel + next.fetch_add(1) * panel_size;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t at = task % blocks * block;
+        rows(p, task / blocks, at, std::min(block, per_group - at), own);
+      }
+    });
+  }
+
+  static void push(const S* x, const RingView<S>& ring, int64_t batch) {
+    if (!ring.span) return;
+    for (int64_t b = 0; b < batch; ++b)
+      std::copy(x + b * ring.channels, x + (b + 1) * ring.channels, ring.data + b * ring.batch_stride + ring.slot * ring.channels);
+  }
+
+ private:
+  int64_t taps_;
+  std::vector<const S*> tap_;
+  std::vector<int64_t> tap_batch_;
+  int64_t batch_;
+};
+
+int64_t* checked_position(const char* op, const Tensor& position) {
+  check_cpu(op, "position", position);
+  check_dim(op, "position", position, 0);
+  int64_t* at = mutable_data<int64_t>(position);
+  STD_TORCH_CHECK(*at >= 0, op, ": position must be at least 0, got ", *at);
+  return at;
+}
+
+Tensor causal_conv1d_step(const Tensor& x_in, const Tensor& ring, const Tensor& position, const Tensor& weight_in, const OptionalTensor& bias_in,
+            const OptionalTensor& residual, int64_t dilation, int64_t groups, int64_t activation) {
+  const char* op = "causal_conv1d_step";
+  check_dim(op, "x_t", x_in, 2);
+  const Shape s = checked_shape(op, x_in, weight_in, dilation, groups, activation);
+  check_argument(op, "bias", bias_in, x_in.scalar_type(), {s.outputs});
+  check_argument(op, "residual", residual, x_in.scalar_type(), {s.batch, s.results()});
+  check_argument(op, "ring", ring, x_in.scalar_type(), {s.batch, s.span, s.channels});
+  STD_TORCH_CHECK(ring.is_contiguous(), op, ": ring must be contiguous");
+  int64_t* at = checked_position(op, position);
+  STD_TORCH_CHECK(*at < s.span || *at == 0, op, ": position must be in [0, ", s.span, "), got ", *at);
+  const Tensor x = as_contiguous(x_in), weight = as_contiguous(weight_in);
+  const OptionalTensor bias = as_contiguous(bias_in);
+  Tensor y = empty_cpu({s.batch, s.results()}, x.scalar_type());
+  return dispatch_floating(op, "x_t", x, [&](auto zero) {
+    using S = decltype(zero);
+    using C = compute_t<S>;
+    const int64_t panel_size = Stepper<S>::panel_elements(s.channels / groups, s.taps), threads = thread_count();
+    Workspace workspace(Workspace::bytes<C>(threads * panel_size) + Workspace::bytes<C>(s.batch * s.outputs + 16));
+    C* panel = workspace.take<C>(threads * panel_size);
+    C* u = workspace.take<C>(s.batch * s.outputs + 16);
+    const RingView<S> view{mutable_data<S>(ring), s.span * s.channels, s.channels, s.span, *at};
+    Stepper<S> stepper(s.batch, s.taps);
+    stepper.sums(data<S>(x), view, data<S>(weight), data<S>(bias), s.channels, s.outputs, groups, dilation, u, panel, panel_size);
+    Stepper<S>::push(data<S>(x), view, s.batch);
+    if (s.span) *at = (*at + 1) % s.span;
+    S2S_SELECT(ConvolutionStepKernels<S>::finish)
+    (s.activation, u, s.batch, s.outputs, nullptr, 0, 0, data<S>(residual), residual ? residual->stride(0) : 0, residual ? residual->stride(1) : 0,
+     mutable_data<S>(y));
+    return y;
+  });
+}
+
+// Checks that name the layer are written where they fail: 30 layers have 120 tensors.
+void check_layer(const char* op, const char* name, int64_t layer, const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns, int64_t taps) {
+  const bool good = tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous() && tensor.dim() == (columns ? 3 : 1) &&
+                    tensor.size(0) == rows && (!columns || (tensor.size(1) == columns && tensor.size(2) == taps));
+  STD_TORCH_CHECK(good, op, ": ", name, "[", layer, "] must be contiguous, on the CPU, ", dtype_name(type), " and of ", rows, " rows, got ",
+                  shape_text(tensor));
+}
+
+Tensor wavenet_step(const Tensor& x_in, const Tensor& ring, const Tensor& position, const std::vector<Tensor>& conv_weight,
+                    const std::vector<Tensor>& conv_bias, const std::vector<Tensor>& out_weight, const std::vector<Tensor>& out_bias,
+                    const OptionalTensor& condition, const std::vector<int64_t>& dilations) {
+  const char* op = "wavenet_step";
+  check_cpu(op, "x_t", x_in);
+  check_dim(op, "x_t", x_in, 2);
+  const int64_t layers = static_cast<int64_t>(dilations.size()), batch = x_in.size(0), channels = x_in.size(1);
+  STD_TORCH_CHECK(layers > 0, op, ": dilations must name a layer");
+  for (const std::vector<Tensor>* list : {&conv_weight, &conv_bias, &out_weight, &out_bias})
+    STD_TORCH_CHECK(static_cast<int64_t>(list->size()) == layers, op, ": every list must have one tensor a layer, got ", list->size());
+  check_dim(op, "conv_weight", conv_weight[0], 3);
+  check_dim(op, "out_weight", out_weight[0], 3);
+  const int64_t taps = conv_weight[0].size(2), skips = out_weight[0].size(0) - channels;
+  STD_TORCH_CHECK(taps >= 1 && skips >= 0, op, ": conv_weight must have a tap and out_weight at least C rows");
+  const ScalarType type = x_in.scalar_type();
+  int64_t slots = 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    STD_TORCH_CHECK(dilations[l] >= 1, op, ": dilations must be at least 1, got ", dilations[l]);
+    slots += (taps - 1) * dilations[l];
+    check_layer(op, "conv_weight", l, conv_weight[l], type, 2 * channels, channels, taps);
+    check_layer(op, "conv_bias", l, conv_bias[l], type, 2 * channels, 0, 0);
+    check_layer(op, "out_weight", l, out_weight[l], type, channels + skips, channels, 1);
+    check_layer(op, "out_bias", l, out_bias[l], type, channels + skips, 0, 0);
+  }
+  check_argument(op, "ring", ring, type, {batch, slots, channels});
+  STD_TORCH_CHECK(ring.is_contiguous(), op, ": ring must be contiguous");
+  check_argument(op, "condition", condition, type, {batch, layers * 2 * channels});
+  int64_t* at = checked_position(op, position);
+  const Tensor x_t = as_contiguous(x_in);
+  Tensor skip = empty_cpu({batch, skips}, type);
+  return dispatch_floating(op, "x_t", type, [&](auto zero) {
+    using S = decltype(zero);
+    using C = compute_t<S>;
+    const int64_t panel_size = Stepper<S>::panel_elements(channels, taps), threads = thread_count();
+    const int64_t u_size = batch * std::max(2 * channels, channels + skips) + 16;
+    Workspace workspace(Workspace::bytes<C>(threads * panel_size) + Workspace::bytes<C>(u_size) +
+                        3 * Workspace::bytes<S>(batch * (channels + skips) + 16));
+    C* panel = workspace.take<C>(threads * panel_size);
+    C* u = workspace.take<C>(u_size);
+    S* x = workspace.take<S>(batch * channels);
+    S* z = workspace.take<S>(batch * channels);
+    S* both = workspace.take<S>(batch * (channels + skips));
+    std::copy(data<S>(x_t), data<S>(x_t) + batch * channels, x);
+    S* sum = mutable_data<S>(skip);
+    S* rings = mutable_data<S>(ring);
+    const auto finish = S2S_SELECT(ConvolutionStepKernels<S>::finish);
+    const auto add = S2S_SELECT(ConvolutionStepKernels<S>::add);
+    Stepper<S> conv(batch, taps), out(batch, 1);
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t span = (taps - 1) * dilations[l];
+      const RingView<S> view{rings, slots * channels, channels, span, span ? *at % span : 0};
+      rings += span * channels;
+      conv.sums(x, view, data<S>(conv_weight[l]), data<S>(conv_bias[l]), channels, 2 * channels, 1, dilations[l], u, panel, panel_size);
+      Stepper<S>::push(x, view, batch);
+      const S* extra = condition ? data<S>(*condition) + l * 2 * channels * condition->stride(1) : nullptr;
+      finish(Activation::gated_tanh, u, batch, 2 * channels, extra, condition ? condition->stride(0) : 0, condition ? condition->stride(1) : 0, nullptr, 0,
+             0, z);
+      out.sums(z, RingView<S>{}, data<S>(out_weight[l]), data<S>(out_bias[l]), channels, channels + skips, 1, 1, u, panel, panel_size);
+      finish(Activation::none, u, batch, channels + skips, nullptr, 0, 0, nullptr, 0, 0, both);
+      for (int64_t b = 0; b < batch; ++b) {
+        const S* row = both + b * (channels + skips);
+        add(x + b * channels, row, channels);
+        if (l)
+          add(sum + b * skips, row + channels, skips);
+        else
+          std::copy(row + channels, row + channels + skips, sum + b * skips);
+      }
+    }
+    ++*at;
+    return skip;
+  });
+}
+
+}  // namespace
+}  // namespace s2s
+
+STABLE_TORCH_LIBRARY_IMPL(s2s, CPU, m) {
+  m.impl("causal_conv1d_forward", TORCH_BOX(&s2s::causal_conv1d_forward));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&s2s::causal_conv1d_backward));
+  m.impl("causal_conv1d_step", TORCH_BOX(&s2s::causal_conv1d_step));
+  m.impl("wavenet_step", TORCH_BOX(&s2s::wavenet_step));
+}

@@ -1,0 +1,79 @@
+// What the binding of causal convolution and its kernels (one copy per instruction set) say to each other. No torch.
+#pragma once
+#include <cstdint>
+
+#include "storage.h"
+
+namespace s2s {
+
+enum class Activation : int64_t { none, relu, silu, gelu, tanh, glu, gated_tanh };
+
+constexpr bool is_gate(Activation activation) { return activation == Activation::glu || activation == Activation::gated_tanh; }
+
+// Data of storage type S as (B, C, T) with strides in elements.
+template <class S>
+struct Signal {
+  S* data = nullptr;
+  int64_t batch = 0, channel = 0, time = 0;
+};
+
+// out[b][o][t] = activation(bias[o] + sum_k sum_c weight[o][c][k] in[b][c][t + origin + k * dilation] + condition) + residual, over the
+// positions of `in` within [low, high_b), for t in [begin, end). The gradient with respect to the input has this form too: its dilation is
+// negative.
+template <class In, class Out>
+struct Convolution {
+  using C = compute_t<In>;
+  int64_t batch, channels, outputs, taps, groups;  // channels and outputs: of the whole, not of a group
+  int64_t origin, dilation;
+  Signal<const In> in;
+  Signal<const In> before;         // positions [-span, 0), stored from position -span; none: low is 0
+  int64_t span, time;              // of `before`; of `in`
+  const int64_t* lengths;          // (B) or null: high_b = lengths[b], else time
+  int64_t begin, end;              // of t
+  bool clip;                       // positions at or past lengths[b] are 0 in the result
+  const C* weights;                // packed: [group][block of `rows` outputs][k][c][row]
+  int64_t rows;
+  const C* bias;                   // (outputs), or null
+  Signal<const Out> condition, residual;
+  C* saved;                        // (B, outputs, end - begin): what enters the activation, or null
+  Activation activation;           // a gate needs groups = 1, unless there is no `out`
+  Signal<Out> out;                 // from t = begin, unit stride over time; null: only `saved` is wanted
+
+  bool stream;                     // the result is too large to stay in a cache
+
+  int64_t high(int64_t b) const { return lengths ? lengths[b] : time; }
+  int64_t low() const { return before.data ? -span : 0; }
+};
+
+// grad_weight[o][c][k] = sum_b sum_t grad[b][o][t] x[b][c][t + origin + k * dilation], over the positions of x within [low, lengths[b]) and
+// t < lengths[b]; added to what is there.
+template <class C>
+struct WeightGradient {
+  int64_t batch, channels, outputs, taps, groups;
+  int64_t origin, dilation, low;
+  const int64_t* high;  // (batch)
+  Signal<const C> grad, x;  // unit stride over time
+  C* grad_weight;           // (outputs, channels / groups, taps)
+  C* grad_bias;             // (outputs), or null
+};
+
+// One position of all rows of a batch: out[b][o] = activation(bias[o] + sum_k sum_c weight[o][c][k] tap[k][b][c] + condition) + residual.
+template <class S>
+struct ConvolutionStep {
+  using C = compute_t<S>;
+  int64_t batch, channels, outputs, taps, groups;
+  const S* weight;           // (outputs, channels / groups, taps), contiguous
+  const S* bias;             // (outputs), or null
+  const S* const* tap;       // K pointers: tap[k][b * tap_batch[k] + c]
+  const int64_t* tap_batch;
+  C* u;                      // (batch, outputs): what enters the activation
+  C* panel;                  // scratch of step_panel() elements for each thread
+};
+
+// The positions of a tile: a multiple of every instruction set's vector, with the inputs of a tap in the first-level cache.
+inline int64_t tile_width(int64_t channels) {
+  const int64_t width = 4096 / (channels < 1 ? 1 : channels) / 64 * 64;
+  return width < 64 ? 64 : width > 1024 ? 1024 : width;
+}
+
+}  // namespace s2s

@@ -1,0 +1,189 @@
+// Gradients of the activation and of the weights. The gradient with respect to the input is a convolution too: convolution_tile does it.
+
+// The gradient with respect to what enters the activation, for one result channel of one row of the batch: n positions into `a` (and `b`
+// under a gate). `saved_b` and `b` are read and written under a gate only.
+template <Activation A, class S>
+void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b,
+                              compute_t<S>* a, compute_t<S>* b, int64_t n) {
+  using C = compute_t<S>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const int64_t left = n - i;
+    Vec<C> before_a{}, before_b{}, grad_b{};
+    if constexpr (A != Activation::none) before_a = left >= lanes<C> ? load(saved_a + i) : load_partial(saved_a + i, left);
+    if constexpr (is_gate(A)) before_b = left >= lanes<C> ? load(saved_b + i) : load_partial(saved_b + i, left);
+    const Vec<C> grad_a = activate_gradient<A, C>(load_spread(grad + i * grad_stride, grad_stride, left), before_a, before_b, &grad_b);
+    if (left >= lanes<C>)
+      store(a + i, grad_a);
+    else
+      store_partial(a + i, grad_a, left);
+    if constexpr (is_gate(A)) {
+      if (left >= lanes<C>)
+        store(b + i, grad_b);
+      else
+        store_partial(b + i, grad_b, left);
+    }
+  }
+}
+
+template <class S>
+void activation_gradient(Activation activation, const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b,
+                         compute_t<S>* a, compute_t<S>* b, int64_t n) {
+  switch (activation) {
+    case Activation::none:
+      return activation_gradient_line<Activation::none>(grad, grad_stride, saved_a, saved_b, a, b, n);
+    case Activation::relu:
+      return activation_gradient_line<Activation::relu>(grad, grad_stride, saved_a, saved_b, a, b, n);
+    case Activation::silu:
+      return activation_gradient_line<Activation::silu>(grad, grad_stride, saved_a, saved_b, a, b, n);
+    case Activation::gelu:
+      return activation_gradient_line<Activation::gelu>(grad, grad_stride, saved_a, saved_b, a, b, n);
+    case Activation::tanh:
+      return activation_gradient_line<Activation::tanh>(grad, grad_stride, saved_a, saved_b, a, b, n);
+    case Activation::glu:
+      return activation_gradient_line<Activation::glu>(grad, grad_stride, saved_a, saved_b, a, b, n);
+    case Activation::gated_tanh:
+      return activation_gradient_line<Activation::gated_tanh>(grad, grad_stride, saved_a, saved_b, a, b, n);
+  }
+}
+
+// The same from what came out of the activation, for relu and tanh.
+template <class S>
+void activation_gradient_from_output(Activation activation, const S* grad, int64_t grad_stride, const S* y, compute_t<S>* a, int64_t n) {
+  using C = compute_t<S>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const Vec<C> g = load_spread(grad + i * grad_stride, grad_stride, n - i), out = load_spread(y + i, 1, n - i);
+    const Vec<C> v = activation == Activation::relu ? select(out <= C(0), Vec<C>{}, g) : g * (C(1) - out * out);
+    if (n - i >= lanes<C>)
+      store(a + i, v);
+    else
+      store_partial(a + i, v, n - i);
+  }
+}
+
+// sum[r][c] += grad row r . x row c over n positions; R N accumulators of a vector each.
+template <int R, int N, class C>
+void add_products(const C* grad, int64_t grad_stride, const C* x, int64_t x_stride, int64_t n, C* sum, int64_t sum_row, int64_t sum_column) {
+  Vec<C> part[R][N] = {};
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) {
+    Vec<C> in[N];
+    for (int c = 0; c < N; ++c) in[c] = load(x + c * x_stride + i);
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> g = load(grad + r * grad_stride + i);
+      for (int c = 0; c < N; ++c) part[r][c] = fma(g, in[c], part[r][c]);
+    }
+  }
+  if (i < n) {
+    Vec<C> in[N];
+    for (int c = 0; c < N; ++c) in[c] = load_partial(x + c * x_stride + i, n - i);
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> g = load_partial(grad + r * grad_stride + i, n - i);
+      for (int c = 0; c < N; ++c) part[r][c] = fma(g, in[c], part[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < N; ++c) sum[r * sum_row + c * sum_column] += hsum(part[r][c]);
+}
+
+// One row by one row: four accumulators hide the latency.
+template <class C>
+C dot(const C* a, const C* b, int64_t n) {
+  Vec<C> part[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes<C> <= n; i += 4 * lanes<C>)
+    for (int v = 0; v < 4; ++v) part[v] = fma(load(a + i + v * lanes<C>), load(b + i + v * lanes<C>), part[v]);
+  for (; i + lanes<C> <= n; i += lanes<C>) part[0] = fma(load(a + i), load(b + i), part[0]);
+  if (i < n) part[0] = fma(load_partial(a + i, n - i), load_partial(b + i, n - i), part[0]);
+  return hsum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+template <int R, class C>
+void add_product_columns(const C* grad, int64_t grad_stride, const C* x, int64_t x_stride, int64_t channels, int64_t n, C* sum, int64_t sum_row,
+                         int64_t sum_column) {
+  int64_t c = 0;
+  for (; c + 3 <= channels; c += 3)
+    add_products<R, 3>(grad, grad_stride, x + c * x_stride, x_stride, n, sum + c * sum_column, sum_row, sum_column);
+  if (channels - c == 2) add_products<R, 2>(grad, grad_stride, x + c * x_stride, x_stride, n, sum + c * sum_column, sum_row, sum_column);
+  if (channels - c == 1) add_products<R, 1>(grad, grad_stride, x + c * x_stride, x_stride, n, sum + c * sum_column, sum_row, sum_column);
+}
+
+// The rows [first, first + count), count <= 4, of a group: a fixed order over the batch, stretches of time, taps and channels.
+template <class C>
+void weight_gradient_rows(const WeightGradient<C>& p, int64_t group, int64_t first, int64_t count) {
+  constexpr int64_t stretch = 512;
+  const int64_t channels = p.channels / p.groups, output = group * (p.outputs / p.groups) + first;
+  C* grad_weight = p.grad_weight + output * channels * p.taps;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t high = p.high[b];
+    const C* grad = p.grad.data + b * p.grad.batch + output * p.grad.channel;
+    const C* x = p.x.data + b * p.x.batch + group * channels * p.x.channel;
+    for (int64_t t = 0; t < high; t += stretch) {
+      const int64_t until = min(t + stretch, high);
+      for (int64_t k = 0; k < p.taps; ++k) {
+        const int64_t shift = p.origin + k * p.dilation;
+        const int64_t from = max(t, p.low - shift), to = min(until, high - shift);
+        if (from >= to) continue;
+        const C* rows = grad + from;
+        const C* columns = x + from + shift;
+        C* sum = grad_weight + k;
+        const int64_t row = channels * p.taps, n = to - from;
+        if (count == 1 && channels == 1) {
+          *sum += dot(rows, columns, n);
+          continue;
+        }
+        switch (count) {
+          case 1:
+            add_product_columns<1>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            break;
+          case 2:
+            add_product_columns<2>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            break;
+          case 3:
+            add_product_columns<3>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            break;
+          default:
+            add_product_columns<4>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+        }
+      }
+      if (!p.grad_bias) continue;
+      for (int64_t r = 0; r < count; ++r) {
+        Vec<C> part{};
+        const C* row = grad + r * p.grad.channel;
+        int64_t i = t;
+        for (; i + lanes<C> <= until; i += lanes<C>) part = part + load(row + i);
+        if (i < until) part = part + load_partial(row + i, until - i);
+        p.grad_bias[output + r] += hsum(part);
+      }
+    }
+  }
+}
+
+// n elements `stride` apart, side by side in the compute type; and back.
+template <class S>
+void widen_line(const S* from, int64_t stride, compute_t<S>* to, int64_t n) {
+  using C = compute_t<S>;
+  for (int64_t i = 0; i < n; i += lanes<C>) {
+    const Vec<C> v = load_spread(from + i * stride, stride, n - i);
+    if (n - i >= lanes<C>)
+      store(to + i, v);
+    else
+      store_partial(to + i, v, n - i);
+  }
+}
+
+template <class S>
+void narrow_line(const compute_t<S>* from, S* to, int64_t n) {
+  using C = compute_t<S>;
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) store(to + i, load(from + i));
+  if (i < n) store_partial(to + i, load_partial(from + i, n - i), n - i);
+}
+
+template <class S>
+struct ConvolutionGradientKernels {
+  static constexpr auto widen = &widen_line<S>;
+  static constexpr auto narrow = &narrow_line<S>;
+  static constexpr auto activation = &activation_gradient<S>;
+  static constexpr auto activation_from_output = &activation_gradient_from_output<S>;
+  static constexpr auto weight_rows = &weight_gradient_rows<compute_t<S>>;
+};

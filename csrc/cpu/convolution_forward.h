@@ -1,0 +1,300 @@
+// Direct convolution: registers hold a block of outputs by a stretch of time, weights are broadcast, inputs are loaded where they lie, shifted
+// by their tap. One accumulation chain per output: bias, taps oldest first, channels ascending. Nothing else touches a chain: a position that
+// is absent for a tap is blended out, so that neither tiling nor threads nor chunks show in the bits.
+
+// A tap of one tile: lane i reads x[c * stride + i]; only lanes in [from, to) are present.
+template <class C>
+struct Tap {
+  const C* x;
+  int64_t stride, from, to;
+};
+
+template <class C>
+S2S_INLINE Mask<C> lanes_between(int64_t from, int64_t to) {
+  using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  const Vec<I> lane = iota<I>();
+  const I first = static_cast<I>(max<int64_t>(0, min(from, lanes<C>))), last = static_cast<I>(max<int64_t>(0, min(to, lanes<C>)));
+  return (lane >= broadcast(first)) & (lane < broadcast(last));
+}
+
+// Lanes [from, to) of a vector, 0 elsewhere; the memory of the others isn't touched.
+template <class C>
+S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_t to) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 32
+  if constexpr (sizeof(C) == 4) return _mm256_maskload_ps(x, (__m256i)present);
+  if constexpr (sizeof(C) == 8) return _mm256_maskload_pd(x, (__m256i)present);
+#endif
+  Vec<C> v{};
+  for (int64_t i = max<int64_t>(0, from); i < min(to, lanes<C>); ++i) v[i] = x[i];
+  return v;
+}
+
+// u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R).
+template <int R, int V, bool Masked, class C>
+void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weights, const C* start, int64_t channels, int64_t at, C* u, int64_t u_stride) {
+  Vec<C> sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = broadcast(start[r]);
+  for (int64_t k = first; k < last; ++k) {
+    const C* w = weights + k * channels * R;
+    const C* x = taps[k].x + at;
+    const int64_t stride = taps[k].stride;
+    Mask<C> present[V] = {};
+    if constexpr (Masked)
+      for (int v = 0; v < V; ++v) present[v] = lanes_between<C>(taps[k].from - at - v * lanes<C>, taps[k].to - at - v * lanes<C>);
+    for (int64_t c = 0; c < channels; ++c, x += stride, w += R) {
+      Vec<C> in[V];
+      for (int v = 0; v < V; ++v)
+        in[v] = Masked ? load_between(x + v * lanes<C>, present[v], taps[k].from - at - v * lanes<C>, taps[k].to - at - v * lanes<C>)
+                       : load(x + v * lanes<C>);
+      for (int r = 0; r < R; ++r) {
+        const Vec<C> scale = broadcast(w[r]);
+        for (int v = 0; v < V; ++v) {
+          const Vec<C> next = fma(scale, in[v], sum[r][v]);
+          sum[r][v] = Masked ? select(present[v], next, sum[r][v]) : next;
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(u + r * u_stride + at + v * lanes<C>, sum[r][v]);
+}
+
+template <int R, int V, class C>
+void accumulate_lanes(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t at, C* u, int64_t u_stride) {
+  const int64_t until = at + V * lanes<C>;
+  // Taps follow each other in time, so those with a present lane are neighbours.
+  int64_t first = 0, last = count;
+  while (first < last && (taps[first].to <= at || taps[first].from >= until)) ++first;
+  while (first < last && (taps[last - 1].to <= at || taps[last - 1].from >= until)) --last;
+  bool whole = true;
+  for (int64_t k = first; k < last; ++k) whole &= taps[k].from <= at && taps[k].to >= until;
+  if (whole)
+    accumulate<R, V, false>(taps, first, last, weights, start, channels, at, u, u_stride);
+  else
+    accumulate<R, V, true>(taps, first, last, weights, start, channels, at, u, u_stride);
+}
+
+template <int R, class C>
+void accumulate_rows(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width, C* u, int64_t u_stride) {
+  constexpr int V = R <= 2 ? 4 : 2;
+  int64_t at = 0;
+  for (; at + V * lanes<C> <= width; at += V * lanes<C>) accumulate_lanes<R, V>(taps, count, weights, start, channels, at, u, u_stride);
+  for (; at < width; at += lanes<C>) accumulate_lanes<R, 1>(taps, count, weights, start, channels, at, u, u_stride);
+}
+
+template <class C>
+void accumulate_block(int64_t rows, const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width, C* u,
+                      int64_t u_stride) {
+  switch (rows) {
+    case 1:
+      return accumulate_rows<1>(taps, count, weights, start, channels, width, u, u_stride);
+    case 2:
+      return accumulate_rows<2>(taps, count, weights, start, channels, width, u, u_stride);
+    case 3:
+      return accumulate_rows<3>(taps, count, weights, start, channels, width, u, u_stride);
+    case 4:
+      return accumulate_rows<4>(taps, count, weights, start, channels, width, u, u_stride);
+    case 5:
+      return accumulate_rows<5>(taps, count, weights, start, channels, width, u, u_stride);
+    default:
+      return accumulate_rows<6>(taps, count, weights, start, channels, width, u, u_stride);
+  }
+}
+
+// One channel, K taps, all lanes of [at, width) present: inputs are read and outputs written once, past the cache where `stream`.
+template <int K, class C>
+void accumulate_line(const Tap<C>* taps, int64_t count, const C* weights, C start, int64_t at, int64_t width, C* u, bool stream) {
+  constexpr int64_t V = 4;
+  Vec<C> scale[K ? K : 1];
+  const C* x[K ? K : 1];
+  for (int k = 0; k < K; ++k) scale[k] = broadcast(weights[k]), x[k] = taps[k].x;
+  const int64_t step = V * lanes<C>;
+#if defined(__x86_64__)
+  if (stream && reinterpret_cast<uintptr_t>(u + at) % S2S_VECTOR_BYTES != 0) stream = false;
+#endif
+  for (; at < width; at += step) {
+    Vec<C> sum[V];
+    for (int v = 0; v < V; ++v) sum[v] = broadcast(start);
+    if constexpr (K > 0) {
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k)
+        for (int v = 0; v < V; ++v) sum[v] = fma(scale[k], load(x[k] + at + v * lanes<C>), sum[v]);
+    } else {
+      for (int64_t k = 0; k < count; ++k) {
+        const Vec<C> w = broadcast(weights[k]);
+        for (int v = 0; v < V; ++v) sum[v] = fma(w, load(taps[k].x + at + v * lanes<C>), sum[v]);
+      }
+    }
+#if defined(__x86_64__)
+    if (stream) {
+      for (int v = 0; v < V; ++v) {
+        if constexpr (sizeof(C) == 4)
+          S2S_MM(stream_ps)(reinterpret_cast<float*>(u + at + v * lanes<C>), sum[v]);
+        else
+          S2S_MM(stream_pd)(reinterpret_cast<double*>(u + at + v * lanes<C>), sum[v]);
+      }
+      continue;
+    }
+#endif
+    for (int v = 0; v < V; ++v) store(u + at + v * lanes<C>, sum[v]);
+  }
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();
+#endif
+}
+
+template <class C>
+void accumulate_depthwise(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t width, C* u, bool stream) {
+  constexpr int64_t step = 4 * lanes<C>;
+  int64_t from = 0, to = width;
+  for (int64_t k = 0; k < count; ++k) from = max(from, taps[k].from), to = min(to, taps[k].to);
+  from = min(width, (from + step - 1) / step * step);
+  to = from + max<int64_t>(0, to - from) / step * step;
+  int64_t at = 0;
+  for (; at + step <= from; at += step) accumulate_lanes<1, 4>(taps, count, weights, start, 1, at, u, 0);
+  if (to > from && at == from) {
+    switch (count) {
+      case 2:
+        accumulate_line<2>(taps, count, weights, start[0], from, to, u, stream);
+        break;
+      case 3:
+        accumulate_line<3>(taps, count, weights, start[0], from, to, u, stream);
+        break;
+      case 4:
+        accumulate_line<4>(taps, count, weights, start[0], from, to, u, stream);
+        break;
+      default:
+        accumulate_line<0>(taps, count, weights, start[0], from, to, u, stream);
+    }
+    at = to;
+  }
+  for (; at + step <= width; at += step) accumulate_lanes<1, 4>(taps, count, weights, start, 1, at, u, 0);
+  for (; at < width; at += lanes<C>) accumulate_lanes<1, 1>(taps, count, weights, start, 1, at, u, 0);
+}
+
+// Positions [at, at + width) of all channels of a group as rows `width` apart, 0 outside [from, to), which are lanes.
+template <class In, class Out>
+void gather_positions(const Convolution<In, Out>& p, int64_t b, int64_t channel, int64_t at, int64_t from, int64_t to, int64_t width, compute_t<In>* rows) {
+  using C = compute_t<In>;
+  const int64_t channels = p.channels / p.groups;
+  const int64_t split = max(from, min(to, -at));  // lanes before it lie in `before`
+  for (int64_t c = 0; c < channels; ++c) {
+    C* row = rows + c * width;
+    for (int64_t i = 0; i < from; ++i) row[i] = C(0);
+    for (int64_t i = to; i < width; ++i) row[i] = C(0);
+    if (from < split) {
+      const In* x = p.before.data + b * p.before.batch + (channel + c) * p.before.channel + (at + p.span) * p.before.time;
+      for (int64_t i = from; i < split; ++i) row[i] = to_compute(x[i * p.before.time]);
+    }
+  }
+  const In* x = p.in.data + b * p.in.batch + channel * p.in.channel + at * p.in.time;
+  if (p.in.time == 1) {
+    for (int64_t c = 0; c < channels; ++c, x += p.in.channel) {
+      int64_t i = split;
+      for (; i + lanes<C> <= to; i += lanes<C>) store(rows + c * width + i, load(x + i));
+      for (; i < to; ++i) rows[c * width + i] = to_compute(x[i]);
+    }
+  } else {
+    for (int64_t i = split; i < to; ++i)
+      for (int64_t c = 0; c < channels; ++c) rows[c * width + i] = to_compute(x[i * p.in.time + c * p.in.channel]);
+  }
+}
+
+// Outputs t in [t0, t0 + width) of one group of one row of the batch. Scratch: `taps` for K, `rows` for K C (width + a vector), u for
+// `p.rows` lines.
+template <class In, class Out>
+void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, int64_t t0, int64_t width, void* tap_memory, compute_t<In>* rows,
+                      compute_t<In>* u) {
+  using C = compute_t<In>;
+  Tap<C>* taps = static_cast<Tap<C>*>(tap_memory);
+  const int64_t channels = p.channels / p.groups, outputs = p.outputs / p.groups, channel = group * channels;
+  const int64_t length = p.end - p.begin;
+  const int64_t high = p.high(b), low = p.low();
+  const int64_t kept = p.clip ? max<int64_t>(0, min(width, high - t0)) : width;
+  const int64_t padded = (kept + lanes<C> - 1) / lanes<C> * lanes<C>;
+
+  const bool direct = std::is_same_v<In, C> && p.in.time == 1;
+  const int64_t reach = (p.taps - 1) * p.dilation;  // from the first tap to the last; negative for the gradient
+  const int64_t earliest = t0 + p.origin + min<int64_t>(0, reach);
+  const bool shared = !direct && max(p.dilation, -p.dilation) < padded;
+  const int64_t shared_width = padded + max(reach, -reach);
+  if (shared && kept) {
+    const int64_t from = max<int64_t>(0, min(shared_width, low - earliest)), to = max(from, min(shared_width, high - earliest));
+    gather_positions(p, b, channel, earliest, from, to, shared_width, rows);
+  }
+  for (int64_t k = 0; k < p.taps && kept; ++k) {
+    const int64_t at = t0 + p.origin + k * p.dilation;
+    Tap<C>& tap = taps[k];
+    tap.from = max<int64_t>(0, min(padded, low - at));
+    tap.to = max(tap.from, min(padded, high - at));
+    if (shared) {
+      tap.x = rows + (at - earliest);
+      tap.stride = shared_width;
+    } else if (direct && (at >= 0 || !p.before.data)) {
+      if constexpr (std::is_same_v<In, C>) tap.x = p.in.data + b * p.in.batch + channel * p.in.channel + at;
+      tap.stride = p.in.channel;
+    } else {
+      C* own = rows + k * channels * padded;
+      if (tap.from < tap.to) gather_positions(p, b, channel, at, tap.from, tap.to, padded, own);
+      tap.x = own;
+      tap.stride = padded;
+    }
+  }
+
+  const bool plain = p.activation == Activation::none && !p.condition.data && !p.residual.data && !p.saved && p.out.data && padded == kept;
+  const bool gate = is_gate(p.activation);
+  const int64_t half = p.outputs / 2;
+  for (int64_t done = 0; done < outputs; done += p.rows) {
+    const int64_t rows_here = min(p.rows, outputs - done);
+    C start[6] = {};
+    int64_t output[6];  // the output that each row of the block is
+    for (int64_t r = 0; r < rows_here; ++r) {
+      output[r] = group * outputs + done + r;
+      if (gate) output[r] = r < rows_here / 2 ? done / 2 + r : half + done / 2 + (r - rows_here / 2);
+      if (p.bias) start[r] = p.bias[output[r]];
+    }
+    const C* weights = p.weights + (group * outputs + done) * channels * p.taps;
+    const int64_t at = t0 - p.begin;
+    if constexpr (std::is_same_v<Out, C>) {
+      if (plain) {  // what is accumulated is the result
+        C* y = p.out.data + b * p.out.batch + output[0] * p.out.channel + at;
+        if (rows_here == 1 && channels == 1)
+          accumulate_depthwise(taps, p.taps, weights, start, padded, y, p.stream);
+        else
+          accumulate_block(rows_here, taps, p.taps, weights, start, channels, padded, y, p.out.channel);
+        for (int64_t r = 0; r < rows_here; ++r)
+          for (int64_t i = kept; i < width; ++i) y[r * p.out.channel + i] = C(0);
+        continue;
+      }
+    }
+    if (rows_here == 1 && channels == 1)
+      accumulate_depthwise(taps, p.taps, weights, start, padded, u, false);
+    else
+      accumulate_block(rows_here, taps, p.taps, weights, start, channels, padded, u, padded);
+    for (int64_t r = 0; r < rows_here; ++r) {
+      if (p.condition.data)
+        add_line(u + r * padded, p.condition.data + b * p.condition.batch + output[r] * p.condition.channel + t0 * p.condition.time,
+                 p.condition.time, kept);
+      if (!p.saved) continue;
+      C* saved = p.saved + (b * p.outputs + output[r]) * length + at;
+      std::memcpy(saved, u + r * padded, kept * sizeof(C));
+      for (int64_t i = kept; i < width; ++i) saved[i] = C(0);
+    }
+    if (!p.out.data) continue;
+    for (int64_t r = 0; r < (gate ? rows_here / 2 : rows_here); ++r) {
+      Out* y = p.out.data + b * p.out.batch + output[r] * p.out.channel + at;
+      const Out* residual =
+          p.residual.data ? p.residual.data + b * p.residual.batch + output[r] * p.residual.channel + t0 * p.residual.time : nullptr;
+      finish_line(p.activation, u + r * padded, u + (r + rows_here / 2) * padded, residual, p.residual.time, y, kept);
+      for (int64_t i = kept; i < width; ++i) y[i] = from_compute<Out>(C(0));
+    }
+  }
+}
+
+template <class In, class Out>
+struct ConvolutionKernels {
+  static constexpr auto tile = &convolution_tile<In, Out>;
+  static constexpr auto finish =
+      static_cast<void (*)(Activation, const compute_t<Out>*, const compute_t<Out>*, const Out*, int64_t, Out*, int64_t)>(&finish_line<Out>);
+};

@@ -1,0 +1,229 @@
+"""Causal convolutions as layers."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import convolution as ops
+from .layer import Layer
+from .state import ConvStackState, ConvState
+
+
+class CausalConv1d(Layer):
+    """`nn.Conv1d` that sees the past only: same parameters, same initialisation, output as long as the input.
+
+    Args:
+        in_channels, out_channels, kernel_size, groups, bias, device, dtype: as `nn.Conv1d`.
+        dilation: distance in positions between neighbouring taps.
+        activation: as `causal_conv1d`; a gate halves the channels of the result.
+
+    Parameters: weight (out_channels, in_channels / groups, kernel_size), bias (out_channels,).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.dilation, self.groups, self.activation = dilation, groups, activation
+        # torch's own layer checks the sizes and draws the weights, so one seed gives the same ones here and there.
+        like = nn.Conv1d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.weight = like.weight
+        self.bias = like.bias
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        residual: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        initial_state: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """x (B, in_channels, T) -> y (B, out_channels, T), or (y, state); arguments as `causal_conv1d`."""
+        return ops.causal_conv1d(
+            x,
+            self.weight,
+            self.bias,
+            dilation=self.dilation,
+            groups=self.groups,
+            activation=self.activation,
+            residual=residual,
+            lengths=lengths,
+            initial_state=initial_state,
+            return_state=return_state,
+        )
+
+    def initial_state(self, batch: int) -> ConvState:
+        """The state before the first position."""
+        return ConvState.zeros(
+            batch,
+            self.in_channels,
+            self.kernel_size,
+            self.dilation,
+            dtype=self.weight.dtype,
+            device=self.weight.device,
+        )
+
+    def step(self, x_t: torch.Tensor, state: ConvState, *, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """One position: x_t (B, in_channels) -> y_t; the state is updated in place."""
+        return ops.causal_conv1d_step(
+            x_t,
+            state,
+            self.weight,
+            self.bias,
+            dilation=self.dilation,
+            groups=self.groups,
+            activation=self.activation,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+        text += "" if self.groups == 1 else f", groups={self.groups}"
+        text += "" if self.bias is not None else ", bias=False"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+class GatedCausalConv1d(CausalConv1d):
+    """A causal convolution to 2 out_channels, of which one half gates the other: "glu", a * sigmoid(b) (Dauphin et al. 2017), or
+    "gated_tanh", tanh(a) * sigmoid(b) (van den Oord et al. 2016).
+
+    Args:
+        in_channels, out_channels, kernel_size, dilation: as `CausalConv1d`; out_channels is that of the result.
+        gate: "glu" or "gated_tanh".
+
+    Parameters: weight (2 out_channels, in_channels / groups, kernel_size), bias (2 out_channels,).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        dilation: int = 1,
+        gate: str = "glu",
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if gate not in ("glu", "gated_tanh"):
+            raise ValueError(f"GatedCausalConv1d: gate must be 'glu' or 'gated_tanh', got {gate!r}")
+        super().__init__(
+            in_channels,
+            2 * out_channels,
+            kernel_size,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            activation=gate,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class WaveNetStack(Layer):
+    """Gated dilated layers with residual and skip connections (van den Oord et al. 2016, "WaveNet").
+
+    Layer l: u = conv_l(x) + condition_l; z = tanh(u[:C]) * sigmoid(u[C:]); [r, s] = W_l z + b_l; x = x + r; skip = skip + s.
+
+    Args:
+        channels: C, of x.
+        skip_channels: S, of the result.
+        dilations: one a layer.
+        kernel_size: K, taps of each dilated convolution.
+
+    Parameters: conv.{l}.weight (2C, C, K), conv.{l}.bias (2C,), out.{l}.weight (C+S, C, 1), out.{l}.bias (C+S,).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        skip_channels: int,
+        dilations: Sequence[int],
+        kernel_size: int = 2,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not dilations:
+            raise ValueError("WaveNetStack: dilations must name at least one layer, got none")
+        self.channels, self.skip_channels, self.kernel_size = channels, skip_channels, kernel_size
+        self.dilations = tuple(dilations)
+
+        def layer(outputs: int, taps: int, dilation: int, activation: str | None) -> CausalConv1d:
+            return CausalConv1d(
+                channels, outputs, taps, dilation=dilation, activation=activation, device=device, dtype=dtype
+            )
+
+        self.conv = nn.ModuleList(layer(2 * channels, kernel_size, d, "gated_tanh") for d in self.dilations)
+        self.out = nn.ModuleList(layer(channels + skip_channels, 1, 1, None) for _ in self.dilations)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, C, T), condition (B, L 2C, T or 1) -> the sum of the skip outputs (B, S, T)."""
+        skip: torch.Tensor | None = None
+        for index, (conv, out) in enumerate(zip(self.conv, self.out, strict=True)):
+            rows = slice(index * 2 * self.channels, (index + 1) * 2 * self.channels)
+            z = ops.conditioned_conv1d(
+                x,
+                conv.weight,
+                conv.bias,
+                None if condition is None else condition[:, rows],
+                dilation=conv.dilation,
+                activation="gated_tanh",
+            )
+            both = out(z)
+            x = x + both[:, : self.channels]
+            skip = both[:, self.channels :] if skip is None else skip + both[:, self.channels :]
+        assert skip is not None
+        return skip.contiguous()
+
+    def initial_state(self, batch: int) -> ConvStackState:
+        """The state before the first position."""
+        weight = self.conv[0].weight
+        return ConvStackState.zeros(
+            batch, self.channels, self.kernel_size, self.dilations, dtype=weight.dtype, device=weight.device
+        )
+
+    def step(
+        self, x_t: torch.Tensor, state: ConvStackState, condition: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ConvStackState]:
+        """One position through all layers: x_t (B, C), condition (B, L 2C) -> (skip_t (B, S), state), the state updated in place."""
+        conv, out = self.conv._modules.values(), self.out._modules.values()
+        parameters = [_parameters(layers, name) for layers in (conv, out) for name in ("weight", "bias")]
+        skip = ops.wavenet_step(x_t, state, *parameters, self.dilations, condition)
+        return skip, state
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, {self.skip_channels}, dilations={self.dilations}, kernel_size={self.kernel_size}"
+
+
+def _parameters(layers: Iterable[Any], name: str) -> list[torch.Tensor]:
+    try:
+        return [layer._parameters[name] for layer in layers]  # ten times as fast as the attribute
+    except KeyError:  # of a parametrised weight
+        return [getattr(layer, name) for layer in layers]

@@ -1,0 +1,279 @@
+"""Causal convolution: dense, grouped, depthwise, dilated, gated; over a whole sequence, in chunks, or step by step."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ... import checks, dispatch
+from . import autograd, reference
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+OPERATOR = dispatch.register("causal_conv1d", cpu=lambda call: None)
+STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
+STACK = dispatch.register(
+    "wavenet_step",
+    cpu=lambda records: "a step of a stack that records a gradient is the reference's" if records else None,
+)
+
+
+class Ring(Protocol):
+    """What a streaming state holds: s2s_kernels.nn.ConvState."""
+
+    ring: torch.Tensor
+    position: torch.Tensor
+
+    def ordered(self) -> torch.Tensor: ...
+    def advance(self, x_t: torch.Tensor, in_place: bool) -> None: ...
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    causal: bool = True,
+) -> Any:
+    """1-D convolution whose output at t sees the inputs at t, t - dilation, ..., t - (K-1) dilation only (van den Oord et al. 2016).
+
+    Args:
+        x: input (B, C_in, T), any strides (channels-last ones without a copy); float64, float32, bfloat16 or float16.
+        weight: (C_out, C_in / groups, K), as `torch.nn.functional.conv1d`; oldest tap first.
+        bias: (C_out,).
+        dilation: distance in positions between neighbouring taps.
+        groups: as `conv1d`; groups = C_in is depthwise.
+        activation: None, "relu", "silu", "gelu" (the exact one), "tanh", or a gate that halves the channels: "glu", a * sigmoid(b), and
+            "gated_tanh", tanh(a) * sigmoid(b), a the first half of C_out and b the second.
+        residual: in the shape of the result, added after the activation.
+        lengths: (B,) int32 or int64, on the CPU or beside x. Positions at or past it never matter, and the result is 0 there.
+        initial_state: (B, C_in, (K-1) dilation), the inputs before position 0, oldest first. Without it the taps before position 0
+            contribute nothing.
+        return_state: also return the same kind of state after position T (after position `length` where lengths are given).
+        causal: False centres the taps, (K-1) dilation // 2 of their reach on the left; takes and returns no state.
+
+    Returns:
+        y (B, C_out, T), or (B, C_out / 2, T) under a gate, contiguous, in x's dtype; (y, state) if `return_state`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Equivalent to: ``activation(F.conv1d(F.pad(x, ((K - 1) * dilation, 0)), weight, bias, dilation=dilation, groups=groups)) + residual``
+    """
+    name = "causal_conv1d"
+    checks.tensor(name, "x", x)
+    x, weight, bias, residual, initial_state = checks.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
+    checks.data(name, "x", x, 3, "(B, C_in, T)")
+    batch, channels, time = x.shape
+    results = _parameters(name, x, channels, weight, bias, dilation, groups, activation)
+    checks.like(name, "residual", residual, x, "x", (batch, results, time), "the result's shape (B, C, T)")
+    lengths = checks.lengths(name, "lengths", lengths, x, batch, time)
+    span = (weight.shape[2] - 1) * dilation
+    checks.like(name, "initial_state", initial_state, x, "x", (batch, channels, span), "(B, C_in, (K-1) dilation)")
+    if not causal and (initial_state is not None or return_state):
+        which = "initial_state" if initial_state is not None else "return_state"
+        checks.wrong_value(name, which, "absent when causal is False", "one")
+    options = (dilation, groups, activation, causal)
+    y = convolve((x, weight, bias, residual, lengths, initial_state, None), options)
+    if not return_state:
+        return y
+    return y, reference.final_state(x, span, lengths, initial_state)
+
+
+def convolve(tensors: autograd.Tensors, options: autograd.Options) -> torch.Tensor:
+    """Chooses a backend for checked arguments: x, weight, bias, residual, lengths, initial_state, condition (added before the
+    activation, (B, C_out, T or 1)); dilation, groups, activation, causal."""
+    x = tensors[0]
+    assert x is not None
+    backend = dispatch.choose(OPERATOR, x.device, None)
+    if backend == "reference" or dispatch.transformed(*tensors):
+        return autograd.reference_of(tensors, options)[0]  # type: ignore[return-value]
+    return autograd.kernel(tensors, options)[0]  # type: ignore[return-value]
+
+
+def causal_conv1d_step(
+    x_t: torch.Tensor,
+    state: Ring,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One position of `causal_conv1d`, at a cost that doesn't depend on the dilation.
+
+    Args:
+        x_t: the input at this position (B, C_in).
+        state: a `ConvState` of x_t's dtype with the inputs before it; updated in place. Where a gradient is recorded the state
+            gets new tensors instead, so that the earlier steps can still be differentiated.
+        weight, bias, dilation, groups, activation: as `causal_conv1d`.
+        residual: in the shape of the result, added after the activation.
+
+    Returns:
+        y_t (B, C_out), or (B, C_out / 2) under a gate.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    name = "causal_conv1d_step"
+    checks.tensor(name, "x_t", x_t)
+    x_t, weight, bias, residual = checks.autocast(x_t, weight, bias, residual)  # type: ignore[assignment]
+    checks.data(name, "x_t", x_t, 2, "(B, C_in)")
+    batch, channels = x_t.shape
+    results = _parameters(name, x_t, channels, weight, bias, dilation, groups, activation, "x_t")
+    checks.like(name, "residual", residual, x_t, "x_t", (batch, results), "the result's shape (B, C)")
+    ring = ring_of(name, state, x_t)
+    span = (weight.shape[2] - 1) * dilation
+    checks.like(name, "state", ring, x_t, "x_t", (batch, span, channels), "a ring (B, (K-1) dilation, C_in)")
+    records = recording(x_t, ring, weight, bias, residual)
+    backend = dispatch.choose(STEP, x_t.device, None)
+    transformed = dispatch.transformed(x_t, ring, weight, bias, residual)
+    if backend == "reference" or transformed or records:
+        # A ring that is written in place can't be differentiated: this is the whole form, on a copy and of one position.
+        after = None if residual is None else residual[:, :, None]
+        y = convolve(
+            (x_t[:, :, None], weight, bias, after, None, state.ordered(), None), (dilation, groups, activation, True)
+        )
+        state.advance(x_t, in_place=not (records or transformed))
+        return y[:, :, 0]
+    return torch.ops.s2s.causal_conv1d_step(
+        x_t, ring, state.position, weight, bias, residual, dilation, groups, autograd.ACTIVATIONS.index(activation)
+    )
+
+
+def conditioned_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    condition: torch.Tensor | None,
+    *,
+    dilation: int,
+    activation: str,
+) -> torch.Tensor:
+    """`causal_conv1d` with `condition` (B, C_out, T or 1) added before the activation."""
+    name = "causal_conv1d"
+    checks.tensor(name, "x", x)
+    x, weight, bias, condition = checks.autocast(x, weight, bias, condition)  # type: ignore[assignment]
+    checks.data(name, "x", x, 3, "(B, C_in, T)")
+    batch, channels, time = x.shape
+    _parameters(name, x, channels, weight, bias, dilation, 1, activation)
+    if condition is not None:
+        several = condition.dim() == 3 and condition.shape[2] != 1
+        shape = (batch, weight.shape[0], time if several else 1)
+        checks.like(name, "condition", condition, x, "x", shape, "(B, C_out, T or 1)")
+    return convolve((x, weight, bias, None, None, None, condition), (dilation, 1, activation, True))
+
+
+class StackRing(Protocol):
+    """What the streaming state of a stack holds: s2s_kernels.nn.ConvStackState."""
+
+    ring: torch.Tensor
+    position: torch.Tensor
+
+    def ordered(self) -> list[torch.Tensor]: ...
+    def replace(self, states: Sequence[torch.Tensor], in_place: bool) -> None: ...
+
+
+def wavenet_step(
+    x_t: torch.Tensor,
+    state: StackRing,
+    conv_weight: list[torch.Tensor],
+    conv_bias: list[torch.Tensor],
+    out_weight: list[torch.Tensor],
+    out_bias: list[torch.Tensor],
+    dilations: Sequence[int],
+    condition: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the state is updated in
+    place, or gets new tensors where a gradient is recorded."""
+    name = "wavenet_step"
+    checks.tensor(name, "x_t", x_t)
+    if torch.is_autocast_enabled(x_t.device.type):
+        lists = [conv_weight, conv_bias, out_weight, out_bias]
+        x_t, condition, *flat = checks.autocast(x_t, condition, *(t for tensors in lists for t in tensors))  # type: ignore[assignment]
+        count = len(dilations)
+        conv_weight, conv_bias, out_weight, out_bias = (flat[i * count : (i + 1) * count] for i in range(4))  # type: ignore[assignment]
+    checks.data(name, "x_t", x_t, 2, "(B, C)")
+    batch, channels = x_t.shape
+    taps = conv_weight[0].shape[2]
+    checks.like(name, "x_t", x_t, conv_weight[0], "the weights", (batch, conv_weight[0].shape[1]), "(B, C)")
+    checks.like(name, "condition", condition, x_t, "x_t", (batch, len(dilations) * 2 * channels), "(B, L 2C)")
+    ring = ring_of(name, state, x_t)
+    slots = (taps - 1) * sum(dilations)
+    checks.like(name, "state", ring, x_t, "x_t", (batch, slots, channels), "a ring (B, sum of (K-1) dilation, C)")
+    parameters = (*conv_weight, *conv_bias, *out_weight, *out_bias)
+    records = recording(x_t, ring, condition, *parameters)
+    backend = dispatch.choose(STACK, x_t.device, records)
+    transformed = dispatch.transformed(x_t, ring, condition)
+    if backend == "reference" or transformed:
+        skip, states = reference.wavenet_step(
+            x_t, state.ordered(), conv_weight, conv_bias, out_weight, out_bias, list(dilations), condition
+        )
+        state.replace(states, in_place=not (records or transformed))
+        return skip
+    return torch.ops.s2s.wavenet_step(
+        x_t, ring, state.position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations
+    )
+
+
+def ring_of(name: str, state: Any, x_t: torch.Tensor) -> torch.Tensor:
+    """The ring of a streaming state; TypeError where it is none. Under autocast the state takes the autocast dtype, once."""
+    ring = getattr(state, "ring", None)
+    if not isinstance(ring, torch.Tensor):
+        checks.wrong_type(name, "state", "a ConvState", type(state).__name__)
+    if ring.dtype != x_t.dtype and ring.is_floating_point() and torch.is_autocast_enabled(x_t.device.type):
+        ring = state.ring = ring.to(x_t.dtype)
+    return ring
+
+
+def recording(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _parameters(
+    name: str,
+    x: torch.Tensor,
+    channels: int,
+    weight: Any,
+    bias: torch.Tensor | None,
+    dilation: Any,
+    groups: Any,
+    activation: Any,
+    data: str = "x",
+) -> int:
+    """Checks what a convolution and its step share; returns the number of channels of the result."""
+    _positive(name, "dilation", dilation)
+    _positive(name, "groups", groups)
+    checks.choice(name, "activation", activation, autograd.ACTIVATIONS)
+    if channels % groups:
+        checks.wrong_value(name, "groups", f"a divisor of C_in = {channels}", groups)
+    checks.tensor(name, "weight", weight)
+    if weight.dim() != 3 or weight.shape[2] < 1:
+        checks.wrong_value(name, "weight", "(C_out, C_in / groups, K) with K >= 1", tuple(weight.shape))
+    outputs, _, taps = weight.shape
+    checks.like(name, "weight", weight, x, data, (outputs, channels // groups, taps), "(C_out, C_in / groups, K)")
+    if outputs % groups:
+        checks.wrong_value(name, "groups", f"a divisor of C_out = {outputs}", groups)
+    checks.like(name, "bias", bias, x, data, (outputs,), "(C_out,)")
+    if activation not in autograd.GATES:
+        return outputs
+    if outputs % 2:
+        checks.wrong_value(name, "weight", f"of an even C_out under {activation}", tuple(weight.shape))
+    return outputs // 2
+
+
+def _positive(name: str, argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        checks.wrong_type(name, argument, "an integer", type(value).__name__)
+    if value < 1:
+        checks.wrong_value(name, argument, "at least 1", value)

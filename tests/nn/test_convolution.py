@@ -1,0 +1,166 @@
+"""CausalConv1d, GatedCausalConv1d and WaveNetStack: torch's parameters, steps equal to forward, beams."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import s2s_kernels as s2s
+from s2s_kernels import dispatch
+from s2s_kernels.nn import CausalConv1d, GatedCausalConv1d, WaveNetStack
+from s2s_kernels.testing import Draw
+
+needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_are_those_of_conv1d(bias):
+    torch.manual_seed(5)
+    theirs = nn.Conv1d(6, 8, 3, dilation=2, groups=2, bias=bias)
+    torch.manual_seed(5)
+    ours = CausalConv1d(6, 8, 3, dilation=2, groups=2, bias=bias)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = Draw()(2, 6, 11)
+    torch.testing.assert_close(ours(x), theirs(F.pad(x, (4, 0))))
+
+
+def test_arguments_of_forward_reach_the_operator():
+    draw = Draw()
+    layer, x = CausalConv1d(4, 4, 3, dilation=2, activation="silu"), draw(2, 4, 9)
+    residual, state, lengths = draw(2, 4, 9), draw(2, 4, 4), torch.tensor([9, 2])
+    ours = layer(x, residual=residual, initial_state=state, lengths=lengths, return_state=True)
+    plain = s2s.causal_conv1d(
+        x, layer.weight, layer.bias, dilation=2, activation="silu", residual=residual, initial_state=state, lengths=lengths,
+        return_state=True,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("gate", ["glu", "gated_tanh"])
+def test_gated(gate):
+    layer, x = GatedCausalConv1d(3, 5, 2, 4, gate), Draw()(2, 3, 9)
+    a, b = F.conv1d(F.pad(x, (4, 0)), layer.weight, layer.bias, dilation=4).chunk(2, 1)
+    torch.testing.assert_close(layer(x), (a if gate == "glu" else a.tanh()) * b.sigmoid())
+    with pytest.raises(ValueError, match="gate"):
+        GatedCausalConv1d(3, 5, 2, gate="relu")
+
+
+def test_layer_steps():
+    layer, x = GatedCausalConv1d(3, 5, 3, 2), Draw()(2, 3, 9)
+    state = layer.initial_state(2)
+    with torch.no_grad():
+        steps = torch.stack([layer.step(x[:, :, t], state) for t in range(9)], 2)
+        torch.testing.assert_close(steps, layer(x))
+
+
+def wavenet_by_torch(stack, x, condition=None):
+    """The stack's equations in torch's own operations."""
+    skip = 0
+    for index, (conv, out) in enumerate(zip(stack.conv, stack.out, strict=True)):
+        span = (stack.kernel_size - 1) * stack.dilations[index]
+        u = F.conv1d(F.pad(x, (span, 0)), conv.weight, conv.bias, dilation=stack.dilations[index])
+        if condition is not None:
+            u = u + condition[:, index * 2 * stack.channels : (index + 1) * 2 * stack.channels]
+        a, b = u.chunk(2, 1)
+        both = F.conv1d(a.tanh() * b.sigmoid(), out.weight, out.bias)
+        x, skip = x + both[:, : stack.channels], skip + both[:, stack.channels :]
+    return skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("condition_time", [None, 1, 12])
+def test_wavenet_equals_torch(backend, condition_time):
+    draw = Draw(torch.float64)
+    stack = WaveNetStack(6, 5, (1, 2, 4), kernel_size=3, dtype=torch.float64)
+    assert {name: tuple(p.shape) for name, p in stack.named_parameters() if ".1." in name} == {
+        "conv.1.weight": (12, 6, 3), "conv.1.bias": (12,), "out.1.weight": (11, 6, 1), "out.1.bias": (11,),
+    }  # fmt: skip
+    x = draw(2, 6, 12).requires_grad_()
+    condition = None if condition_time is None else draw(2, 36, condition_time).requires_grad_()
+    leaves = [t for t in (x, condition, *stack.parameters()) if t is not None]
+    expected = wavenet_by_torch(stack, x, condition)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves, allow_unused=True)
+    with s2s.use_backend(backend):
+        ours = stack(x, condition)
+        grads = torch.autograd.grad(ours.square().sum(), leaves, allow_unused=True)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(64, 128, (1, 2, 4, 8), 2), (7, 5, (3, 1), 3), (1, 1, (2,), 1)], ids=str)
+def test_wavenet_steps_equal_forward(backend, dtype, sizes):
+    draw = Draw(dtype)
+    channels, skips, dilations, taps = sizes
+    stack = WaveNetStack(channels, skips, dilations, taps, dtype=dtype)
+    x, conditions = draw(2, channels, 20), (None, draw(2, len(dilations) * 2 * channels, 20))
+    for condition in conditions:
+        with torch.no_grad(), s2s.use_backend(backend):
+            whole = stack(x, condition)
+            state, steps = stack.initial_state(2), []
+            for t in range(20):
+                skip, after = stack.step(x[:, :, t], state, None if condition is None else condition[:, :, t])
+                assert after is state
+                steps.append(skip)
+        steps = torch.stack(steps, 2)
+        if backend == "cpu":
+            assert torch.equal(steps, whole)
+        torch.testing.assert_close(steps, whole)
+
+
+def test_wavenet_beams():
+    draw = Draw()
+    stack, x, index = WaveNetStack(4, 3, (1, 2, 4)), draw(2, 4, 14), torch.tensor([1, 1, 0])
+    state = stack.initial_state(2)
+    with torch.no_grad():
+        for t in range(9):
+            stack.step(x[:, :, t], state)
+        other = state.reorder(index)
+        for t in range(9, 14):
+            skip, _ = stack.step(x[index, :, t], other)
+        torch.testing.assert_close(skip, stack(x[index])[:, :, -1])
+        assert state.ordered()[2].equal(state.reorder(torch.arange(2)).ordered()[2])
+
+
+def test_wavenet_steps_carry_gradients():
+    stack = WaveNetStack(4, 3, (1, 2))
+    inputs = Draw()(2, 4, 6).requires_grad_()
+    state, steps = stack.initial_state(2), []
+    for t in range(6):
+        skip, state = stack.step(inputs[:, :, t], state)
+        steps.append(skip)
+    ours = torch.autograd.grad(torch.stack(steps, 2).square().sum(), inputs)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(stack(inputs).square().sum(), inputs)[0])
+
+
+def test_wavenet_step_with_normalised_weights():
+    """Row 41: a parametrised weight is no plain parameter of its layer."""
+    stack = WaveNetStack(4, 3, (1, 2))
+    nn.utils.parametrizations.weight_norm(stack.conv[1])
+    with torch.no_grad():
+        stack.conv[1].parametrizations.weight.original0.mul_(2.0)
+        x, state = Draw()(2, 4, 5), stack.initial_state(2)
+        for t in range(5):
+            skip, _ = stack.step(x[:, :, t], state)
+        torch.testing.assert_close(skip, stack(x)[:, :, -1])
+
+
+def test_wavenet_errors():
+    stack = WaveNetStack(4, 3, (1, 2))
+    state = stack.initial_state(2)
+    with pytest.raises(ValueError, match="x_t"):
+        stack.step(torch.zeros(2, 5), state)
+    with pytest.raises(ValueError, match="state"):
+        stack.step(torch.zeros(3, 4), state)
+    with pytest.raises(TypeError, match="state"):
+        stack.step(torch.zeros(2, 4), None)
+    with pytest.raises(ValueError, match="condition"):
+        stack(torch.zeros(2, 4, 3), torch.zeros(2, 16, 2))
+    with pytest.raises(ValueError, match="dilations"):
+        WaveNetStack(4, 3, ())

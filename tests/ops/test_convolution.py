@@ -1,0 +1,280 @@
+"""Causal convolution: torch's own numbers, chunks and steps bit for bit, beams, and what is special to its kernels."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import s2s_kernels as s2s
+from s2s_kernels import dispatch
+from s2s_kernels.nn import ConvState
+from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
+from s2s_kernels.testing import Draw, compare
+
+needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+
+def torch_activation(u, activation):
+    a, b = u.chunk(2, 1) if activation in GATES else (u, u)
+    return {
+        None: lambda: u,
+        "relu": lambda: u.relu(),
+        "silu": lambda: F.silu(u),
+        "gelu": lambda: F.gelu(u),
+        "tanh": lambda: u.tanh(),
+        "glu": lambda: F.glu(u, 1),
+        "gated_tanh": lambda: a.tanh() * b.sigmoid(),
+    }[activation]()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_literal_values(backend):
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    weight = torch.tensor([[[10.0, 1.0]]])
+    with s2s.use_backend(backend):
+        assert s2s.causal_conv1d(x, weight).tolist() == [[[1.0, 12.0, 23.0, 34.0]]]
+        assert s2s.causal_conv1d(x, weight, dilation=2).tolist() == [[[1.0, 2.0, 13.0, 24.0]]]
+        state = torch.tensor([[[5.0, 6.0]]])
+        y, after = s2s.causal_conv1d(x, weight, dilation=2, initial_state=state, return_state=True)
+        assert y.tolist() == [[[51.0, 62.0, 13.0, 24.0]]]
+        assert after.tolist() == [[[3.0, 4.0]]]
+        lengths = torch.tensor([1])
+        y, after = s2s.causal_conv1d(x, weight, dilation=2, lengths=lengths, initial_state=state, return_state=True)
+        assert y.tolist() == [[[51.0, 0.0, 0.0, 0.0]]]
+        assert after.tolist() == [[[6.0, 1.0]]]
+        three = torch.tensor([[[100.0, 10.0, 1.0]]])
+        assert s2s.causal_conv1d(x, three, causal=False).tolist() == [[[12.0, 123.0, 234.0, 340.0]]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_equals_torch(backend, activation, groups):
+    draw = Draw(torch.float64)
+    x, weight, bias = draw(3, 6, 40), draw(12, 6 // groups, 3, scale=0.3), draw(12)
+    expected = torch_activation(F.conv1d(F.pad(x, (8, 0)), weight, bias, dilation=4, groups=groups), activation)
+    with s2s.use_backend(backend):
+        ours = s2s.causal_conv1d(x, weight, bias, dilation=4, groups=groups, activation=activation)
+    torch.testing.assert_close(ours, expected)
+
+
+@st.composite
+def calls(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    per_group = draw(st.sampled_from([(1, 1), (1, 1), (2, 4), (5, 2), (9, 14)]))
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    outputs = groups * per_group[1] * (2 if activation in GATES else 1)
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "channels": groups * per_group[0],
+        "outputs": outputs,
+        "groups": groups,
+        "activation": activation,
+        "taps": draw(st.integers(1, 9)),
+        "dilation": draw(st.sampled_from([1, 2, 3, 7, 16, 64])),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "bias": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "channels_last": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def tensors_of(made, time):
+    draw = Draw(made["dtype"], seed=made["seed"])
+    x = draw(made["batch"], made["channels"], time)
+    if made["channels_last"]:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    weight = draw(made["outputs"], made["channels"] // made["groups"], made["taps"], scale=0.4)
+    bias = draw(made["outputs"]) if made["bias"] else None
+    results = made["outputs"] // 2 if made["activation"] in GATES else made["outputs"]
+    residual = draw(made["batch"], results, time) if made["residual"] else None
+    options = {name: made[name] for name in ("dilation", "groups", "activation")}
+    return x, weight, bias, residual, options
+
+
+@needs_extension
+@given(calls(), st.lists(st.sampled_from([1, 2, 3, 5, 7, 11, 16, 31, 64, 70, 130]), min_size=1, max_size=5))
+def test_any_chunks_give_the_bits_of_the_whole(made, chunks):
+    """Row 39."""
+    x, weight, bias, residual, options = tensors_of(made, sum(chunks))
+    with s2s.use_backend("cpu"):
+        whole, last = s2s.causal_conv1d(x, weight, bias, residual=residual, return_state=True, **options)
+        state, at = None, 0
+        for size in chunks:
+            here = slice(at, at + size)
+            after = None if residual is None else residual[:, :, here]
+            y, state = s2s.causal_conv1d(
+                x[:, :, here], weight, bias, residual=after, initial_state=state, return_state=True, **options
+            )
+            assert torch.equal(y, whole[:, :, here])
+            at += size
+        assert torch.equal(state, last)
+
+
+@needs_extension
+@given(calls(), st.integers(1, 40), st.integers(0, 20))
+def test_steps_give_the_bits_of_the_whole(made, steps, before):
+    x, weight, bias, residual, options = tensors_of(made, before + steps)
+    with s2s.use_backend("cpu"):
+        whole, last = s2s.causal_conv1d(x, weight, bias, residual=residual, return_state=True, **options)
+        state = ConvState(s2s.causal_conv1d(x[:, :, :before], weight, bias, return_state=True, **options)[1])
+        for t in range(before, before + steps):
+            after = None if residual is None else residual[:, :, t]
+            y_t = s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, residual=after, **options)
+            assert torch.equal(y_t, whole[:, :, t])
+        assert torch.equal(state.ordered(), last)
+
+
+@given(calls(), st.integers(0, 150), st.booleans(), st.data())
+def test_any_call_equals_the_definition(made, time, causal, data):
+    x, weight, bias, residual, options = tensors_of({**made, "dtype": torch.float32}, time)
+    lengths = data.draw(st.lists(st.integers(0, time), min_size=x.shape[0], max_size=x.shape[0]))
+    for row, length in enumerate(lengths):
+        x[row, :, length:] = float("nan")
+    arguments = (
+        (x, weight, bias),
+        {**options, "residual": residual, "lengths": torch.tensor(lengths), "causal": causal},
+    )
+    assert all(by <= 0 for by in compare(s2s.causal_conv1d, arguments).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tap_before_the_start_contributes_nothing(backend):
+    """No 0 times infinity: neither before the first position nor past the last."""
+    x = torch.ones(1, 2, 20)
+    weight = torch.ones(3, 2, 3)
+    weight[:, :, 0] = float("inf")
+    with s2s.use_backend(backend):
+        y = s2s.causal_conv1d(x, weight, dilation=4)
+        assert y[:, :, :4].eq(2).all() and y[:, :, 4:8].eq(4).all() and y[:, :, 8:].isinf().all()
+        y = s2s.causal_conv1d(x, weight.flip(2), dilation=4, causal=False, lengths=torch.tensor([11]))
+        assert y[:, :, :7].isinf().all() and y[:, :, 7:11].eq(4).all() and y[:, :, 11:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beams(backend):
+    """Row 40: reordered, duplicated and shrunk states go on as each would alone."""
+    draw = Draw()
+    weight, bias, prefix, rest = draw(4, 4, 3, scale=0.3), draw(4), draw(3, 4, 5), draw(4, 4, 6)
+    index = torch.tensor([2, 0, 2, 1])
+    with s2s.use_backend(backend):
+        state = ConvState.zeros(3, 4, 3, 2)
+        for t in range(5):
+            s2s.causal_conv1d_step(prefix[:, :, t], state, weight, bias, dilation=2)
+        chosen = state.reorder(index)
+        assert torch.equal(chosen.ordered(), state.ordered()[index])
+        steps = [s2s.causal_conv1d_step(rest[:, :, t], chosen, weight, bias, dilation=2) for t in range(6)]
+        alone = s2s.causal_conv1d(torch.cat([prefix[index], rest], 2), weight, bias, dilation=2)[:, :, 5:]
+    torch.testing.assert_close(torch.stack(steps, 2), alone)
+    assert torch.equal(state.ordered(), prefix[:, :, 1:])
+
+
+def test_state_copies_and_pickles():
+    draw = Draw()
+    state = ConvState(draw(2, 3, 4))
+    s2s.causal_conv1d_step(draw(2, 3), state, draw(3, 3, 3), dilation=2)
+    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert torch.equal(other.ordered(), state.ordered())
+        s2s.causal_conv1d_step(draw(2, 3), other, draw(3, 3, 3), dilation=2)
+        assert not torch.equal(other.ordered(), state.ordered())
+
+
+def test_the_ring_is_updated_in_place_unless_a_gradient_is_recorded():
+    draw = Draw()
+    weight, state = draw(3, 3, 2), ConvState(draw(2, 3, 1))
+    ring = state.ring
+    s2s.causal_conv1d_step(draw(2, 3), state, weight)
+    assert state.ring is ring
+    inputs = draw(2, 3, 3).requires_grad_()
+    steps = [s2s.causal_conv1d_step(inputs[:, :, t], state, weight) for t in range(3)]
+    assert state.ring is not ring
+    (ours,) = torch.autograd.grad(torch.stack(steps, 2).square().sum(), inputs)
+    before = ring.transpose(1, 2)
+    whole = s2s.causal_conv1d(inputs, weight, initial_state=before)
+    torch.testing.assert_close(ours, torch.autograd.grad(whole.square().sum(), inputs)[0])
+
+
+@needs_extension
+def test_raw_steps_pass_opcheck():
+    draw = Draw()
+    ring, position = draw(2, 4, 3), torch.tensor(1)
+    arguments = (draw(2, 3), ring, position, draw(4, 3, 3), draw(4), draw(2, 2), 2, 1, ACTIVATIONS.index("glu"))
+    torch.library.opcheck(torch.ops.s2s.causal_conv1d_step, arguments)
+    conv, out = [draw(6, 3, 2) for _ in range(2)], [draw(8, 3, 1) for _ in range(2)]
+    biases = [draw(6) for _ in range(2)], [draw(8) for _ in range(2)]
+    stack = (draw(2, 3), draw(2, 4, 3), position, conv, biases[0], out, biases[1], draw(2, 12), [1, 3])
+    torch.library.opcheck(torch.ops.s2s.wavenet_step, stack)
+
+
+@needs_extension
+def test_raw_steps_check_again():
+    draw = Draw()
+    good = (draw(2, 3), draw(2, 4, 3), torch.tensor(0), draw(4, 3, 3), draw(4), None, 2, 1, 0)
+    wrong = {
+        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(4), 3: draw(4, 2, 3), 4: draw(3), 5: draw(2, 3), 6: 0, 7: 2, 8: 9,
+    }  # fmt: skip
+    for place, value in wrong.items():
+        with pytest.raises(RuntimeError, match="causal_conv1d_step: "):
+            torch.ops.s2s.causal_conv1d_step(*good[:place], value, *good[place + 1 :])
+    lists = ([draw(6, 3, 2)], [draw(6)], [draw(8, 3, 1)], [draw(8)])
+    good = (draw(2, 3), draw(2, 4, 3), torch.tensor(0), *lists, None, [4])
+    wrong = {
+        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(-1), 3: [draw(6, 2, 2)], 4: [], 5: [draw(8, 3, 2)], 6: [draw(7)],
+        7: draw(2, 5), 8: [4, 4],
+    }  # fmt: skip
+    for place, value in wrong.items():
+        with pytest.raises(RuntimeError, match="wavenet_step: "):
+            torch.ops.s2s.wavenet_step(*good[:place], value, *good[place + 1 :])
+
+
+@needs_extension
+@pytest.mark.parametrize("groups", [1, 12])
+def test_the_same_bits_on_any_number_of_threads(groups):
+    draw = Draw()
+    x, weight, bias = draw(5, 12, 700), draw(12, 12 // groups, 3), draw(12)
+    lengths = torch.tensor([700, 3, 0, 512, 99])
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = s2s.causal_conv1d(*leaves, dilation=5, groups=groups, activation="silu", lengths=lengths)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_extension
+def test_step_compiles_whole():
+    draw = Draw()
+    weight, frames = draw(4, 4, 3, scale=0.3), draw(6, 2, 4)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x_t, state):
+        return s2s.causal_conv1d_step(x_t, state, weight, dilation=2, activation="tanh")
+
+    ours, plain = ConvState.zeros(2, 4, 3, 2), ConvState.zeros(2, 4, 3, 2)
+    for x_t in frames:
+        expected = s2s.causal_conv1d_step(x_t, plain, weight, dilation=2, activation="tanh")
+        assert torch.equal(compiled(x_t, ours), expected)
+    assert torch.equal(ours.ordered(), plain.ordered())
+
+
+def test_explains_its_choice():
+    draw = Draw()
+    explanation = s2s.explain(s2s.causal_conv1d, draw(2, 3, 4), draw(4, 3, 2))
+    assert explanation.backend == ("cpu" if dispatch.extension_missing is None else "reference")
+    assert "no triton kernel" in explanation.reasons["triton"]
