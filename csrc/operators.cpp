@@ -7,14 +7,18 @@ STABLE_TORCH_LIBRARY(s2s, m) {
 
   // convolution
   m.def(
-      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? lengths, Tensor? initial_state, Tensor? condition, "
+      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? lengths, Tensor? initial_state, Tensor? "
+      "condition, "
       "int dilation, int groups, int activation, bool causal, bool save) -> (Tensor, Tensor)");
   m.def(
-      "causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? saved, Tensor? lengths, Tensor? initial_state, int dilation, int groups, "
-      "int activation, bool causal, bool saved_output, bool need_x, bool need_weight, bool need_bias, bool need_state, bool need_condition) "
+      "causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? saved, Tensor? lengths, Tensor? initial_state, int dilation, "
+      "int groups, "
+      "int activation, bool causal, bool saved_output, bool need_x, bool need_weight, bool need_bias, bool need_state, bool "
+      "need_condition) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "causal_conv1d_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor weight, Tensor? bias, Tensor? residual, int dilation, int groups, "
+      "causal_conv1d_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor weight, Tensor? bias, Tensor? residual, int dilation, "
+      "int groups, "
       "int activation) -> Tensor");
   m.def(
       "wavenet_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor[] conv_weight, Tensor[] conv_bias, Tensor[] out_weight, "

@@ -292,7 +292,10 @@ def convolution_errors(step: bool) -> tuple[ErrorSample, ...]:
         refused("no taps", ValueError, "weight", lambda draw: {"weight": draw(4, 3, 0)}),
         refused("channels of weight", ValueError, "weight", lambda draw: {"weight": draw(4, 2, 2)}),
         refused("dtype of weight", TypeError, "weight", lambda draw: {"weight": draw(4, 3, 2, dtype=torch.int32)}),
-        refused("odd channels under a gate", ValueError, "weight", lambda draw: {"weight": draw(3, 3, 2), "activation": "glu"}),
+        refused(
+            "odd channels under a gate", ValueError, "weight",
+            lambda draw: {"weight": draw(3, 3, 2), "activation": "glu"},
+        ),
         refused("shape of bias", ValueError, "bias", lambda draw: {"bias": draw(3)}),
         refused("dtype of bias", TypeError, "bias", lambda draw: {"bias": draw(4, dtype=torch.int32)}),
         refused("shape of residual", ValueError, "residual", lambda draw: {"residual": draw(*shape)[1:]}),
@@ -309,7 +312,9 @@ def convolution_errors(step: bool) -> tuple[ErrorSample, ...]:
                 refused("lengths below 0", ValueError, "lengths", lambda draw: {"lengths": draw.tensor([-1, 1])}),
                 refused("size of lengths", ValueError, "lengths", lambda draw: {"lengths": draw.tensor([1])}),
                 refused("floating lengths", TypeError, "lengths", lambda draw: {"lengths": draw(2)}),
-                refused("shape of the state", ValueError, "initial_state", lambda draw: {"initial_state": draw(2, 3, 2)}),
+                refused(
+                    "shape of the state", ValueError, "initial_state", lambda draw: {"initial_state": draw(2, 3, 2)}
+                ),
                 refused(
                     "state without causal", ValueError, "initial_state",
                     lambda draw: {"initial_state": draw(2, 3, 1), "causal": False},
@@ -404,8 +409,12 @@ CASES["causal_conv1d"] = OperatorCase(
         ),
         convolution_sample("poisoned", 3, time=70, lengths=(70, 1, 33), activation="gelu", residual=True, poison=True),
         convolution_sample("poisoned, centred", 3, time=40, taps=5, lengths=(0, 17, 39), causal=False, poison=True),
-        convolution_sample("poisoned, depthwise", channels=4, groups=4, time=40, lengths=(17, 3), dilation=8, poison=True),
-        convolution_sample("poisoned, state", time=40, lengths=(17, 3), initial_state=True, return_state=True, poison=True),
+        convolution_sample(
+            "poisoned, depthwise", channels=4, groups=4, time=40, lengths=(17, 3), dilation=8, poison=True
+        ),
+        convolution_sample(
+            "poisoned, state", time=40, lengths=(17, 3), initial_state=True, return_state=True, poison=True
+        ),
         convolution_sample("saturated", activation="gated_tanh", scale=1e4, smooth=False),
         convolution_sample("tails", 2, 7, 65, 129, 2, dilation=64, smooth=False),
         convolution_sample("tails, gated", 1, 65, 14, 33, 3, dilation=5, activation="gated_tanh", smooth=False),

@@ -37,7 +37,8 @@ struct Shape {
 };
 
 Activation checked_activation(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gated_tanh), op, ": activation must be in [0, 6], got ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gated_tanh), op, ": activation must be in [0, 6], got ",
+                  activation);
   return static_cast<Activation>(activation);
 }
 
@@ -55,16 +56,18 @@ Shape checked_shape(const char* op, const Tensor& x, const Tensor& weight, int64
   shape.groups = groups;
   shape.dilation = dilation;
   STD_TORCH_CHECK(dilation >= 1, op, ": dilation must be at least 1, got ", dilation);
-  STD_TORCH_CHECK(groups >= 1 && shape.channels % groups == 0 && shape.outputs % groups == 0, op, ": groups must divide C_in and C_out, got ", groups);
+  STD_TORCH_CHECK(groups >= 1 && shape.channels % groups == 0 && shape.outputs % groups == 0, op,
+                  ": groups must divide C_in and C_out, got ", groups);
   STD_TORCH_CHECK(shape.taps >= 1 && weight.size(1) == shape.channels / groups, op, ": weight must be (C_out, C_in / groups, K), got ",
                   shape_text(weight));
-  STD_TORCH_CHECK(!is_gate(shape.activation) || shape.outputs % 2 == 0, op, ": weight must have an even C_out under a gate, got ", shape_text(weight));
+  STD_TORCH_CHECK(!is_gate(shape.activation) || shape.outputs % 2 == 0, op, ": weight must have an even C_out under a gate, got ",
+                  shape_text(weight));
   shape.span = (shape.taps - 1) * dilation;
   return shape;
 }
 
-Shape checked_sequence(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& lengths, const OptionalTensor& initial_state,
-                       int64_t dilation, int64_t groups, int64_t activation, bool causal) {
+Shape checked_sequence(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& lengths,
+                       const OptionalTensor& initial_state, int64_t dilation, int64_t groups, int64_t activation, bool causal) {
   check_dim(op, "x", x, 3);
   Shape shape = checked_shape(op, x, weight, dilation, groups, activation);
   shape.time = x.size(2);
@@ -75,8 +78,8 @@ Shape checked_sequence(const char* op, const Tensor& x, const Tensor& weight, co
   if (lengths) {
     shape.lengths = data<int64_t>(*lengths);
     for (int64_t b = 0; b < shape.batch; ++b)
-      STD_TORCH_CHECK(shape.lengths[b] >= 0 && shape.lengths[b] <= shape.time, op, ": lengths must be in [0, T] = [0, ", shape.time, "], got ",
-                      shape.lengths[b]);
+      STD_TORCH_CHECK(shape.lengths[b] >= 0 && shape.lengths[b] <= shape.time, op, ": lengths must be in [0, T] = [0, ", shape.time,
+                      "], got ", shape.lengths[b]);
   }
   return shape;
 }
@@ -129,7 +132,8 @@ void convolve(Convolution<In, Out> p) {
   const int64_t width = std::min(tile_width(channels), (length + 63) / 64 * 64);
   if (length <= 0 || p.batch == 0 || p.outputs == 0) return;
   const int64_t tiles = (length + width - 1) / width, tasks = p.batch * p.groups * tiles;
-  const int64_t row_elements = p.taps * std::max<int64_t>(channels, 1) * (width + 16), u_elements = 6 * (width + 16), tap_bytes = p.taps * 32;
+  const int64_t row_elements = p.taps * std::max<int64_t>(channels, 1) * (width + 16), u_elements = 6 * (width + 16),
+                tap_bytes = p.taps * 32;
   const int64_t bytes = Workspace::bytes<C>(row_elements) + Workspace::bytes<C>(u_elements) + Workspace::bytes<uint8_t>(tap_bytes);
   const int64_t threads = std::min(thread_count(), tasks);
   Workspace workspace(threads * bytes);
@@ -159,9 +163,10 @@ std::vector<compute_t<S>> widened(const OptionalTensor& tensor) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> causal_conv1d_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                                   const OptionalTensor& lengths_in, const OptionalTensor& initial_state, const OptionalTensor& condition,
-                                   int64_t dilation, int64_t groups, int64_t activation, bool causal, bool save) {
+std::tuple<Tensor, Tensor> causal_conv1d_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                 const OptionalTensor& residual, const OptionalTensor& lengths_in,
+                                                 const OptionalTensor& initial_state, const OptionalTensor& condition, int64_t dilation,
+                                                 int64_t groups, int64_t activation, bool causal, bool save) {
   const char* op = "causal_conv1d";
   const OptionalTensor lengths = as_contiguous(lengths_in);
   const Shape s = checked_sequence(op, x, weight, lengths, initial_state, dilation, groups, activation, causal);
@@ -213,7 +218,8 @@ std::tuple<Tensor, Tensor> causal_conv1d_forward(const Tensor& x, const Tensor& 
           C last[2][16] = {};
           std::copy(a + whole, a + kept, last[0]);
           std::copy(a + s.results() * s.time + whole, a + s.results() * s.time + kept, last[1]);
-          finish(s.activation, last[0], last[1], add ? add + whole * after.time : nullptr, after.time, to + row * s.time + whole, kept - whole);
+          finish(s.activation, last[0], last[1], add ? add + whole * after.time : nullptr, after.time, to + row * s.time + whole,
+                 kept - whole);
           std::fill(to + row * s.time + kept, to + (row + 1) * s.time, from_compute<S>(C(0)));
         }
       });
@@ -232,10 +238,17 @@ class Backward {
   using C = compute_t<S>;
 
  public:
-  Backward(const Shape& s, const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved, const OptionalTensor& initial_state,
-           bool from_output, Needs needs)
-      : s_(s), needs_(needs), from_output_(from_output), grad_(signal<S>(grad)), x_(signal<S>(x)), before_(signal<S>(initial_state)),
-        weight_(view<const S, 3>(weight)), saved_(saved), type_(x.scalar_type()) {
+  Backward(const Shape& s, const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved,
+           const OptionalTensor& initial_state, bool from_output, Needs needs)
+      : s_(s),
+        needs_(needs),
+        from_output_(from_output),
+        grad_(signal<S>(grad)),
+        x_(signal<S>(x)),
+        before_(signal<S>(initial_state)),
+        weight_(view<const S, 3>(weight)),
+        saved_(saved),
+        type_(x.scalar_type()) {
     if (!s.span) before_ = {};
     for (int64_t b = 0; b < s.batch; ++b) high_.push_back(s.lengths ? s.lengths[b] : s.time);
     grad_x_ = empty_if(needs.x, {s.batch, s.channels, s.time});
@@ -254,7 +267,8 @@ class Backward {
     const int64_t row_elements = std::max<int64_t>(1, (s_.outputs + s_.channels) * s_.time);
     const int64_t at_once = std::clamp<int64_t>((1 << 19) / row_elements, 1, std::max<int64_t>(1, s_.batch));
     const int64_t x_row = s_.span + s_.time;
-    const int64_t grad_count = direct_grad ? 0 : at_once * s_.outputs * s_.time, x_count = direct_x || !needs_.weight ? 0 : at_once * s_.channels * x_row;
+    const int64_t grad_count = direct_grad ? 0 : at_once * s_.outputs * s_.time,
+                  x_count = direct_x || !needs_.weight ? 0 : at_once * s_.channels * x_row;
     Workspace workspace(Workspace::bytes<C>(grad_count) + Workspace::bytes<C>(x_count) + 2 * Workspace::bytes<C>(wide_weight) +
                         Workspace::bytes<C>(s_.outputs));
     C* grads = workspace.take<C>(grad_count);
@@ -307,8 +321,8 @@ class Backward {
         if (from_output_)
           line_from_output(s_.activation, from, grad_.time, data<S>(*saved_) + place, a, n);
         else
-          line(s_.activation, from, grad_.time, saved_ ? data<C>(*saved_) + place : nullptr, saved_ ? data<C>(*saved_) + place + half : nullptr, a,
-               a + half, n);
+          line(s_.activation, from, grad_.time, saved_ ? data<C>(*saved_) + place : nullptr,
+               saved_ ? data<C>(*saved_) + place + half : nullptr, a, a + half, n);
         if (!condition) continue;
         for (int part = 0; part < (gate ? 2 : 1); ++part) {
           narrow(a + part * half, condition + place + part * half, n);
@@ -379,10 +393,12 @@ class Backward {
   Tensor grad_x_, grad_weight_, grad_bias_, grad_state_, grad_condition_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& saved_in,
-                                                            const OptionalTensor& lengths_in, const OptionalTensor& initial_state, int64_t dilation,
-                                                            int64_t groups, int64_t activation, bool causal, bool saved_output, bool need_x,
-                                                            bool need_weight, bool need_bias, bool need_state, bool need_condition) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                                          const OptionalTensor& saved_in, const OptionalTensor& lengths_in,
+                                                                          const OptionalTensor& initial_state, int64_t dilation,
+                                                                          int64_t groups, int64_t activation, bool causal,
+                                                                          bool saved_output, bool need_x, bool need_weight, bool need_bias,
+                                                                          bool need_state, bool need_condition) {
   const char* op = "causal_conv1d_backward";
   const OptionalTensor lengths = as_contiguous(lengths_in), saved = as_contiguous(saved_in);
   const Shape s = checked_sequence(op, x, weight, lengths, initial_state, dilation, groups, activation, causal);
@@ -395,7 +411,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const 
     check_argument(op, "saved", saved, from_output ? x.scalar_type() : scalar_type_of<compute_t<S>>, {s.batch, s.outputs, s.time});
     STD_TORCH_CHECK(!from_output || s.activation == Activation::relu || s.activation == Activation::tanh, op,
                     ": saved must be what enters the activation");
-    return Backward<S>(s, grad, x, weight, saved, initial_state, from_output, {need_x, need_weight, need_bias, need_state, need_condition}).run();
+    return Backward<S>(s, grad, x, weight, saved, initial_state, from_output, {need_x, need_weight, need_bias, need_state, need_condition})
+        .run();
   });
 }
 
@@ -416,8 +433,8 @@ class Stepper {
 
   Stepper(int64_t batch, int64_t taps) : taps_(taps), tap_(taps), tap_batch_(taps), batch_(batch) {}
 
-  void sums(const S* x, const RingView<S>& ring, const S* weight, const S* bias, int64_t channels, int64_t outputs, int64_t groups, int64_t dilation, C* u,
-            C* panel, int64_t panel_size) {
+  void sums(const S* x, const RingView<S>& ring, const S* weight, const S* bias, int64_t channels, int64_t outputs, int64_t groups,
+            int64_t dilation, C* u, C* panel, int64_t panel_size) {
     for (int64_t k = 0; k + 1 < taps_; ++k) {
       int64_t slot = ring.slot + k * dilation;
       if (slot >= ring.span) slot -= ring.span;
@@ -466,8 +483,9 @@ int64_t* checked_position(const char* op, const Tensor& position) {
   return at;
 }
 
-Tensor causal_conv1d_step(const Tensor& x_in, const Tensor& ring, const Tensor& position, const Tensor& weight_in, const OptionalTensor& bias_in,
-            const OptionalTensor& residual, int64_t dilation, int64_t groups, int64_t activation) {
+Tensor causal_conv1d_step(const Tensor& x_in, const Tensor& ring, const Tensor& position, const Tensor& weight_in,
+                          const OptionalTensor& bias_in, const OptionalTensor& residual, int64_t dilation, int64_t groups,
+                          int64_t activation) {
   const char* op = "causal_conv1d_step";
   check_dim(op, "x_t", x_in, 2);
   const Shape s = checked_shape(op, x_in, weight_in, dilation, groups, activation);
@@ -493,14 +511,15 @@ Tensor causal_conv1d_step(const Tensor& x_in, const Tensor& ring, const Tensor& 
     Stepper<S>::push(data<S>(x), view, s.batch);
     if (s.span) *at = (*at + 1) % s.span;
     S2S_SELECT(ConvolutionStepKernels<S>::finish)
-    (s.activation, u, s.batch, s.outputs, nullptr, 0, 0, data<S>(residual), residual ? residual->stride(0) : 0, residual ? residual->stride(1) : 0,
-     mutable_data<S>(y));
+    (s.activation, u, s.batch, s.outputs, nullptr, 0, 0, data<S>(residual), residual ? residual->stride(0) : 0,
+     residual ? residual->stride(1) : 0, mutable_data<S>(y));
     return y;
   });
 }
 
 // Checks that name the layer are written where they fail: 30 layers have 120 tensors.
-void check_layer(const char* op, const char* name, int64_t layer, const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns, int64_t taps) {
+void check_layer(const char* op, const char* name, int64_t layer, const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns,
+                 int64_t taps) {
   const bool good = tensor.is_cpu() && tensor.scalar_type() == type && tensor.is_contiguous() && tensor.dim() == (columns ? 3 : 1) &&
                     tensor.size(0) == rows && (!columns || (tensor.size(1) == columns && tensor.size(2) == taps));
   STD_TORCH_CHECK(good, op, ": ", name, "[", layer, "] must be contiguous, on the CPU, ", dtype_name(type), " and of ", rows, " rows, got ",
@@ -562,8 +581,8 @@ Tensor wavenet_step(const Tensor& x_in, const Tensor& ring, const Tensor& positi
       conv.sums(x, view, data<S>(conv_weight[l]), data<S>(conv_bias[l]), channels, 2 * channels, 1, dilations[l], u, panel, panel_size);
       Stepper<S>::push(x, view, batch);
       const S* extra = condition ? data<S>(*condition) + l * 2 * channels * condition->stride(1) : nullptr;
-      finish(Activation::gated_tanh, u, batch, 2 * channels, extra, condition ? condition->stride(0) : 0, condition ? condition->stride(1) : 0, nullptr, 0,
-             0, z);
+      finish(Activation::gated_tanh, u, batch, 2 * channels, extra, condition ? condition->stride(0) : 0,
+             condition ? condition->stride(1) : 0, nullptr, 0, 0, z);
       out.sums(z, RingView<S>{}, data<S>(out_weight[l]), data<S>(out_bias[l]), channels, channels + skips, 1, 1, u, panel, panel_size);
       finish(Activation::none, u, batch, channels + skips, nullptr, 0, 0, nullptr, 0, 0, both);
       for (int64_t b = 0; b < batch; ++b) {

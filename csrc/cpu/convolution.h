@@ -26,20 +26,20 @@ struct Convolution {
   int64_t batch, channels, outputs, taps, groups;  // channels and outputs: of the whole, not of a group
   int64_t origin, dilation;
   Signal<const In> in;
-  Signal<const In> before;         // positions [-span, 0), stored from position -span; none: low is 0
-  int64_t span, time;              // of `before`; of `in`
-  const int64_t* lengths;          // (B) or null: high_b = lengths[b], else time
-  int64_t begin, end;              // of t
-  bool clip;                       // positions at or past lengths[b] are 0 in the result
-  const C* weights;                // packed: [group][block of `rows` outputs][k][c][row]
+  Signal<const In> before;  // positions [-span, 0), stored from position -span; none: low is 0
+  int64_t span, time;       // of `before`; of `in`
+  const int64_t* lengths;   // (B) or null: high_b = lengths[b], else time
+  int64_t begin, end;       // of t
+  bool clip;                // positions at or past lengths[b] are 0 in the result
+  const C* weights;         // packed: [group][block of `rows` outputs][k][c][row]
   int64_t rows;
-  const C* bias;                   // (outputs), or null
+  const C* bias;  // (outputs), or null
   Signal<const Out> condition, residual;
-  C* saved;                        // (B, outputs, end - begin): what enters the activation, or null
-  Activation activation;           // a gate needs groups = 1, unless there is no `out`
-  Signal<Out> out;                 // from t = begin, unit stride over time; null: only `saved` is wanted
+  C* saved;               // (B, outputs, end - begin): what enters the activation, or null
+  Activation activation;  // a gate needs groups = 1, unless there is no `out`
+  Signal<Out> out;        // from t = begin, unit stride over time; null: only `saved` is wanted
 
-  bool stream;                     // the result is too large to stay in a cache
+  bool stream;  // the result is too large to stay in a cache
 
   int64_t high(int64_t b) const { return lengths ? lengths[b] : time; }
   int64_t low() const { return before.data ? -span : 0; }
@@ -51,7 +51,7 @@ template <class C>
 struct WeightGradient {
   int64_t batch, channels, outputs, taps, groups;
   int64_t origin, dilation, low;
-  const int64_t* high;  // (batch)
+  const int64_t* high;      // (batch)
   Signal<const C> grad, x;  // unit stride over time
   C* grad_weight;           // (outputs, channels / groups, taps)
   C* grad_bias;             // (outputs), or null
@@ -62,12 +62,12 @@ template <class S>
 struct ConvolutionStep {
   using C = compute_t<S>;
   int64_t batch, channels, outputs, taps, groups;
-  const S* weight;           // (outputs, channels / groups, taps), contiguous
-  const S* bias;             // (outputs), or null
-  const S* const* tap;       // K pointers: tap[k][b * tap_batch[k] + c]
+  const S* weight;      // (outputs, channels / groups, taps), contiguous
+  const S* bias;        // (outputs), or null
+  const S* const* tap;  // K pointers: tap[k][b * tap_batch[k] + c]
   const int64_t* tap_batch;
-  C* u;                      // (batch, outputs): what enters the activation
-  C* panel;                  // scratch of step_panel() elements for each thread
+  C* u;      // (batch, outputs): what enters the activation
+  C* panel;  // scratch of step_panel() elements for each thread
 };
 
 // The positions of a tile: a multiple of every instruction set's vector, with the inputs of a tap in the first-level cache.

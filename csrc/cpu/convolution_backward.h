@@ -3,8 +3,8 @@
 // The gradient with respect to what enters the activation, for one result channel of one row of the batch: n positions into `a` (and `b`
 // under a gate). `saved_b` and `b` are read and written under a gate only.
 template <Activation A, class S>
-void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b,
-                              compute_t<S>* a, compute_t<S>* b, int64_t n) {
+void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b, compute_t<S>* a,
+                              compute_t<S>* b, int64_t n) {
   using C = compute_t<S>;
   for (int64_t i = 0; i < n; i += lanes<C>) {
     const int64_t left = n - i;
@@ -26,8 +26,8 @@ void activation_gradient_line(const S* grad, int64_t grad_stride, const compute_
 }
 
 template <class S>
-void activation_gradient(Activation activation, const S* grad, int64_t grad_stride, const compute_t<S>* saved_a, const compute_t<S>* saved_b,
-                         compute_t<S>* a, compute_t<S>* b, int64_t n) {
+void activation_gradient(Activation activation, const S* grad, int64_t grad_stride, const compute_t<S>* saved_a,
+                         const compute_t<S>* saved_b, compute_t<S>* a, compute_t<S>* b, int64_t n) {
   switch (activation) {
     case Activation::none:
       return activation_gradient_line<Activation::none>(grad, grad_stride, saved_a, saved_b, a, b, n);
@@ -62,7 +62,8 @@ void activation_gradient_from_output(Activation activation, const S* grad, int64
 
 // sum[r][c] += grad row r . x row c over n positions; R N accumulators of a vector each.
 template <int R, int N, class C>
-void add_products(const C* grad, int64_t grad_stride, const C* x, int64_t x_stride, int64_t n, C* sum, int64_t sum_row, int64_t sum_column) {
+void add_products(const C* grad, int64_t grad_stride, const C* x, int64_t x_stride, int64_t n, C* sum, int64_t sum_row,
+                  int64_t sum_column) {
   Vec<C> part[R][N] = {};
   int64_t i = 0;
   for (; i + lanes<C> <= n; i += lanes<C>) {
@@ -98,8 +99,8 @@ C dot(const C* a, const C* b, int64_t n) {
 }
 
 template <int R, class C>
-void add_product_columns(const C* grad, int64_t grad_stride, const C* x, int64_t x_stride, int64_t channels, int64_t n, C* sum, int64_t sum_row,
-                         int64_t sum_column) {
+void add_product_columns(const C* grad, int64_t grad_stride, const C* x, int64_t x_stride, int64_t channels, int64_t n, C* sum,
+                         int64_t sum_row, int64_t sum_column) {
   int64_t c = 0;
   for (; c + 3 <= channels; c += 3)
     add_products<R, 3>(grad, grad_stride, x + c * x_stride, x_stride, n, sum + c * sum_column, sum_row, sum_column);

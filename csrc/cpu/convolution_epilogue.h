@@ -38,7 +38,8 @@ void add_line(compute_t<S>* u, const S* from, int64_t stride, int64_t n) {
 
 // Not inlined: one body, so that the compiler can't contract a product and the residual's sum in one place and not in another.
 template <Activation A, class S>
-__attribute__((noinline)) void finish_line(const compute_t<S>* a, const compute_t<S>* b, const S* residual, int64_t residual_stride, S* y, int64_t n) {
+__attribute__((noinline)) void finish_line(const compute_t<S>* a, const compute_t<S>* b, const S* residual, int64_t residual_stride, S* y,
+                                           int64_t n) {
   using C = compute_t<S>;
   for (int64_t i = 0; i < n; i += lanes<C>) {
     Vec<C> v = activate<A, C>(load(a + i), is_gate(A) ? load(b + i) : Vec<C>{});
@@ -51,7 +52,8 @@ __attribute__((noinline)) void finish_line(const compute_t<S>* a, const compute_
 }
 
 template <class S>
-void finish_line(Activation activation, const compute_t<S>* a, const compute_t<S>* b, const S* residual, int64_t residual_stride, S* y, int64_t n) {
+void finish_line(Activation activation, const compute_t<S>* a, const compute_t<S>* b, const S* residual, int64_t residual_stride, S* y,
+                 int64_t n) {
   switch (activation) {
     case Activation::none:
       return finish_line<Activation::none>(a, b, residual, residual_stride, y, n);

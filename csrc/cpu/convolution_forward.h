@@ -1,6 +1,6 @@
-// Direct convolution: registers hold a block of outputs by a stretch of time, weights are broadcast, inputs are loaded where they lie, shifted
-// by their tap. One accumulation chain per output: bias, taps oldest first, channels ascending. Nothing else touches a chain: a position that
-// is absent for a tap is blended out, so that neither tiling nor threads nor chunks show in the bits.
+// Direct convolution: registers hold a block of outputs by a stretch of time, weights are broadcast, inputs are loaded where they lie,
+// shifted by their tap. One accumulation chain per output: bias, taps oldest first, channels ascending. Nothing else touches a chain: a
+// position that is absent for a tap is blended out, so that neither tiling nor threads nor chunks show in the bits.
 
 // A tap of one tile: lane i reads x[c * stride + i]; only lanes in [from, to) are present.
 template <class C>
@@ -31,7 +31,8 @@ S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_
 
 // u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R).
 template <int R, int V, bool Masked, class C>
-void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weights, const C* start, int64_t channels, int64_t at, C* u, int64_t u_stride) {
+void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weights, const C* start, int64_t channels, int64_t at, C* u,
+                int64_t u_stride) {
   Vec<C> sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = broadcast(start[r]);
@@ -61,7 +62,8 @@ void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weight
 }
 
 template <int R, int V, class C>
-void accumulate_lanes(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t at, C* u, int64_t u_stride) {
+void accumulate_lanes(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t at, C* u,
+                      int64_t u_stride) {
   const int64_t until = at + V * lanes<C>;
   // Taps follow each other in time, so those with a present lane are neighbours.
   int64_t first = 0, last = count;
@@ -76,7 +78,8 @@ void accumulate_lanes(const Tap<C>* taps, int64_t count, const C* weights, const
 }
 
 template <int R, class C>
-void accumulate_rows(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width, C* u, int64_t u_stride) {
+void accumulate_rows(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width, C* u,
+                     int64_t u_stride) {
   constexpr int V = R <= 2 ? 4 : 2;
   int64_t at = 0;
   for (; at + V * lanes<C> <= width; at += V * lanes<C>) accumulate_lanes<R, V>(taps, count, weights, start, channels, at, u, u_stride);
@@ -84,8 +87,8 @@ void accumulate_rows(const Tap<C>* taps, int64_t count, const C* weights, const 
 }
 
 template <class C>
-void accumulate_block(int64_t rows, const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width, C* u,
-                      int64_t u_stride) {
+void accumulate_block(int64_t rows, const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width,
+                      C* u, int64_t u_stride) {
   switch (rows) {
     case 1:
       return accumulate_rows<1>(taps, count, weights, start, channels, width, u, u_stride);
@@ -175,7 +178,8 @@ void accumulate_depthwise(const Tap<C>* taps, int64_t count, const C* weights, c
 
 // Positions [at, at + width) of all channels of a group as rows `width` apart, 0 outside [from, to), which are lanes.
 template <class In, class Out>
-void gather_positions(const Convolution<In, Out>& p, int64_t b, int64_t channel, int64_t at, int64_t from, int64_t to, int64_t width, compute_t<In>* rows) {
+void gather_positions(const Convolution<In, Out>& p, int64_t b, int64_t channel, int64_t at, int64_t from, int64_t to, int64_t width,
+                      compute_t<In>* rows) {
   using C = compute_t<In>;
   const int64_t channels = p.channels / p.groups;
   const int64_t split = max(from, min(to, -at));  // lanes before it lie in `before`
@@ -204,8 +208,8 @@ void gather_positions(const Convolution<In, Out>& p, int64_t b, int64_t channel,
 // Outputs t in [t0, t0 + width) of one group of one row of the batch. Scratch: `taps` for K, `rows` for K C (width + a vector), u for
 // `p.rows` lines.
 template <class In, class Out>
-void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, int64_t t0, int64_t width, void* tap_memory, compute_t<In>* rows,
-                      compute_t<In>* u) {
+void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, int64_t t0, int64_t width, void* tap_memory,
+                      compute_t<In>* rows, compute_t<In>* u) {
   using C = compute_t<In>;
   Tap<C>* taps = static_cast<Tap<C>*>(tap_memory);
   const int64_t channels = p.channels / p.groups, outputs = p.outputs / p.groups, channel = group * channels;
@@ -296,5 +300,6 @@ template <class In, class Out>
 struct ConvolutionKernels {
   static constexpr auto tile = &convolution_tile<In, Out>;
   static constexpr auto finish =
-      static_cast<void (*)(Activation, const compute_t<Out>*, const compute_t<Out>*, const Out*, int64_t, Out*, int64_t)>(&finish_line<Out>);
+      static_cast<void (*)(Activation, const compute_t<Out>*, const compute_t<Out>*, const Out*, int64_t, Out*, int64_t)>(
+          &finish_line<Out>);
 };

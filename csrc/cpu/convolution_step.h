@@ -1,5 +1,5 @@
-// One position: lanes hold outputs, so that each chain (bias, taps oldest first, channels ascending) is the one of the whole form. The weights
-// lie with their reduction contiguous; a panel of rows is turned over in registers on its way, then serves every row of the batch.
+// One position: lanes hold outputs, so that each chain (bias, taps oldest first, channels ascending) is the one of the whole form. The
+// weights lie with their reduction contiguous; a panel of rows is turned over in registers on its way, then serves every row of the batch.
 
 static constexpr int64_t panel_vectors = 4;
 
@@ -29,11 +29,13 @@ S2S_INLINE void turn_panel(const S* from, int64_t rows, int64_t channels, int64_
 #if S2S_VECTOR_BYTES == 16
           v[i] = (Vec<float>)_mm_loadu_ps(row[i][0] + column);
 #elif S2S_VECTOR_BYTES == 32
-          v[i] = (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i][0] + column)), _mm_loadu_ps(row[i][1] + column), 1);
+          v[i] = (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i][0] + column)),
+                                                  _mm_loadu_ps(row[i][1] + column), 1);
 #else
           v[i] = (Vec<float>)_mm512_insertf32x4(
-              _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[i][0] + column)), _mm_loadu_ps(row[i][1] + column), 1),
-                                 _mm_loadu_ps(row[i][2] + column), 2),
+              _mm512_insertf32x4(
+                  _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[i][0] + column)), _mm_loadu_ps(row[i][1] + column), 1),
+                  _mm_loadu_ps(row[i][2] + column), 2),
               _mm_loadu_ps(row[i][3] + column), 3);
 #endif
         }
@@ -75,7 +77,8 @@ void step_panel(const ConvolutionStep<S>& p, int64_t group, int64_t first, int64
       }
     }
     C* u = p.u + b * p.outputs + output;
-    for (int v = 0; v < panel_vectors && v * lanes<C> < count; ++v) store_partial(u + v * lanes<C>, sum[v], min(count - v * lanes<C>, lanes<C>));
+    for (int v = 0; v < panel_vectors && v * lanes<C> < count; ++v)
+      store_partial(u + v * lanes<C>, sum[v], min(count - v * lanes<C>, lanes<C>));
   }
 }
 
@@ -86,11 +89,13 @@ void step_depthwise(const ConvolutionStep<S>& p, int64_t first, int64_t count, c
   for (int64_t at = first; at < first + count; at += lanes<C>) {
     const int64_t n = min(lanes<C>, first + count - at);
     for (int64_t k = 0; k < p.taps; ++k)
-      for (int64_t lane = 0; lane < lanes<C>; ++lane) panel[k * lanes<C> + lane] = to_compute(p.weight[(at + min(lane, n - 1)) * p.taps + k]);
+      for (int64_t lane = 0; lane < lanes<C>; ++lane)
+        panel[k * lanes<C> + lane] = to_compute(p.weight[(at + min(lane, n - 1)) * p.taps + k]);
     const Vec<C> start = p.bias ? load_spread(p.bias + at, 1, n) : Vec<C>{};
     for (int64_t b = 0; b < p.batch; ++b) {
       Vec<C> sum = start;
-      for (int64_t k = 0; k < p.taps; ++k) sum = fma(load(panel + k * lanes<C>), load_spread(p.tap[k] + b * p.tap_batch[k] + at, 1, n), sum);
+      for (int64_t k = 0; k < p.taps; ++k)
+        sum = fma(load(panel + k * lanes<C>), load_spread(p.tap[k] + b * p.tap_batch[k] + at, 1, n), sum);
       store_partial(p.u + b * p.outputs + at, sum, n);
     }
   }
@@ -111,7 +116,8 @@ void step_finish(Activation activation, compute_t<S>* u, int64_t batch, int64_t 
   for (int64_t b = 0; b < batch; ++b) {
     compute_t<S>* line = u + b * outputs;
     if (condition) add_line(line, condition + b * condition_batch, condition_stride, outputs);
-    finish_line(activation, line, line + results, residual ? residual + b * residual_batch : nullptr, residual_stride, y + b * results, results);
+    finish_line(activation, line, line + results, residual ? residual + b * residual_batch : nullptr, residual_stride, y + b * results,
+                results);
   }
 }
 

@@ -107,8 +107,8 @@ class CausalConv1d(Layer):
 
 
 class GatedCausalConv1d(CausalConv1d):
-    """A causal convolution to 2 out_channels, of which one half gates the other: "glu", a * sigmoid(b) (Dauphin et al. 2017), or
-    "gated_tanh", tanh(a) * sigmoid(b) (van den Oord et al. 2016).
+    """A causal convolution to 2 out_channels, of which one half gates the other: "glu", a * sigmoid(b) (Dauphin et
+    al. 2017), or "gated_tanh", tanh(a) * sigmoid(b) (van den Oord et al. 2016).
 
     Args:
         in_channels, out_channels, kernel_size, dilation: as `CausalConv1d`; out_channels is that of the result.
@@ -148,7 +148,8 @@ class GatedCausalConv1d(CausalConv1d):
 class WaveNetStack(Layer):
     """Gated dilated layers with residual and skip connections (van den Oord et al. 2016, "WaveNet").
 
-    Layer l: u = conv_l(x) + condition_l; z = tanh(u[:C]) * sigmoid(u[C:]); [r, s] = W_l z + b_l; x = x + r; skip = skip + s.
+    Layer l: u = conv_l(x) + condition_l; z = tanh(u[:C]) * sigmoid(u[C:]); [r, s] = W_l z + b_l; x = x + r;
+    skip = skip + s.
 
     Args:
         channels: C, of x.
@@ -187,6 +188,7 @@ class WaveNetStack(Layer):
         """x (B, C, T), condition (B, L 2C, T or 1) -> the sum of the skip outputs (B, S, T)."""
         skip: torch.Tensor | None = None
         for index, (conv, out) in enumerate(zip(self.conv, self.out, strict=True)):
+            assert isinstance(conv, CausalConv1d)
             rows = slice(index * 2 * self.channels, (index + 1) * 2 * self.channels)
             z = ops.conditioned_conv1d(
                 x,
@@ -204,7 +206,7 @@ class WaveNetStack(Layer):
 
     def initial_state(self, batch: int) -> ConvStackState:
         """The state before the first position."""
-        weight = self.conv[0].weight
+        weight = next(self.parameters())
         return ConvStackState.zeros(
             batch, self.channels, self.kernel_size, self.dilations, dtype=weight.dtype, device=weight.device
         )
@@ -212,10 +214,19 @@ class WaveNetStack(Layer):
     def step(
         self, x_t: torch.Tensor, state: ConvStackState, condition: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ConvStackState]:
-        """One position through all layers: x_t (B, C), condition (B, L 2C) -> (skip_t (B, S), state), the state updated in place."""
+        """One position through all layers: x_t (B, C), condition (B, L 2C) -> (skip_t (B, S), state), the state
+        updated in place."""
         conv, out = self.conv._modules.values(), self.out._modules.values()
-        parameters = [_parameters(layers, name) for layers in (conv, out) for name in ("weight", "bias")]
-        skip = ops.wavenet_step(x_t, state, *parameters, self.dilations, condition)
+        skip = ops.wavenet_step(
+            x_t,
+            state,
+            _parameters(conv, "weight"),
+            _parameters(conv, "bias"),
+            _parameters(out, "weight"),
+            _parameters(out, "bias"),
+            self.dilations,
+            condition,
+        )
         return skip, state
 
     def extra_repr(self) -> str:

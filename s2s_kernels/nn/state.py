@@ -46,12 +46,14 @@ class ConvState:
         return _like(self, self.ring.index_select(0, index), self.position.clone())
 
     def advance(self, x_t: torch.Tensor, in_place: bool) -> None:
-        """Puts the input x_t (B, C) in the place of the oldest one; with new tensors where the old ones must survive."""
+        """Puts the input x_t (B, C) in the place of the oldest one; with new tensors where the old ones must
+        survive."""
         self.ring, self.position = advanced(self.ring, self.position, x_t, in_place)
 
 
 class ConvStackState:
-    """What a stack of dilated causal convolutions carries: one ring a layer, in one tensor, updated in place by each step.
+    """What a stack of dilated causal convolutions carries: one ring a layer, in one tensor, updated in place by each
+    step.
 
     Attributes:
         ring: (B, the sum of all (K-1) dilation, C), the layers' rings one after the other.

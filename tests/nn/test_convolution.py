@@ -34,7 +34,8 @@ def test_arguments_of_forward_reach_the_operator():
     residual, state, lengths = draw(2, 4, 9), draw(2, 4, 4), torch.tensor([9, 2])
     ours = layer(x, residual=residual, initial_state=state, lengths=lengths, return_state=True)
     plain = s2s.causal_conv1d(
-        x, layer.weight, layer.bias, dilation=2, activation="silu", residual=residual, initial_state=state, lengths=lengths,
+        x, layer.weight, layer.bias, dilation=2, activation="silu", residual=residual,
+        initial_state=state, lengths=lengths,
         return_state=True,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))

@@ -217,7 +217,8 @@ def test_raw_steps_check_again():
     draw = Draw()
     good = (draw(2, 3), draw(2, 4, 3), torch.tensor(0), draw(4, 3, 3), draw(4), None, 2, 1, 0)
     wrong = {
-        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(4), 3: draw(4, 2, 3), 4: draw(3), 5: draw(2, 3), 6: 0, 7: 2, 8: 9,
+        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(4), 3: draw(4, 2, 3), 4: draw(3), 5: draw(2, 3), 6: 0, 7: 2,
+        8: 9,
     }  # fmt: skip
     for place, value in wrong.items():
         with pytest.raises(RuntimeError, match="causal_conv1d_step: "):
@@ -225,8 +226,8 @@ def test_raw_steps_check_again():
     lists = ([draw(6, 3, 2)], [draw(6)], [draw(8, 3, 1)], [draw(8)])
     good = (draw(2, 3), draw(2, 4, 3), torch.tensor(0), *lists, None, [4])
     wrong = {
-        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(-1), 3: [draw(6, 2, 2)], 4: [], 5: [draw(8, 3, 2)], 6: [draw(7)],
-        7: draw(2, 5), 8: [4, 4],
+        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(-1), 3: [draw(6, 2, 2)], 4: [], 5: [draw(8, 3, 2)],
+        6: [draw(7)], 7: draw(2, 5), 8: [4, 4],
     }  # fmt: skip
     for place, value in wrong.items():
         with pytest.raises(RuntimeError, match="wavenet_step: "):

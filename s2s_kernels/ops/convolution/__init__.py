@@ -42,7 +42,8 @@ def causal_conv1d(
     return_state: bool = False,
     causal: bool = True,
 ) -> Any:
-    """1-D convolution whose output at t sees the inputs at t, t - dilation, ..., t - (K-1) dilation only (van den Oord et al. 2016).
+    """1-D convolution whose output at t sees the inputs at t, t - dilation, ..., t - (K-1) dilation only (van den
+    Oord et al. 2016).
 
     Args:
         x: input (B, C_in, T), any strides (channels-last ones without a copy); float64, float32, bfloat16 or float16.
@@ -50,13 +51,15 @@ def causal_conv1d(
         bias: (C_out,).
         dilation: distance in positions between neighbouring taps.
         groups: as `conv1d`; groups = C_in is depthwise.
-        activation: None, "relu", "silu", "gelu" (the exact one), "tanh", or a gate that halves the channels: "glu", a * sigmoid(b), and
-            "gated_tanh", tanh(a) * sigmoid(b), a the first half of C_out and b the second.
+        activation: None, "relu", "silu", "gelu" (the exact one), "tanh", or a gate that halves the channels: "glu",
+            a * sigmoid(b), and "gated_tanh", tanh(a) * sigmoid(b), a the first half of C_out and b the second.
         residual: in the shape of the result, added after the activation.
-        lengths: (B,) int32 or int64, on the CPU or beside x. Positions at or past it never matter, and the result is 0 there.
-        initial_state: (B, C_in, (K-1) dilation), the inputs before position 0, oldest first. Without it the taps before position 0
-            contribute nothing.
-        return_state: also return the same kind of state after position T (after position `length` where lengths are given).
+        lengths: (B,) int32 or int64, on the CPU or beside x. Positions at or past it never matter, and the result is
+            0 there.
+        initial_state: (B, C_in, (K-1) dilation), the inputs before position 0, oldest first. Without it the taps
+            before position 0 contribute nothing.
+        return_state: also return the same kind of state after position T (after position `length` where lengths are
+            given).
         causal: False centres the taps, (K-1) dilation // 2 of their reach on the left; takes and returns no state.
 
     Returns:
@@ -65,7 +68,8 @@ def causal_conv1d(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
 
-    Equivalent to: ``activation(F.conv1d(F.pad(x, ((K - 1) * dilation, 0)), weight, bias, dilation=dilation, groups=groups)) + residual``
+    Equivalent to: ``activation(F.conv1d(F.pad(x, ((K - 1) * dilation, 0)), weight, bias, dilation=dilation,
+    groups=groups)) + residual``
     """
     name = "causal_conv1d"
     checks.tensor(name, "x", x)
@@ -88,8 +92,8 @@ def causal_conv1d(
 
 
 def convolve(tensors: autograd.Tensors, options: autograd.Options) -> torch.Tensor:
-    """Chooses a backend for checked arguments: x, weight, bias, residual, lengths, initial_state, condition (added before the
-    activation, (B, C_out, T or 1)); dilation, groups, activation, causal."""
+    """Chooses a backend for checked arguments: x, weight, bias, residual, lengths, initial_state, condition (added
+    before the activation, (B, C_out, T or 1)); dilation, groups, activation, causal."""
     x = tensors[0]
     assert x is not None
     backend = dispatch.choose(OPERATOR, x.device, None)
@@ -113,8 +117,8 @@ def causal_conv1d_step(
 
     Args:
         x_t: the input at this position (B, C_in).
-        state: a `ConvState` of x_t's dtype with the inputs before it; updated in place. Where a gradient is recorded the state
-            gets new tensors instead, so that the earlier steps can still be differentiated.
+        state: a `ConvState` of x_t's dtype with the inputs before it; updated in place. Where a gradient is recorded
+            the state gets new tensors instead, so that the earlier steps can still be differentiated.
         weight, bias, dilation, groups, activation: as `causal_conv1d`.
         residual: in the shape of the result, added after the activation.
 
@@ -138,7 +142,8 @@ def causal_conv1d_step(
     backend = dispatch.choose(STEP, x_t.device, None)
     transformed = dispatch.transformed(x_t, ring, weight, bias, residual)
     if backend == "reference" or transformed or records:
-        # A ring that is written in place can't be differentiated: this is the whole form, on a copy and of one position.
+        # A ring that is written in place can't be differentiated: this is the whole form, on a copy and of one
+        # position.
         after = None if residual is None else residual[:, :, None]
         y = convolve(
             (x_t[:, :, None], weight, bias, after, None, state.ordered(), None), (dilation, groups, activation, True)
@@ -193,8 +198,8 @@ def wavenet_step(
     dilations: Sequence[int],
     condition: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the state is updated in
-    place, or gets new tensors where a gradient is recorded."""
+    """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the
+    state is updated in place, or gets new tensors where a gradient is recorded."""
     name = "wavenet_step"
     checks.tensor(name, "x_t", x_t)
     if torch.is_autocast_enabled(x_t.device.type):
@@ -226,7 +231,8 @@ def wavenet_step(
 
 
 def ring_of(name: str, state: Any, x_t: torch.Tensor) -> torch.Tensor:
-    """The ring of a streaming state; TypeError where it is none. Under autocast the state takes the autocast dtype, once."""
+    """The ring of a streaming state; TypeError where it is none. Under autocast the state takes the autocast dtype,
+    once."""
     ring = getattr(state, "ring", None)
     if not isinstance(ring, torch.Tensor):
         checks.wrong_type(name, "state", "a ConvState", type(state).__name__)

@@ -39,9 +39,9 @@ def causal_conv1d(
     causal: bool = True,
     condition: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y[b, :, t] = activation(bias + sum_k weight[:, :, k] x[b, :, t - left + k dilation] + condition[b, :, t]) + residual[b, :, t],
-    over the taps that fall on a present position; 0 where t is absent. condition (B, C_out, T or 1) is what a WaveNet layer is
-    conditioned on."""
+    """y[b, :, t] = activation(bias + sum_k weight[:, :, k] x[b, :, t - left + k dilation] + condition[b, :, t]) +
+    residual[b, :, t], over the taps that fall on a present position; 0 where t is absent. condition (B, C_out,
+    T or 1) is what a WaveNet layer is conditioned on."""
     (batch, channels, time), (outputs, _, taps) = x.shape, weight.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     left, right = padding(taps, dilation, causal)
@@ -52,7 +52,8 @@ def causal_conv1d(
     present = present.expand(batch, left + time + right)[:, None]
     before = x.new_zeros(batch, channels, left) if initial_state is None else initial_state
     padded = torch.cat([before, x, x.new_zeros(batch, channels, right)], dim=2)
-    # A product with an absent position is dropped rather than zeroed beforehand alone: 0 times an infinite weight is no zero.
+    # A product with an absent position is dropped rather than zeroed beforehand alone: 0 times an infinite weight is
+    # no zero.
     padded = torch.where(present, padded, 0).to(dtype).unflatten(1, (groups, channels // groups))
     weight = weight.to(dtype).unflatten(0, (groups, outputs // groups))
     u = x.new_zeros((), dtype=dtype) if bias is None else bias.to(dtype)[:, None]
@@ -129,8 +130,9 @@ def wavenet_step(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """One position through a stack of WaveNet layers: the sum of their skip outputs (B, S), and the next states.
 
-    u = conv(x) + condition, z = tanh(u[:C]) sigmoid(u[C:]), [r, s] = W z + b, x = x + r, skip = skip + s (van den Oord et al. 2016)."""
-    batch, channels = x_t.shape
+    u = conv(x) + condition, z = tanh(u[:C]) sigmoid(u[C:]), [r, s] = W z + b, x = x + r, skip = skip + s (van den
+    Oord et al. 2016)."""
+    channels = x_t.shape[1]
     skip: torch.Tensor | None = None
     following = []
     for layer, dilation in enumerate(dilations):
