@@ -133,3 +133,18 @@ def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.T
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
+
+
+def broadcast(operator: str, name: str, value: torch.Tensor, shape: Sequence[int], layout: str) -> torch.Tensor:
+    """`value` as a view of `shape` (nothing is copied); ValueError where it can't be broadcast.
+
+    Args:
+        layout: the shape in letters, for the message.
+    """
+    missing = len(shape) - value.dim()
+    fits = missing >= 0 and all(
+        size == 1 or size == wanted for size, wanted in zip(value.shape, tuple(shape)[missing:], strict=True)
+    )
+    if not fits:
+        wrong_value(operator, name, f"broadcastable to {layout} = {tuple(shape)}", tuple(value.shape))
+    return value.expand(tuple(shape))
