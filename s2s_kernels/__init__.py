@@ -3,7 +3,18 @@
 from . import nn
 from .dispatch import Explanation, explain, use_backend
 from .ops.convolution import causal_conv1d, causal_conv1d_step
+from .ops.recurrence import gru, lstm, rnn
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "causal_conv1d", "causal_conv1d_step", "explain", "nn", "use_backend"]
+__all__ = [
+    "Explanation",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "explain",
+    "gru",
+    "lstm",
+    "nn",
+    "rnn",
+    "use_backend",
+]
