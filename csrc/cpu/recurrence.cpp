@@ -475,7 +475,11 @@ class Backward : Runner<S> {
         columns(gates - equal, p.grad_in + equal, gates, p.gates, gates, normed ? normed + equal : nullptr, p.normed_row(), to + equal);
     };
     if (wants(want_bias_ih)) narrowed(want_bias_ih, gates, [&](C* to) { columns(gates, p.grad_in, gates, nullptr, 0, nullptr, 0, to); });
-    if (wants(want_bias_hh)) narrowed(want_bias_hh, gates, [&](C* to) { recurrent(nullptr, to); });
+    if (wants(want_bias_hh) && wants(want_bias_ih) && equal == gates) {
+      std::copy_n(mutable_data<S>(*results_[want_bias_ih]), gates, mutable_data<S>(*results_[want_bias_hh]));
+    } else if (wants(want_bias_hh)) {
+      narrowed(want_bias_hh, gates, [&](C* to) { recurrent(nullptr, to); });
+    }
     if (wants(want_norm_ih))
       narrowed(want_norm_ih, gates, [&](C* to) { columns(gates, p.grad_in, gates, p.normed, p.normed_row(), nullptr, 0, to); });
     if (wants(want_norm_hh)) narrowed(want_norm_hh, gates, [&](C* to) { recurrent(p.normed + gates, to); });
@@ -524,18 +528,20 @@ class Backward : Runner<S> {
     const int64_t slots = plan_.slots(), inputs = s_.inputs, gates = s_.gate_units, chunks = (slots + rows - 1) / rows;
     const Target<C> to = target<S>(*results_[want_x]);
     const bool in_place = s_.batch == 1 && std::is_same_v<S, C>;
-    const int64_t threads = std::max<int64_t>(1, std::min(thread_count(), chunks)), size = in_place ? 0 : rows * inputs;
+    const int64_t blocks = (S2S_SELECT(RecurrenceProducts<C>::many_workspace)(rows) + 15) / 16 * 16;
+    const int64_t threads = std::max<int64_t>(1, std::min(thread_count(), chunks)), size = rows * inputs + blocks;
     Workspace workspace(threads * Workspace::bytes<C>(size));
     std::vector<C*> scratch;
     for (int64_t i = 0; i < threads; ++i) scratch.push_back(workspace.take<C>(size));
     std::atomic<int64_t> next{0};
-    const auto product = S2S_SELECT(RecurrenceProducts<C>::packed);
+    const auto product = S2S_SELECT(RecurrenceProducts<C>::many);
     parallel(chunks, 1, [&](int64_t begin, int64_t end) {
-      C* own = scratch[next.fetch_add(1)];
+      C* const copy = scratch[next.fetch_add(1)];
+      C* own = copy + blocks;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t first = chunk * rows, count = std::min(rows, slots - first);
         if (in_place) own = static_cast<C*>(to.data) + first * inputs;
-        product(count, inputs, gates, grad + first * gates, gates, weight, own, inputs, false);
+        product(count, inputs, gates, grad + first * gates, gates, weight, own, inputs, copy);
         if (in_place) continue;
         int64_t t = plan_.time_of_slot(first);
         for (int64_t i = 0; i < count; ++i) {
