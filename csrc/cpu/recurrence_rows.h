@@ -154,10 +154,10 @@ struct RecurrenceProducts {
 
   static int64_t product_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
 
-  // C (m, n) = A^T B with A (k, m), B (k, n) of unit column stride.
+  // C (m, n) = or += A^T B with A (k, m), B (k, n) of unit column stride.
   static void transposed_product(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_row, C* c, int64_t c_row,
-                                 C* workspace) {
-    gemm<C, C, C>(m, n, k, a, 1, a_row, b, b_row, 1, c, c_row, false, workspace);
+                                 bool add, C* workspace) {
+    gemm<C, C, C>(m, n, k, a, 1, a_row, b, b_row, 1, c, c_row, add, workspace);
   }
 
   // to[j] = sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; 256 rows at a time, so that many rows
