@@ -30,13 +30,14 @@ class _Cell(Layer):
         self.input_size, self.hidden_size, self.bias = like.input_size, like.hidden_size, like.bias
         for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             self.register_parameter(key, getattr(like, key))
-        self.layer_norm, self.zoneout = layer_norm, checked_zoneout(type(self).__name__, zoneout, len(self._state_names))
+        self.layer_norm = layer_norm
+        self.zoneout = checked_zoneout(type(self).__name__, zoneout, len(self._state_names))
         if layer_norm:
             add_layer_norm(self, "", like.weight_ih)
 
-    def resetparameters_of(self) -> None:
+    def reset_parameters(self) -> None:
         """Draws torch's parameters as torch does; those of layer normalisation become 1 and 0."""
-        _resetparameters_of(self)
+        draw_parameters(self)
 
     def forward(self, input: torch.Tensor, hx: Any = None) -> Any:
         """One step.
@@ -209,9 +210,9 @@ def add_layer_norm(layer: Any, suffix: str, weight_ih: torch.Tensor) -> None:
         layer.register_parameter(name, nn.Parameter(fill(size, device=weight_ih.device, dtype=weight_ih.dtype)))
 
 
-def _resetparameters_of(layer: Any) -> None:
+def draw_parameters(layer: Any) -> None:
     bound = layer.hidden_size**-0.5
-    for name, parameter in layer.namedparameters_of():
+    for name, parameter in layer.named_parameters():
         if not name.startswith("ln_"):
             nn.init.uniform_(parameter, -bound, bound)
         elif name.startswith("ln_c_bias"):

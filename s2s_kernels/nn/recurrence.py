@@ -79,7 +79,7 @@ class _Recurrent(Layer):
         for attribute in _OF_TORCH:
             setattr(self, attribute, getattr(like, attribute))
         self._all_weights, self._flat_weights_names = like._all_weights, like._flat_weights_names
-        for key, parameter in like.namedparameters_of():
+        for key, parameter in like.named_parameters():
             self.register_parameter(key, parameter)
         self.layer_norm = layer_norm
         self.zoneout = checked_zoneout(name, zoneout, len(self._state_names))
@@ -90,11 +90,11 @@ class _Recurrent(Layer):
             for names in self._all_weights:
                 add_layer_norm(self, names[0].removeprefix("weight_ih"), getattr(self, names[0]))
 
-    def resetparameters_of(self) -> None:
+    def reset_parameters(self) -> None:
         """Draws torch's parameters as torch does; those of layer normalisation become 1 and 0."""
-        _resetparameters_of(self)
+        draw_parameters(self)
 
-    def flattenparameters_of(self) -> None:
+    def flatten_parameters(self) -> None:
         """Does nothing: no kernel here needs its weights in one block."""
 
     @property
@@ -185,7 +185,8 @@ class _Recurrent(Layer):
             biases = (values[2], values[3]) if self.bias else (None, None)
             norm = None
             if self.layer_norm:
-                norm = tuple(parameters_of(self, norm_names(names[0].removeprefix("weight_ih"), len(self._state_names))))
+                suffix = names[0].removeprefix("weight_ih")
+                norm = tuple(parameters_of(self, norm_names(suffix, len(self._state_names))))
             cells.append((values[0], values[1], *biases, values[-1] if self.proj_size else None, norm))
         return cells
 
@@ -221,7 +222,8 @@ class _Recurrent(Layer):
         each (D num_layers, B, width)."""
         cell, training = self.mode.lower(), self.training
         directions = 2 if self.bidirectional else 1
-        mask, finals = None, []
+        mask = None
+        finals: list[list[Any]] = []
         for first in range(0, len(cells), directions):
             if first and training and self.dropout > 0:
                 x = F.dropout(x, self.dropout)
