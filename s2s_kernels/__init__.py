@@ -3,6 +3,7 @@
 from . import nn
 from .dispatch import Explanation, explain, use_backend
 from .nn.patch import PatchReport, patch, unpatch
+from .ops.attention import attention, scaled_dot_product_attention
 from .ops.convolution import causal_conv1d, causal_conv1d_step
 from .ops.recurrence import gru, lstm, rnn
 
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "PatchReport",
+    "attention",
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
@@ -19,6 +21,7 @@ __all__ = [
     "nn",
     "patch",
     "rnn",
+    "scaled_dot_product_attention",
     "unpatch",
     "use_backend",
 ]
