@@ -103,10 +103,10 @@ def attention_errors(prepared: bool) -> tuple[ErrorSample, ...]:
 
 def attention_by_length(draw: Draw, time: int) -> Call:
     return call(
-        draw(2, 3, 6),  # no size of its own equals a length of the tests: torch.compile takes equal sizes for one
-        draw(2, time, 6),
+        draw(2, 3, 7),  # no size of its own equals a length of the tests: torch.compile takes equal sizes for one
+        draw(2, time, 7),
         draw(2, time, 4),
-        draw(6),
+        draw(7),
         mask=draw.mask(3, 1),
         key_lengths=draw.tensor([time, 2]),
         return_weights=True,
