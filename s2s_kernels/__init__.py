@@ -2,8 +2,23 @@
 
 from . import nn
 from .dispatch import Explanation, explain, use_backend
+from .nn.patch import PatchReport, patch, unpatch
 from .ops.convolution import causal_conv1d, causal_conv1d_step
+from .ops.recurrence import gru, lstm, rnn
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "causal_conv1d", "causal_conv1d_step", "explain", "nn", "use_backend"]
+__all__ = [
+    "Explanation",
+    "PatchReport",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "explain",
+    "gru",
+    "lstm",
+    "nn",
+    "patch",
+    "rnn",
+    "unpatch",
+    "use_backend",
+]
