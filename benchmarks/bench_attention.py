@@ -86,7 +86,7 @@ def dense(
             batch * time,
             build,
             amount,
-            tuple(["ours", "sdpa", *(["naive"] if with_naive else []), *backends]),
+            ("ours", "sdpa", *(["naive"] if with_naive else []), *backends),
             quick=time in quick,
         )
 
@@ -184,9 +184,7 @@ def biased(time: int, quick: bool) -> Case:
     return Case(row, time, batch * time, build, amount, ("ours", "sdpa mask"), (TRAINING,), quick)
 
 
-def decoding(
-    label: str, count: int, kv_heads: int, width: int, cached: int, dtype: torch.dtype | None = None
-) -> Case:
+def decoding(label: str, count: int, kv_heads: int, width: int, cached: int, dtype: torch.dtype | None = None) -> Case:
     """One query against a cache; T counts the cached keys."""
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:

@@ -69,7 +69,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def grid_of(config: pytest.Config) -> Grid:
     option = config.getoption
-    return Grid(option("--quick"), option("--longest"), option("--device"))
+    return Grid(option("--quick"), option("--longest"), option("--device"), DTYPES[option("--dtype")])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -90,7 +90,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "race" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY))
-    config.stash[TOTAL] = len({item.name.rpartition("-")[0] for item in items})
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    raced = [item for item in session.items if "race" in getattr(item, "fixturenames", ())]
+    session.config.stash[TOTAL] = len({item.name.rpartition("-")[0] for item in raced})
 
 
 TOTAL = pytest.StashKey[int]()
@@ -210,8 +214,9 @@ def record(benchmark: Any, arena: Arena, case: Case, direction: str, entrant: st
     forward = case.work(case.time).scaled(arena.dtype.itemsize)
     work = forward if direction == FORWARD else with_backward(forward)
     best, least = min(measured.seconds), arena.limits.seconds(work)
-    benchmark.group = f"{case.name}, {direction}, {arena.threads} thread(s)"
+    benchmark.group = f"{case.name}, {direction}, {harness.threads_of(arena.threads)}"
     benchmark.extra_info.update(
+        suite=benchmark.fullname.partition("::")[0].rpartition("bench_")[2].removesuffix(".py"),
         row=case.row,
         entrant=entrant,
         direction=direction,
@@ -242,6 +247,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """The measured limits stand beside pytest-benchmark's facts; the machine's own name is nobody's business."""
     machine_info.pop("node", None)
     machine_info["processor_name"] = machine.processor()
+    machine_info["threads"] = config.getoption("--threads")
     machine_info["cores"] = os.cpu_count()
     machine_info["torch"] = torch.__version__
     machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -34,6 +34,7 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 ROUND = 0.01  # seconds of calls of one entrant in a round
+SLOW = 0.3  # seconds beyond which one call is warm-up enough
 ROUNDS = (6, 60)  # at least, at most
 LOAD_MARGIN = 0.5
 FORWARD, TRAINING = "forward", "forward+backward"
@@ -117,6 +118,7 @@ class Grid:
     quick: bool = False
     longest: int = 4096
     device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def lengths(self, *, at_most: int | None = None) -> list[int]:
         """32 … longest, every fourfold."""
@@ -149,7 +151,11 @@ def check_load(threads: int) -> None:
     """Raises Refused where the load average exceeds the threads used."""
     load = load_average()
     if load > threads + LOAD_MARGIN:
-        raise Refused(f"the load average {load:.2f} exceeds the {threads} thread(s) used")
+        raise Refused(f"the load average {load:.2f} exceeds the {threads_of(threads)} used")
+
+
+def threads_of(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def measure(
@@ -180,8 +186,9 @@ def measure(
     repeats: dict[str, int] = {}
     for length in lengths:
         for name, call in calls[length].items():
-            call()
-            once = seconds(call, 1, device)
+            once = seconds(call, 1, device)  # with compilation, where there is something to compile
+            if once < SLOW or "compile" in name:
+                once = seconds(call, 1, device)
             repeats[name] = max(1, min(1000, int(ROUND / max(once, 1e-7))))
     work = {length: case.work(length).flops for length in lengths}
     gc.collect()

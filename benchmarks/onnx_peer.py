@@ -34,7 +34,7 @@ def recurrence(kind: str, module: nn.Module, x: torch.Tensor) -> Callable[[], to
 
     bias = np.concatenate([joined("bias_ih_l0"), joined("bias_hh_l0")], 1)
     weights = {"W": joined("weight_ih_l0"), "R": joined("weight_hh_l0"), "bias": bias}
-    options = {} if kind == "LSTM" else {"linear_before_reset": 1}
+    options: dict[str, Any] = {} if kind == "LSTM" else {"linear_before_reset": 1}
     hidden = weights["R"].shape[2]
     nodes = [
         helper.make_node("Transpose", ["x"], ["time_first"], perm=[1, 0, 2]),
