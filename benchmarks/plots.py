@@ -238,11 +238,9 @@ def against_peers(groups: Sequence[Group]) -> Figure:
     right.set_xlabel("% of the measured limit")
     right.set_title("fraction of the limit")
     for direction in dict.fromkeys(g.ours.direction for g in groups):
-        left.plot([], [], marker="o", linestyle="", color=OURS, label=direction, **style[direction])
         right.plot([], [], marker="o", linestyle="", color=OURS, label=f"ours, {direction}", **style[direction])
     right.plot([], [], marker="o", linestyle="", color=GREY, markersize=4, label="fastest peer")
-    for axes in (left, right):
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0 + 0.9 / (1.5 + len(names))), ncols=3)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8.5, loc="outside lower right", ncols=3)
     return figure
 
 
