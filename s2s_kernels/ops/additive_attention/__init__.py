@@ -11,8 +11,8 @@ from . import autograd
 
 __all__ = ["AdditiveKeys", "additive_attention", "attention_pool", "prepare_additive_keys"]
 
-OPERATOR = dispatch.register("additive_attention")
-POOL = dispatch.register("attention_pool")
+OPERATOR = dispatch.register("additive_attention", cpu=lambda call: None)
+POOL = dispatch.register("attention_pool", cpu=lambda call: None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
