@@ -32,9 +32,10 @@ const uint8_t* flagged(const Rows<const C>& rows, int64_t batch, int64_t count, 
   return flags;
 }
 
-// Fills the table (B, blocks, even(A), 2, key_block) and the flags (B, S); blocks past a length are left alone.
+// Fills the table (B, blocks, even(A), 2, key_block) and the flags (B, S). Blocks past a length are 0 if `all`, else left alone.
 template <class C>
-void fill_table(const Rows<const C>& key, int64_t batch, int64_t keys, int64_t width, const int64_t* lengths, C* table, uint8_t* outlier) {
+void fill_table(const Rows<const C>& key, int64_t batch, int64_t keys, int64_t width, const int64_t* lengths, C* table, uint8_t* outlier,
+                bool all) {
   const int64_t blocks = blocks_of(keys, key_block), scratch = Workspace::bytes<C>(width * key_block);
   Workspace workspace(thread_count() * scratch);
   uint8_t* const columns = workspace.take<uint8_t>(thread_count() * scratch);
@@ -45,8 +46,11 @@ void fill_table(const Rows<const C>& key, int64_t batch, int64_t keys, int64_t w
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks, first = task % blocks * key_block;
       const int64_t count = std::min(key_block, (lengths ? lengths[b] : keys) - first);
+      C* const to = table + task * even(width) * 2 * key_block;
       if (count > 0)
-        fill(width, count, key.at(b, first), key.row, outlier + b * keys + first, table + task * even(width) * 2 * key_block, own);
+        fill(width, count, key.at(b, first), key.row, outlier + b * keys + first, to, own);
+      else if (all)
+        std::fill(to, to + even(width) * 2 * key_block, C(0));
     }
   });
 }
@@ -93,7 +97,7 @@ class Call {
       kept.emplace_back(Workspace::bytes<C>(size) + Workspace::bytes<uint8_t>(p.batch * p.keys));
       C* table = kept.back().template take<C>(size);
       uint8_t* outlier = kept.back().template take<uint8_t>(p.batch * p.keys);
-      fill_table(p.key, p.batch, p.keys, p.width, p.lengths, table, outlier);
+      fill_table(p.key, p.batch, p.keys, p.width, p.lengths, table, outlier, false);
       p.table = table, p.outlier = outlier;
     }
   }
@@ -179,7 +183,7 @@ std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key, const O
     bool* flags = mutable_data<bool>(outliers);
     std::fill(flags, flags + batch * keys, false);
     fill_table(wide_rows<S>(key, kept), batch, keys, width, data<int64_t>(lengths), mutable_data<C>(table),
-               reinterpret_cast<uint8_t*>(flags));
+               reinterpret_cast<uint8_t*>(flags), true);
     return std::make_tuple(table, outliers);
   });
 }
