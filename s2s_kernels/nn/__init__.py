@@ -1,6 +1,20 @@
 """Layers."""
 
+from .cells import GRUCell, LSTMCell, RNNCell
 from .convolution import CausalConv1d, GatedCausalConv1d, WaveNetStack
+from .recurrence import GRU, LSTM, RNN
 from .state import ConvStackState, ConvState
 
-__all__ = ["CausalConv1d", "ConvStackState", "ConvState", "GatedCausalConv1d", "WaveNetStack"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "CausalConv1d",
+    "ConvStackState",
+    "ConvState",
+    "GRUCell",
+    "GatedCausalConv1d",
+    "LSTMCell",
+    "RNNCell",
+    "WaveNetStack",
+]
