@@ -61,8 +61,11 @@ format: $(STAMPS)/lint
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(PYTHON) -m benchmarks.run --quick
 
-gpu: $(STAMPS)/build
+# Nothing is built or installed where there is no CUDA device.
+gpu:
+	@$(PYTHON3) benchmarks/gpu.py --present
+	$(MAKE) $(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench
 	$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf build dist .venv *.egg-info s2s_kernels/*.so
+	rm -rf build dist out .venv *.egg-info s2s_kernels/*.so
