@@ -15,7 +15,7 @@ from .conftest import REPLAY, Arena
 from .harness import TRAINING, Case, Entrant, Grid, Inputs
 from .twins import from_built_ins
 
-QUICK = (32, 128, 512, 2048)
+QUICK = (32, 128, 512, 1024, 2048)
 TURNS = 8  # in which the families train, one after another
 HELD_OUT = 2**15  # tokens of an evaluation, at most
 # A rate at which each family learns well: the best of 1e-3, 2e-3, 4e-3 over a minute on the default text.
