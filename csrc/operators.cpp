@@ -25,8 +25,29 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "Tensor[] out_bias, Tensor? condition, int[] dilations) -> Tensor");
 
   // attention
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, "
+      "Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
+      "Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, "
+      "bool bottom_right, float dropout_p, float? scale, float? softcap, bool need_query, bool need_key, bool need_value, "
+      "bool need_bias, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // additive attention
+  m.def("additive_attention_prepare(Tensor key, Tensor? key_lengths) -> (Tensor, Tensor)");
+  m.def(
+      "additive_attention_forward(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? seed, "
+      "Tensor? table, Tensor? outliers, float dropout_p, bool return_weights, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor key, Tensor value, Tensor weight, "
+      "Tensor statistics, Tensor? mask, Tensor? key_lengths, Tensor? seed, Tensor? table, Tensor? outliers, float dropout_p, bool "
+      "need_query, bool need_key, bool need_value, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_pool_forward(Tensor x, Tensor weight, Tensor bias, Tensor context, Tensor? lengths) -> (Tensor, Tensor)");
+  m.def(
+      "attention_pool_backward(Tensor? grad_pooled, Tensor? grad_weights, Tensor x, Tensor weight, Tensor bias, Tensor context, Tensor "
+      "weights, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

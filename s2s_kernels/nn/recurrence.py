@@ -164,6 +164,12 @@ class _Recurrent(Layer):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise ValueError(f"{name}: input.data must have 2 dimensions, got {data.dim()}")
+        if checks.readable(batch_sizes):
+            if (batch_sizes[1:] > batch_sizes[:-1]).any():
+                checks.wrong_value(name, "input.batch_sizes", "in descending order", batch_sizes.tolist())
+            if data.shape[0] != int(batch_sizes.sum()):
+                expected = f"of {int(batch_sizes.sum())} rows, the sum of batch_sizes"
+                checks.wrong_value(name, "input.data", expected, data.shape[0])
         cells = self._cells()
         check_input(name, "input.data", data, self.input_size, cells[0][0])
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)
