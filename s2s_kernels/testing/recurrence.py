@@ -59,7 +59,7 @@ def recurrence_sample(
         if recurrent_mask:
             values["recurrent_mask"] = 2 * draw.mask(batch, width, p=0.7).to(draw.dtype)
         if layer_norm:
-            norms = [draw(gates * hidden, scale=0.3), draw(gates * hidden, scale=0.3)]
+            norms = [draw(gates * hidden, scale=0.2), draw(gates * hidden, scale=0.2)]
             values["layer_norm"] = tuple([*norms, draw(hidden), draw(hidden)] if cell == "lstm" else norms)
         if isinstance(reset, float):
             values["reset"] = draw.mask(batch, time, p=reset)
