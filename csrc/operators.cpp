@@ -4,6 +4,15 @@
 
 STABLE_TORCH_LIBRARY(s2s, m) {
   // recurrence
+  m.def(
+      "recurrence_forward(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? "
+      "weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? reset, "
+      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool save) -> Tensor[]");
+  m.def(
+      "recurrence_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? h0, "
+      "Tensor? c0, Tensor? weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? "
+      "lengths, Tensor? reset, Tensor? seed, Tensor gates, Tensor extra, Tensor hidden, Tensor normed, int cell, bool reverse, float "
+      "zoneout_h, float zoneout_c, bool training, float weight_dropout, int needs) -> Tensor[]");
 
   // convolution
   m.def(
@@ -27,11 +36,11 @@ STABLE_TORCH_LIBRARY(s2s, m) {
   // attention
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, "
-      "Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap) "
-      "-> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap, "
+      "bool save, bool save_wide) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-      "Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, "
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor softmax, Tensor query, Tensor key, Tensor value, "
+      "Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, "
       "bool bottom_right, float dropout_p, float? scale, float? softcap, bool need_query, bool need_key, bool need_value, "
       "bool need_bias, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 

@@ -193,8 +193,11 @@ class RNNCell(_Cell):
 def parameters_of(layer: nn.Module, names: Sequence[str]) -> list[Any]:
     """By name, from the layer's dict of parameters: ten times as fast as the attribute, which is right for what isn't
     there, a parametrised or pruned weight."""
-    values = [layer._parameters.get(name) for name in names]
-    return [getattr(layer, name) if v is None else v for name, v in zip(names, values, strict=True)]
+    parameters = layer._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        return [getattr(layer, name) for name in names]
 
 
 def norm_names(suffix: str, states: int) -> tuple[str, ...]:
@@ -232,7 +235,7 @@ def checked_zoneout(name: str, zoneout: Any, states: int) -> Zoneout:
 
 
 def check_input(name: str, argument: str, value: torch.Tensor, width: int, weight: torch.Tensor) -> None:
-    if value.dtype != weight.dtype and not torch.is_autocast_enabled(value.device.type):
+    if value.dtype != weight.dtype and not _autocasts(value):
         raise ValueError(
             f"{name}: {argument} dtype ({value.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({value.dtype})"
@@ -255,6 +258,11 @@ def given_states(name: str, hx: Any, names: tuple[str, ...]) -> tuple[torch.Tens
 
 
 def check_kind(name: str, argument: str, state: torch.Tensor, x: torch.Tensor) -> None:
-    if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if state.dtype != x.dtype and not _autocasts(x):
         checks.wrong_type(name, argument, f"{x.dtype} like input", state.dtype)
     checks.beside(name, argument, state, x, "input")
+
+
+def _autocasts(value: torch.Tensor) -> bool:
+    device = value.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

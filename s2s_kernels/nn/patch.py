@@ -175,10 +175,12 @@ def _examine(module: nn.Module) -> type[Layer] | str | None:
         return f"it is a subclass of {_title(base)}, whose methods ours doesn't have"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    for name in _weight_names(module):
-        value = module._parameters[name] if name in module._parameters else getattr(module, name, None)
-        if value is not None and (name not in module._parameters or type(value) is not nn.Parameter):
-            return f"its {name} is no plain Parameter (weight-normed, pruned, dropped or of a tensor subclass)"
+    for path in _weight_names(module):
+        prefix, _, name = path.rpartition(".")
+        owner = module.get_submodule(prefix)
+        value = owner._parameters[name] if name in owner._parameters else getattr(owner, name, None)
+        if value is not None and (name not in owner._parameters or type(value) is not nn.Parameter):
+            return f"its {path} is no plain Parameter (weight-normed, pruned, dropped or of a tensor subclass)"
     return SWAPS[kind]
 
 
@@ -206,8 +208,8 @@ def _bypassed(model: nn.Module, swapped: list[Swapped]) -> tuple[Left, ...]:
 
 def _become_ours(module: nn.Module, after: type[Layer]) -> None:
     if isinstance(module, nn.RNNBase):
-        # Copies of the references to the Parameters, which only torch's class keeps up to date.
-        del module._flat_weights, module._flat_weight_refs
+        for copy in ("_flat_weights", "_flat_weight_refs"):
+            module.__dict__.pop(copy, None)  # references to the Parameters, which only torch's class keeps up to date
     before, module.__class__ = type(module), after  # type: ignore[assignment]
     module._patched_from = before  # type: ignore[assignment]
 

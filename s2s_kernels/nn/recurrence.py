@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import checks
-from ..ops import recurrence as ops
+from ..ops.recurrence.stack import States, stack
 from .cells import (
     Device,
     Zoneout,
@@ -23,17 +22,6 @@ from .cells import (
     parameters_of,
 )
 from .layer import Layer
-
-# weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, layer_norm of one direction of one layer.
-Weights = tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    tuple[torch.Tensor, ...] | None,
-]
-States = tuple[torch.Tensor | None, ...]  # h, or h and c
 
 _OF_TORCH = (
     "mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size",
@@ -146,12 +134,12 @@ class _Recurrent(Layer):
         batched = rank == 3
         time_first = batched and not self.batch_first
         x = input.transpose(0, 1) if time_first else input if batched else input.unsqueeze(0)
-        cells = self._cells()
-        check_input(name, "input", input, self.input_size, cells[0][0])
+        weights = self._weights()
+        check_input(name, "input", input, self.input_size, weights[0])
         states = self._states(name, hx, x, batched)
         if lengths is not None or reset is not None:
             lengths, reset = _positions(name, lengths, reset, input, batched, time_first)
-        output, finals = self._layers(x, cells, states, lengths, reset, time_first)
+        output, finals = self._run(x, weights, states, lengths, reset, time_first)
         if not batched:
             output, finals = output.squeeze(0), tuple(state.squeeze(1) for state in finals)
         return output, finals if len(finals) == 2 else finals[0]
@@ -170,31 +158,32 @@ class _Recurrent(Layer):
             if data.shape[0] != int(batch_sizes.sum()):
                 expected = f"of {int(batch_sizes.sum())} rows, the sum of batch_sizes"
                 checks.wrong_value(name, "input.data", expected, data.shape[0])
-        cells = self._cells()
-        check_input(name, "input.data", data, self.input_size, cells[0][0])
+        weights = self._weights()
+        check_input(name, "input.data", data, self.input_size, weights[0])
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)
         states = self._states(name, hx, x, True)
         if sorted_indices is not None:
             states = tuple(state if state is None else state.index_select(1, sorted_indices) for state in states)
-        output, finals = self._layers(x, cells, states, lengths, None, False)
+        output, finals = self._run(x, weights, states, lengths, None, False)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
         data = pack_padded_sequence(output, lengths, batch_first=True).data
         result = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
         return result, finals if len(finals) == 2 else finals[0]
 
-    def _cells(self) -> list[Weights]:
-        """The weights of each direction of each layer."""
-        cells: list[Weights] = []
-        for names in self._all_weights:
-            values = parameters_of(self, names)
-            biases = (values[2], values[3]) if self.bias else (None, None)
-            norm = None
-            if self.layer_norm:
-                suffix = names[0].removeprefix("weight_ih")
-                norm = tuple(parameters_of(self, norm_names(suffix, len(self._state_names))))
-            cells.append((values[0], values[1], *biases, values[-1] if self.proj_size else None, norm))
-        return cells
+    def _weights(self) -> list[torch.Tensor]:
+        """Those of each direction of each layer, one after another: torch's, then those of layer normalisation."""
+        if not self.layer_norm:
+            return parameters_of(self, self._flat_weights_names)
+        states = len(self._state_names)
+        return parameters_of(
+            self,
+            [
+                name
+                for names in self._all_weights
+                for name in (*names, *norm_names(names[0].removeprefix("weight_ih"), states))
+            ],
+        )
 
     def _states(self, name: str, hx: Any, x: torch.Tensor, batched: bool) -> States:
         """The given state with a batch dimension, checked; None where there is none."""
@@ -215,56 +204,33 @@ class _Recurrent(Layer):
             check_kind(name, argument, state, x)
         return given if batched else tuple(state.unsqueeze(1) for state in given)
 
-    def _layers(
+    def _run(
         self,
         x: torch.Tensor,
-        cells: list[Weights],
+        weights: list[torch.Tensor],
         states: States,
         lengths: torch.Tensor | None,
         reset: torch.Tensor | None,
         time_first: bool,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """x (B, T, I) -> output (B, T, D H_out), or (T, B, D H_out), contiguous, if time_first; the states after it,
-        each (D num_layers, B, width)."""
-        cell, training = self.mode.lower(), self.training
-        directions = 2 if self.bidirectional else 1
-        mask = None
-        finals: list[list[Any]] = []
-        for first in range(0, len(cells), directions):
-            if first and training and self.dropout > 0:
-                x = F.dropout(x, self.dropout)
-            outputs = []
-            for index in range(first, first + directions):
-                weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, norm = cells[index]
-                if training and self.recurrent_dropout > 0:
-                    mask = F.dropout(x.new_ones(x.shape[0], weight_hh.shape[1]), self.recurrent_dropout)
-                output, *final = ops.run(
-                    cell,
-                    x,
-                    weight_ih,
-                    weight_hh,
-                    bias_ih,
-                    bias_hh,
-                    *[state if state is None else state[index] for state in states],
-                    lengths=lengths,
-                    reset=reset,
-                    reverse=index > first,
-                    weight_hr=weight_hr,
-                    recurrent_mask=mask,
-                    zoneout=self.zoneout,
-                    training=training,
-                    layer_norm=norm,
-                    weight_dropout=self.weight_dropout if training else 0.0,
-                )
-                if time_first and first + directions == len(cells):
-                    output = output.transpose(0, 1)
-                outputs.append(output)
-                finals.append(final)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-        # torch's layer returns contiguous tensors here, and users call view on them.
-        if time_first:
-            x = x.contiguous()
-        return x, tuple(_stacked([final[i] for final in finals]) for i in range(len(states)))
+        return stack(
+            self.mode.lower(),
+            x,
+            weights,
+            states,
+            directions=2 if self.bidirectional else 1,
+            bias=self.bias,
+            projected=self.proj_size > 0,
+            normed=self.layer_norm,
+            lengths=lengths,
+            reset=reset,
+            dropout=self.dropout,
+            recurrent_dropout=self.recurrent_dropout,
+            weight_dropout=self.weight_dropout,
+            zoneout=self.zoneout,
+            training=self.training,
+            time_first=time_first,
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
@@ -430,7 +396,3 @@ def _positions(
     time = data.shape[0] if time_first or not batched else data.shape[1]
     batch = 1 if not batched else data.shape[1] if time_first else data.shape[0]
     return checks.lengths(name, "lengths", lengths, data, batch, time), reset
-
-
-def _stacked(states: list[torch.Tensor]) -> torch.Tensor:
-    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)

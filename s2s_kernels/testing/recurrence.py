@@ -43,9 +43,11 @@ def recurrence_sample(
 
     def build(draw: Draw) -> Call:
         x = draw(batch, time, inputs, scale=scale)
-        # As large as layers are initialised, and larger where there is little to sum.
-        weight_ih = draw(gates * hidden, inputs, scale=(inputs + 1) ** -0.5)
-        weight_hh = draw(gates * hidden, width, scale=(width + 1) ** -0.5)
+        # As large as layers are initialised, larger where there is little to sum. Under layer normalisation small sums
+        # would be divided by themselves.
+        size = 2.0 if layer_norm else 0.7
+        weight_ih = draw(gates * hidden, inputs, scale=size * (inputs + 1) ** -0.5)
+        weight_hh = draw(gates * hidden, width, scale=size * (width + 1) ** -0.5)
         biases = (draw(gates * hidden, scale=0.5), draw(gates * hidden, scale=0.5)) if bias else (None, None)
         values = dict(options)
         if state:
@@ -55,9 +57,9 @@ def recurrence_sample(
         if projected is not None:
             values["weight_hr"] = draw(projected, hidden, scale=hidden**-0.5)
         if recurrent_mask:
-            values["recurrent_mask"] = 2 * draw.mask(batch, width).to(draw.dtype)
+            values["recurrent_mask"] = 2 * draw.mask(batch, width, p=0.7).to(draw.dtype)
         if layer_norm:
-            norms = [draw(gates * hidden), draw(gates * hidden)]
+            norms = [draw(gates * hidden, scale=0.2), draw(gates * hidden, scale=0.2)]
             values["layer_norm"] = tuple([*norms, draw(hidden), draw(hidden)] if cell == "lstm" else norms)
         if isinstance(reset, float):
             values["reset"] = draw.mask(batch, time, p=reset)
@@ -71,7 +73,9 @@ def recurrence_sample(
                     values["reset"][row, length:] = True
         return call(x, weight_ih, weight_hh, *biases, **values)
 
-    return Sample(name, build, smooth and not poison)
+    # Broadcast weights, among the layouts that smooth samples go through, make all gates equal, and normalising those
+    # only blows up rounding: layer normalisation has tests of its own.
+    return Sample(name, build, smooth and not poison and not layer_norm)
 
 
 def by_length(cell: str, draw: Draw, time: int) -> Call:
@@ -156,19 +160,20 @@ CASES = {
             lstm_sample("recurrent mask", recurrent_mask=True, state=True),
             lstm_sample("zoneout in training", zoneout=(0.5, 0.25), training=True, state=True),
             lstm_sample("zoneout in evaluation", zoneout=(0.5, 0.25), state=True),
-            lstm_sample("layer norm", layer_norm=True, state=True),
+            lstm_sample("layer norm", time=2, hidden=5, layer_norm=True, state=True),
             lstm_sample(
                 "everything",
                 3,
-                hidden=3,
-                projected=2,
-                lengths=(3, 4, 0),
-                reset=0.3,
+                3,
+                hidden=7,
+                projected=4,
+                lengths=(2, 3, 0),
+                reset=[[0, 1, 0]] * 3,
                 state=True,
                 reverse=True,
                 recurrent_mask=True,
                 layer_norm=True,
-                zoneout=0.3,
+                zoneout=0.25,
                 training=True,
             ),
             lstm_sample("poisoned", 3, 9, 5, 7, lengths=(9, 1, 4), reset=0.3, state=True, poison=True),
@@ -176,7 +181,7 @@ CASES = {
             lstm_sample("saturated", scale=1e4, smooth=False),
             lstm_sample("tails", 7, 5, 65, 33, state=True, smooth=False),
             lstm_sample("tails, projection", 5, 3, 7, 65, projected=17, state=True, smooth=False),
-            lstm_sample("one row", 1, 6, 17, 129, smooth=False),
+            lstm_sample("one row", 1, 4, 17, 129, smooth=False),
         ),
         recurrence_errors("lstm"),
         functools.partial(by_length, "lstm"),
@@ -191,23 +196,25 @@ CASES = {
             gru_sample("reverse", 3, lengths=(4, 1, 3), reset=[[0, 1, 1, 0]] * 3, state=True, reverse=True),
             gru_sample("zoneout in training, recurrent mask", zoneout=0.5, training=True, recurrent_mask=True),
             gru_sample("zoneout in evaluation", zoneout=0.5, state=True),
-            gru_sample("layer norm", layer_norm=True, state=True),
+            gru_sample("layer norm", time=2, hidden=5, layer_norm=True, state=True),
             gru_sample(
                 "everything",
                 3,
-                lengths=(3, 4, 0),
-                reset=0.3,
+                3,
+                hidden=7,
+                lengths=(2, 3, 0),
+                reset=[[0, 1, 0]] * 3,
                 state=True,
                 reverse=True,
                 recurrent_mask=True,
                 layer_norm=True,
-                zoneout=0.3,
+                zoneout=0.25,
                 training=True,
             ),
             gru_sample("poisoned", 3, 9, 5, 7, lengths=(9, 1, 4), reset=0.3, state=True, poison=True, reverse=True),
             gru_sample("saturated", scale=1e4, smooth=False),
             gru_sample("tails", 7, 5, 65, 33, state=True, smooth=False),
-            gru_sample("one row", 1, 6, 17, 129, smooth=False),
+            gru_sample("one row", 1, 4, 17, 129, smooth=False),
         ),
         recurrence_errors("gru"),
         functools.partial(by_length, "gru"),
@@ -219,24 +226,26 @@ CASES = {
             rnn_sample("no bias, state", bias=False, state=True),
             rnn_sample("no positions", time=0, state=True, smooth=False),
             rnn_sample("lengths, reset", 3, lengths=(2, 0, 4), reset=[[0, 1, 0, 1]] * 3, state=True),
-            rnn_sample("layer norm", layer_norm=True, state=True),
+            rnn_sample("layer norm", time=2, hidden=5, layer_norm=True, state=True),
             rnn_sample(
                 "everything",
                 3,
-                lengths=(3, 4, 0),
-                reset=0.3,
+                3,
+                hidden=7,
+                lengths=(2, 3, 0),
+                reset=[[0, 1, 0]] * 3,
                 state=True,
                 reverse=True,
                 recurrent_mask=True,
                 layer_norm=True,
-                zoneout=0.3,
+                zoneout=0.25,
                 training=True,
             ),
             rnn_sample("relu", 3, 5, lengths=(2, 0, 5), state=True, nonlinearity="relu", smooth=False),
             rnn_sample("relu, tails", 7, 5, 65, 33, state=True, nonlinearity="relu", smooth=False),
             rnn_sample("poisoned", 3, 9, 5, 7, lengths=(9, 1, 4), reset=0.3, state=True, poison=True, reverse=True),
             rnn_sample("saturated", scale=1e4, smooth=False),
-            rnn_sample("one row", 1, 6, 17, 129, smooth=False),
+            rnn_sample("one row", 1, 4, 17, 129, smooth=False),
         ),
         recurrence_errors("rnn_tanh"),
         functools.partial(by_length, "rnn_tanh"),

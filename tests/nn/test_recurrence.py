@@ -584,6 +584,54 @@ def test_autocast(kind):
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@needs_extension  # the reference's loop is unrolled, so its graph holds for one T only
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5, "zoneout": 0.1}], ids=["plain", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_once_for_all_lengths(kind, options):
+    """Row 26."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = getattr(s2s.nn, kind)(4, 6, 2, batch_first=True, bidirectional=True, **options)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    draw, graphs = Draw(), None
+    for time, lengths in ((5, [5, 2, 1]), (7, [1, 0, 7]), (4, [3, 3])):
+        x, reset, lengths = draw(len(lengths), time, 4), draw.mask(len(lengths), time), torch.tensor(lengths)
+        torch.manual_seed(3)
+        ours = compiled(x, lengths=lengths, reset=reset)
+        torch.manual_seed(3)
+        plain = layer(x, lengths=lengths, reset=reset)
+        for a, b in zip(outputs_of(ours), outputs_of(plain), strict=True):
+            torch.testing.assert_close(a, b)
+        ours[0].sum().backward()
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports(kind):
+    draw = Draw()
+    layer = getattr(s2s.nn, kind)(4, 6, 2, bidirectional=True).eval()
+    x, state = draw(5, 3, 4), state_of(layer, 3, draw)
+    exported = torch.export.export(layer, (x, state), {"lengths": torch.tensor([5, 2, 0])}).module()
+    lengths = torch.tensor([1, 5, 3])
+    for a, b in zip(
+        outputs_of(exported(x, state, lengths=lengths)), outputs_of(layer(x, state, lengths=lengths)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles_a_packed_sequence():
+    """The batch size of a PackedSequence is data: a graph break, as in torch's layer, not an error."""
+    torch._dynamo.reset()
+    layer = s2s.nn.GRU(4, 6)
+    sequence = packed(Draw()(5, 3, 4), torch.tensor([2, 5, 1]), False)
+    output, h_n = torch.compile(layer, backend="aot_eager")(sequence)
+    same_packed(output, layer(sequence)[0])
+    torch.testing.assert_close(h_n, layer(sequence)[1])
+
+
 def test_copies_keep_the_options():
     layer = s2s.nn.LSTM(4, 6, 2, zoneout=(0.1, 0.2), layer_norm=True).eval()
     x = Draw()(5, 3, 4)

@@ -12,11 +12,8 @@ from .reference import GATES
 __all__ = ["gru", "lstm", "rnn"]
 
 
-def _gap(call: Any) -> str | None:
-    return "the recurrences have no C++ kernel yet"
-
-
-OPERATORS = {name: dispatch.register(name, cpu=_gap) for name in ("lstm", "gru", "rnn")}
+# Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
+OPERATORS = {name: dispatch.register(name, cpu=lambda call: None) for name in ("lstm", "gru", "rnn")}
 
 
 def lstm(
@@ -33,7 +30,7 @@ def lstm(
     reverse: bool = False,
     weight_hr: torch.Tensor | None = None,
     recurrent_mask: torch.Tensor | None = None,
-    zoneout: float | tuple[float, float] = 0.0,
+    zoneout: float | tuple[float, float] = 0,
     training: bool = False,
     layer_norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,7 +100,7 @@ def gru(
     reset: torch.Tensor | None = None,
     reverse: bool = False,
     recurrent_mask: torch.Tensor | None = None,
-    zoneout: float = 0.0,
+    zoneout: float = 0,
     training: bool = False,
     layer_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +156,7 @@ def rnn(
     reset: torch.Tensor | None = None,
     reverse: bool = False,
     recurrent_mask: torch.Tensor | None = None,
-    zoneout: float = 0.0,
+    zoneout: float = 0,
     training: bool = False,
     layer_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
     nonlinearity: str = "tanh",
@@ -218,10 +215,10 @@ def run(
     reverse: bool = False,
     weight_hr: torch.Tensor | None = None,
     recurrent_mask: torch.Tensor | None = None,
-    zoneout: float | tuple[float, float] = 0.0,
+    zoneout: float | tuple[float, float] = 0,
     training: bool = False,
     layer_norm: tuple[torch.Tensor, ...] | None = None,
-    weight_dropout: float = 0.0,
+    weight_dropout: float = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `lstm`, `gru` and `rnn` are made of, and what the layers call: checks, then dispatches.
 
@@ -279,9 +276,11 @@ def run(
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    options = (cell, reverse, zoneout_h, zoneout_c, training, weight_dropout)
-    dispatch.choose(OPERATORS[name], x.device, None)
-    return autograd.reference_of(tensors, options)  # type: ignore[return-value]
+    options = (cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout))
+    backend = dispatch.choose(OPERATORS[name], x.device, None)
+    if backend == "reference" or dispatch.transformed(*tensors):
+        return autograd.reference_of(tensors, options)  # type: ignore[return-value]
+    return autograd.kernel(tensors, options)  # type: ignore[return-value]
 
 
 def _layer_norm(name: str, layer_norm: Any) -> tuple[torch.Tensor | None, ...]:

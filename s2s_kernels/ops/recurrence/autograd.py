@@ -4,7 +4,8 @@ import contextlib
 
 import torch
 
-from ..differentiation import Options, Tensors
+from ... import dispatch
+from ..differentiation import Options, Tensors, differentiable
 from ..random import keep_mask
 from . import reference
 
@@ -13,6 +14,69 @@ STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
 
 # tensors: x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, four of layer_norm, lengths,
 # reset, seed. options: cell, reverse, zoneout of h, zoneout of c, whether in training, weight_dropout.
+
+CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
+
+
+if dispatch.extension_missing is None:
+
+    @torch.library.register_fake("s2s::recurrence_forward")
+    def _(
+        x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh, norm_c, norm_b,
+        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, save,
+    ):  # fmt: skip
+        batch, time, _ = x.shape
+        rows, width = weight_hh.shape
+        name = CELLS[cell]
+        hidden = rows // reference.GATES[name]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        kept = (
+            (save, rows),
+            (save and name in ("lstm", "gru"), hidden),
+            (save and wide != x.dtype, width),
+            (save and norm_ih is not None, 2 * rows + 2),
+        )
+        return [
+            x.new_empty(batch, time, width),
+            x.new_empty(batch, width),
+            x.new_empty((batch, hidden) if name == "lstm" else (0,)),
+            *(x.new_empty((batch, time, size) if wanted else (0,), dtype=wide) for wanted, size in kept),
+        ]
+
+    @torch.library.register_fake("s2s::recurrence_backward")
+    def _(
+        grad_output, grad_h, grad_c, x, weight_ih, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh,
+        norm_c, norm_b, lengths, reset, seed, gates, extra, hidden, normed, cell, reverse, zoneout_h, zoneout_c,
+        training, weight_dropout, needs,
+    ):  # fmt: skip
+        (batch, time, inputs), (rows, width) = x.shape, weight_hh.shape
+        units = rows // reference.GATES[CELLS[cell]]
+        shapes = (
+            (batch, time, inputs), (rows, inputs), (rows, width), (rows,), (rows,), (batch, width), (batch, units),
+            (width, units), (batch, width), (rows,), (rows,), (units,), (units,),
+        )  # fmt: skip
+        return [x.new_empty(shape) for place, shape in enumerate(shapes) if needs >> place & 1]
+
+
+def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
+    cell, *rest = options
+    output, h_n, c_n, gates, extra, hidden, normed = torch.ops.s2s.recurrence_forward(
+        *tensors, CELLS.index(cell), *rest, save
+    )
+    outputs = (output, h_n, c_n if cell == "lstm" else None)
+    # As wide as the computation, the output serves backward itself.
+    return outputs, (gates, extra, hidden if hidden.dim() == 3 else output, normed) if save else ()
+
+
+def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:
+    if all(grad is None for grad in grads):
+        return (None,) * len(tensors)
+    cell, *rest = options
+    wanted = sum(need << place for place, need in enumerate(needs[:13]))
+    results = iter(
+        torch.ops.s2s.recurrence_backward(*grads, *tensors[:3], *tensors[5:], *saved, CELLS.index(cell), *rest, wanted)
+    )
+    return tuple(next(results) if need else None for need in needs)
 
 
 def reference_of(tensors: Tensors, options: Options) -> Tensors:
@@ -56,3 +120,6 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
             layer_norm=layer_norm,
             weight_factors=factors,
         )
+
+
+kernel = differentiable("recurrence", forward=_forward, backward=_backward, reference=reference_of)
