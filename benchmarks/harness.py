@@ -177,7 +177,7 @@ def measure(
     if tuple(entrants[case.time]) != case.entrants:
         raise ValueError(f"{case.name}: entrants must be {case.entrants}, build gave {tuple(entrants[case.time])}")
     if case.agree:
-        check_agreement(case, entrants[case.time], dtype)
+        check_agreement(case, entrants[case.time])
     calls = {
         length: {name: caller(entrant, direction) for name, entrant in group.items()}
         for length, group in entrants.items()
@@ -213,15 +213,15 @@ def measure(
     return measured
 
 
-def check_agreement(case: Case, entrants: dict[str, Entrant], dtype: torch.dtype) -> None:
+def check_agreement(case: Case, entrants: dict[str, Entrant]) -> None:
     """A speed is worth nothing where the results differ."""
-    tolerance = 2e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     with torch.no_grad():
-        ours = entrants["ours"].function().float()
+        ours = entrants["ours"].function()
+        tolerance = 2e-3 if ours.dtype in (torch.float32, torch.float64) else 5e-2
         for name, entrant in entrants.items():
-            theirs = entrant.function().float()
+            theirs = entrant.function()
             assert theirs.shape == ours.shape, f"{case.name}: {name} gives {theirs.shape}, ours {ours.shape}"
-            worst = ((theirs - ours).abs().max() / ours.abs().max()).item() if ours.numel() else 0.0
+            worst = ((theirs.float() - ours.float()).abs().max() / ours.float().abs().max()).item()
             assert worst < tolerance, f"{case.name}: {name} differs from ours by {worst:.2e} of the largest value"
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .harness import FORWARD, TRAINING, threads_of
 from .results import Group, Record, Results, exponent
+from .table import rate
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
 FAMILY = {"lstm": "#D55E00", "tcn": "#009E73", "transformer": "#0072B2"}
@@ -35,6 +36,7 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.8,
     "lines.markersize": 5.5,
     "figure.dpi": 110,
@@ -128,8 +130,8 @@ def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
 def log_axis(axis: Any) -> None:
     """Plain numbers at 1, 2 and 5 of each decade where they have room."""
     low, high = axis.get_view_interval()
-    decades = max(1e-9, high / max(low, 1e-30))
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 500 else (1,)))
+    span = high / low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 2000 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -193,7 +195,8 @@ def training(records: Sequence[Record]) -> Figure:
     for record in records:
         points = [(seconds, bits) for seconds, _, bits in record.evaluations]
         colour = FAMILY[record.entrant]
-        text = f"{TITLE[record.entrant]}: {record.bits_per_character:.2f} after {record.training_tokens / 1e6:.1f} M"
+        seen = rate(record.training_tokens)
+        text = f"{TITLE[record.entrant]}: {record.bits_per_character:.2f} after {seen}"
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=text)
     axes.set_xlabel("training time, s")
     axes.set_ylabel("bits per character, held-out text")

@@ -43,11 +43,11 @@ STABLE_TORCH_LIBRARY(s2s, m) {
   // attention
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, "
-      "Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap) "
-      "-> (Tensor, Tensor)");
+      "Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap, "
+      "bool save, bool save_wide) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor? mask, "
-      "Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, "
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor softmax, Tensor query, Tensor key, Tensor value, "
+      "Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, "
       "bool bottom_right, float dropout_p, float? scale, float? softcap, bool need_query, bool need_key, bool need_value, "
       "bool need_bias, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 

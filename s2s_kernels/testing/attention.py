@@ -28,7 +28,8 @@ def attention_sample(
     key_lengths: Sequence[int] | None = None,
     lengths_dtype: torch.dtype = torch.int64,
     poison: bool = False,
-    scale_of_inputs: float = 1.0,
+    whole_numbers: float | None = None,
+    value_scale: float = 0.5,
     smooth: bool = True,
     **options: Any,
 ) -> Sample:
@@ -37,15 +38,19 @@ def attention_sample(
     Args:
         mask, bias, slopes: their shapes. About a third of a mask's elements hide.
         bias_hides: what about a third of a bias's elements are set to.
+        whole_numbers: queries and keys are whole numbers of about this size, so that their scores, however large, have
+            no rounding error.
         poison: puts NaN and Inf where lengths make queries, keys and values absent, and into every key and value that
             the mask hides from all queries.
     """
 
     def build(draw: Draw) -> Call:
         groups = kv_heads or heads
-        query = draw(batch, heads, time, width, scale=scale_of_inputs)
-        key = draw(batch, groups, source, width, scale=scale_of_inputs)
-        value = draw(batch, groups, source, value_width or width)
+        query = draw(batch, heads, time, width, scale=whole_numbers or 0.5)
+        key = draw(batch, groups, source, width, scale=whole_numbers or 0.5)
+        value = draw(batch, groups, source, value_width or width, scale=value_scale)
+        if whole_numbers:
+            query, key = query.round(), key.round()
         values = dict(options)
         if groups != heads:
             values["enable_gqa"] = True
@@ -159,7 +164,7 @@ def sdpa_sample(name: str, *shapes: Sequence[int], mask: Sequence[int] | None = 
     """A call under torch's signature; `mask` is the shape of a boolean one."""
 
     def build(draw: Draw) -> Call:
-        tensors = [draw(*shape) for shape in shapes]
+        tensors = [draw(*shape, scale=0.5) for shape in shapes]
         return call(*tensors, **options) if mask is None else call(*tensors, draw.mask(*mask, p=0.65), **options)
 
     return Sample(name, build)
@@ -225,16 +230,19 @@ CASES = {
                 "poisoned, masked", 2, 4, 17, 70, kv_heads=2, mask=(2, 1, 1, 70), causal="bottom-right", poison=True
             ),
             attention_sample("poisoned, one query", 2, 4, 1, 70, kv_heads=2, key_lengths=(3, 67), poison=True),
-            attention_sample("large scores", time=20, source=70, width=16, scale_of_inputs=30.0, smooth=False),
+            attention_sample(
+                "large scores", time=20, source=70, width=16, whole_numbers=8.0, value_scale=0.02, smooth=False
+            ),
             attention_sample("tails", 1, 3, 65, 129, 65, 7, smooth=False, return_lse=True),
             attention_sample("tails, causal", 2, 2, 129, 131, 33, causal=True, dropout_p=0.1, smooth=False),
             attention_sample("tails, window", 1, 2, 150, 190, 16, window=(40, 3), causal="bottom-right", smooth=False),
             attention_sample(
                 "tails, everything", 2, 4, 67, 140, 20, 36, kv_heads=2, mask=(67, 140), bias=(4, 67, 140),
-                slopes=(4,), softcap=5.0, dropout_p=0.2, key_lengths=(140, 77), smooth=False, return_lse=True,
+                slopes=(4,), softcap=5.0, dropout_p=0.2, key_lengths=(140, 77), value_scale=0.02, smooth=False,
+                return_lse=True,
             ),
             attention_sample("single width", 1, 1, 7, 66, 1, 1, smooth=False),
-            attention_sample("several blocks", 1, 2, 300, 300, 32, causal=True, smooth=False),
+            attention_sample("several blocks", 1, 2, 200, 260, 24, causal=True, value_scale=0.2, smooth=False),
             attention_sample("one query, many keys", 1, 8, 1, 600, 32, kv_heads=2, smooth=False, return_lse=True),
         ),
         attention_errors(),

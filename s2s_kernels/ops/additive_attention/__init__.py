@@ -11,8 +11,8 @@ from . import autograd
 
 __all__ = ["AdditiveKeys", "additive_attention", "attention_pool", "prepare_additive_keys"]
 
-OPERATOR = dispatch.register("additive_attention")
-POOL = dispatch.register("attention_pool")
+OPERATOR = dispatch.register("additive_attention", cpu=lambda call: None)
+POOL = dispatch.register("attention_pool", cpu=lambda call: None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,11 +137,12 @@ def additive_attention(
     key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, keys, "S")
     checks.probability(name, "dropout_p", dropout_p)
     backend = dispatch.choose(OPERATOR, query.device, None)
-    seed = random.draw_seed(query.device) if dropout_p > 0 else None
+    # A constant where there is no dropout: torch.compile takes the argument for a number that varies, and compiles twice.
+    probability, seed = (float(dropout_p), random.draw_seed(query.device)) if dropout_p > 0 else (0.0, None)
     tensors = (query, key, value, weight, mask, key_lengths, seed, table, outliers)
     served_by_reference = backend == "reference" or dispatch.transformed(*tensors)
     serve = autograd.reference_of if served_by_reference else autograd.kernel
-    results = serve(tensors, (float(dropout_p), bool(return_weights)))
+    results = serve(tensors, (probability, bool(return_weights)))
     return results if return_weights else results[0]
 
 

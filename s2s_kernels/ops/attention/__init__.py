@@ -23,7 +23,7 @@ class Call:
     options: autograd.Options
 
 
-OPERATOR = dispatch.register("attention", cpu=lambda call: "its kernel does not exist yet")
+OPERATOR = dispatch.register("attention", cpu=lambda call: None)
 
 
 def attention(

@@ -1,5 +1,7 @@
 """Fake kernels of attention, and the functions that differentiate it."""
 
+import contextlib
+
 import torch
 
 from ... import dispatch
@@ -17,18 +19,20 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::attention_forward")
     def _(
         query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed, left, right, bottom_right,
-        dropout_p, scale, softcap,
+        dropout_p, scale, softcap, save, save_wide,
     ):  # fmt: skip
         batch, heads, time, _ = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
         return (
             query.new_empty(batch, heads, time, value.shape[3]),
             query.new_empty((batch, heads, time), dtype=wide),
+            query.new_empty((2, batch, heads, time) if save else (0,), dtype=wide),
+            query.new_empty((batch, heads, time, value.shape[3]) if save_wide else (0,), dtype=wide),
         )
 
     @torch.library.register_fake("s2s::attention_backward")
     def _(
-        grad_out, grad_lse, out, lse, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed,
+        grad_out, grad_lse, out, softmax, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed,
         left, right, bottom_right, dropout_p, scale, softcap, need_query, need_key, need_value, need_bias, need_slopes,
     ):  # fmt: skip
         pairs = (
@@ -41,21 +45,27 @@ if dispatch.extension_missing is None:
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    outputs = torch.ops.s2s.attention_forward(*tensors, *options)
-    return outputs, outputs if save else ()
+    query, bias = tensors[0], tensors[4]
+    assert query is not None
+    # The gradient of a bias wider than 16 bits needs out as it was before it was rounded to them.
+    save_wide = save and bias is not None and query.itemsize == 2 and bias.itemsize > 2
+    out, lse, softmax, wide_out = torch.ops.s2s.attention_forward(*tensors, *options, save, save_wide)
+    return (out, lse), (wide_out if save_wide else out, softmax) if save else ()
 
 
 def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:
     grad_out, grad_lse = grads
-    out, lse = saved
+    out, softmax = saved
     assert out is not None
     if grad_out is None and grad_lse is None:
         return (None,) * len(tensors)
     if grad_out is None:
-        grad_out = out.new_zeros(()).expand(out.shape)
+        query = tensors[0]
+        assert query is not None
+        grad_out = query.new_zeros(()).expand(out.shape)
     order = (0, 1, 2, 4, 7)
     wanted = [needs[place] for place in order]
-    found = torch.ops.s2s.attention_backward(grad_out, grad_lse, out, lse, *tensors, *options, *wanted)
+    found = torch.ops.s2s.attention_backward(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
     result: list[torch.Tensor | None] = [None] * len(tensors)
     for place, need, grad in zip(order, wanted, found, strict=True):
         result[place] = grad if need else None
@@ -71,7 +81,8 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     if seed is not None:
         keep = keep_mask(seed, (*query.shape[:3], key.shape[2]), dropout_p)
     # Autocast would round inside; the arguments have been cast already.
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
         return reference.attention(
             query,
             key,
