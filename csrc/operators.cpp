@@ -13,6 +13,13 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "Tensor? c0, Tensor? weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? "
       "lengths, Tensor? reset, Tensor? seed, Tensor gates, Tensor extra, Tensor hidden, Tensor normed, int cell, bool reverse, float "
       "zoneout_h, float zoneout_c, bool training, float weight_dropout, int needs) -> Tensor[]");
+  m.def(
+      "recurrence_stack_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int "
+      "directions, bool bias, bool projected, bool normed, float zoneout_h, float zoneout_c, bool time_first, bool save) -> Tensor[]");
+  m.def(
+      "recurrence_stack_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
+      "Tensor? lengths, Tensor? reset, Tensor output, Tensor[] saved, int cell, int directions, bool bias, bool projected, bool normed, "
+      "float zoneout_h, float zoneout_c, bool time_first, int[] needs) -> Tensor[]");
 
   // convolution
   m.def(

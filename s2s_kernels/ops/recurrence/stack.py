@@ -92,7 +92,7 @@ def stack(
                 recurrent_mask=mask,
                 zoneout=zoneout,
                 training=training,
-                layer_norm=(norms if lstm else norms[:2]) if normed else None,
+                layer_norm=tuple(norms if lstm else norms[:2]) if normed else None,
                 weight_dropout=weight_dropout if training else 0.0,
             )
             outputs.append(output)
