@@ -23,6 +23,7 @@ help:
 	@echo "make format  let ruff and clang-format rewrite the files"
 	@echo "make gpu     everything that needs a CUDA device: build, tests, compute-sanitizer, benchmarks, facts"
 	@echo "make clean   remove what was built"
+	@echo "OPTIONS='--any-load --text FILE' goes to make bench; python -m benchmarks.run --help lists what there is"
 	@echo "TORCH='torch==X.Y.Z' chooses the torch that is installed where none is (now: $(TORCH))"
 
 .venv/bin/python:
@@ -59,7 +60,7 @@ format: $(STAMPS)/lint
 	PATH="$(dir $(PYTHON)):$$PATH" clang-format -i $(CLANG_FORMATTED)
 
 bench: $(STAMPS)/build $(STAMPS)/bench
-	$(PYTHON) -m benchmarks.run --quick
+	$(PYTHON) -m benchmarks.run --quick $(OPTIONS)
 
 # Nothing is built or installed where there is no CUDA device.
 gpu:

@@ -83,7 +83,7 @@ def cases(grid: Grid) -> list[Case]:
     # Eager writes (B, T, S, A) out: 4 GiB at T = 1024 with one sequence of this width, which ends the row.
     lengths = grid.lengths(at_most=1024)
     return [
-        additive(8, 100, 400, 256, 256, compiled=full, quick=True),
+        additive(8, 100, 400, 256, 256, compiled=True, quick=True),
         *(additive(1, time, time, 256, 256, compiled=full, quick=time in (32, 128, 512)) for time in lengths),
         pool(32, 64, 100, 100, compiled=full, quick=True),
         pool(8, 1024, 100, 100, compiled=full),

@@ -57,14 +57,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """malloc reads its settings when a process starts: begin again with them."""
-    if all(os.environ.get(name) == value for name, value in harness.MALLOC.items()):
+    if all(os.environ.get(name) == value for name, value in harness.ENVIRONMENT.items()):
         return
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture is not None:
         capture.stop_global_capturing()  # which gives the real output back
     sys.stdout.flush()
     command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
-    os.execve(sys.executable, command, {**os.environ, **harness.MALLOC})
+    os.execve(sys.executable, command, {**os.environ, **harness.ENVIRONMENT})
 
 
 def grid_of(config: pytest.Config) -> Grid:

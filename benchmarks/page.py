@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .plots import TITLE
-from .results import Group, Results
-from .table import COLUMNS, cells, rate, summary
+from .results import Results
+from .table import COLUMNS, cells, rate, summary, titles
 
 SECTIONS = {
     "models": "Model families over sequence length",
@@ -27,6 +27,8 @@ METHOD = (
     "all additive attention, can't reach it.",
     "Memory is the peak of torch's own allocator over the level before one call; what libraries take beside it isn't "
     "seen.",
+    "Point at a row to see in which operations each entrant spent its time. torch.compile, which takes up to a minute "
+    "a case, is a rival of one case in the quick grid and of more in the full one.",
     "A case is refused where the load average exceeds the threads used.",
 )
 CSS = """
@@ -71,10 +73,9 @@ def write(path: Path, results: Results, pictures: Sequence[tuple[str, str, Path]
         if suite == "models" and results.training:
             parts.append(training_table(results))
         if groups:
-            parts.append(
-                f"<details{' open' if suite != 'models' else ''}><summary>All {len(groups)} measurements</summary>"
-            )
-            parts.append(f"{table(results, groups)}</details>")
+            opened = " open" if suite != "models" else ""
+            parts.append(f"<details{opened}><summary>All {len(results.rows(suite))} cases</summary>")
+            parts.append(f"{table(results, suite)}</details>")
     parts.append("<h2 id=method>How this was measured</h2><ul>")
     parts += [f"<li>{text(line)}</li>" for line in METHOD]
     parts.append("</ul></html>\n")
@@ -135,19 +136,23 @@ def figure(caption: str, path: Path) -> str:
     )
 
 
-def table(results: Results, groups: Sequence[Group]) -> str:
-    head = "".join(f"<th{' class=text' if wide else ''}>{text(name)}</th>" for name, wide in COLUMNS)
+def table(results: Results, suite: str) -> str:
+    both = results.rows(suite)
+    shown = [column for column in range(len(COLUMNS)) if any(cells(*pair)[column] for pair in both)]
+    names = titles(both)
+    head = "".join(f"<th{' class=text' if COLUMNS[c][1] else ''}>{text(names[c])}</th>" for c in shown)
     rows = []
-    for group in groups:
-        values = cells(results, group)
-        row = []
-        for (name, wide), value in zip(COLUMNS, values, strict=True):
-            kind = "text" if wide else ""
-            if name == "ratio" and group.ratio is not None:
-                kind = "better" if group.ratio >= 1 else "worse"
-            row.append(f"<td class='{kind}'>{text(value)}</td>")
-        algorithms = "; ".join(f"{name}: {record.algorithm}" for name, record in group.records.items())
-        rows.append(f"<tr title='{text(algorithms)}'>{''.join(row)}</tr>")
+    for group, wider in both:
+        values, row = cells(group, wider), []
+        for column in shown:
+            kind = "text" if COLUMNS[column][1] else ""
+            judged = {"ratio": group, "ratio, more threads": wider}.get(COLUMNS[column][0])
+            ratio = None if judged is None else judged.ratio
+            if ratio is not None:
+                kind = "better" if ratio >= 1 else "worse"
+            row.append(f"<td class='{kind}'>{text(values[column])}</td>")
+        ran = "; ".join(f"{name}: {record.algorithm}" for name, record in group.records.items())
+        rows.append(f"<tr title='{text(ran)}'>{''.join(row)}</tr>")
     return f"<div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 

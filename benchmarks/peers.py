@@ -110,7 +110,7 @@ class RingWaveNet:
         self.bias = [weights[f"conv.{i}.bias"] for i in layers]
         self.out = [weights[f"out.{i}.weight"][..., 0].t() for i in layers]
         self.out_bias = [weights[f"out.{i}.bias"] for i in layers]
-        self.rings = [torch.zeros(d, batch, self.channels, device=self.bias[0].device) for d in self.dilations]
+        self.rings = [self.bias[0].new_zeros(d, batch, self.channels) for d in self.dilations]
         self.position = 0
 
     def step(self, x: torch.Tensor) -> torch.Tensor:

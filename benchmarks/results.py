@@ -55,6 +55,11 @@ class Group:
         return min(others, key=lambda record: record.best, default=None)
 
     @property
+    def case(self) -> tuple[str, int, str]:
+        """What is called, whatever the threads."""
+        return self.ours.row, self.ours.T, self.ours.direction
+
+    @property
     def ratio(self) -> float | None:
         """The fastest rival's time over ours."""
         rival = self.rival
@@ -83,16 +88,12 @@ class Results:
         counts = [r.threads for r in [*(group.ours for group in self.groups), *self.training]]
         return min(counts, default=1)
 
-    def beside(self, group: Group) -> Group | None:
-        """The same case and direction on more threads."""
-        ours = group.ours
-        same = [
-            other
-            for other in self.groups
-            if (other.ours.row, other.ours.T, other.ours.direction) == (ours.row, ours.T, ours.direction)
-            and other.ours.threads > ours.threads
-        ]
-        return same[0] if same else None
+    def rows(self, suite: str) -> list[tuple[Group, Group | None]]:
+        """The groups of a suite on the fewest threads, each with the same case on more."""
+        groups = self.of(suite)
+        fewest = min(group.ours.threads for group in groups)
+        wider = {group.case: group for group in groups if group.ours.threads > fewest}
+        return [(group, wider.get(group.case)) for group in groups if group.ours.threads == fewest]
 
 
 def load(paths: Iterable[str | Path]) -> Results:

@@ -75,7 +75,7 @@ def measure(chosen: argparse.Namespace, threads: int, process: int, target: Path
     ]
     print(f"\n{harness.threads_of(threads)}, process {process + 1} of {chosen.processes}: {target}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *files, *options]
-    environment = {**os.environ, **harness.MALLOC, "S2S_BENCH_COMMAND": chosen.command}
+    environment = {**os.environ, **harness.ENVIRONMENT, "S2S_BENCH_COMMAND": chosen.command}
     return subprocess.run(command, check=False, cwd=ROOT, env=environment).returncode
 
 

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Sequence
 from .harness import threads_of
 from .results import Group, Results, geometric_mean
 
-# (title, whether it holds text)
+# (title, whether it holds text); the last two are on more threads
 COLUMNS = (
     ("case", True),
     ("direction", True),
-    ("threads", False),
     ("ours ms", False),
     ("peer ms", False),
     ("fastest peer", True),
@@ -18,25 +17,39 @@ COLUMNS = (
     ("MiB ours", False),
     ("MiB peer", False),
     ("tokens/s", False),
+    ("ours ms, more threads", False),
+    ("ratio, more threads", False),
 )
 
 
-def cells(results: Results, group: Group) -> tuple[str, ...]:
-    """What the columns say of a group."""
-    ours, rival, ratio = group.ours, group.rival, group.ratio
+def titles(rows: Sequence[tuple[Group, Group | None]]) -> list[str]:
+    """The columns' titles, with the numbers of threads."""
+    counts = sorted({wider.ours.threads for _, wider in rows if wider is not None})
+    more = threads_of(counts[0]) if counts else "more threads"
+    return [name.replace("more threads", more) for name, _ in COLUMNS]
+
+
+def cells(group: Group, wider: Group | None) -> tuple[str, ...]:
+    """What the columns say of a group and of the same case on more threads."""
+    ours, rival = group.ours, group.rival
     return (
         f"{ours.row} T{ours.T:,}" + ("*" if ours.load_exceeded else ""),
         ours.direction,
-        str(ours.threads),
         milliseconds(ours.best),
         "" if rival is None else milliseconds(rival.best),
         "" if rival is None else rival.entrant,
-        "" if ratio is None else f"{ratio:.2f}x",
+        times(group.ratio),
         f"{100 * ours.fraction_of_limit:.0f}",
         f"{ours.peak_bytes / 2**20:.2f}",
         "" if rival is None else f"{rival.peak_bytes / 2**20:.2f}",
         rate(ours.tokens_per_second),
+        "" if wider is None else milliseconds(wider.ours.best),
+        "" if wider is None else times(wider.ratio),
     )
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
 
 
 def milliseconds(seconds: float) -> str:
@@ -70,18 +83,16 @@ def summary(groups: Sequence[Group]) -> str:
 def lines(results: Results) -> Iterable[str]:
     """The table for a terminal, a block for each suite."""
     for suite in results.suites:
-        groups = results.of(suite)
-        rows = [tuple(name for name, _ in COLUMNS), *(cells(results, group) for group in groups)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        groups = results.rows(suite)
+        rows = [tuple(titles(groups)), *(cells(*both) for both in groups)]
+        shown = [column for column in range(len(COLUMNS)) if any(row[column] for row in rows[1:])]
+        widths = {column: max(len(row[column]) for row in rows) for column in shown}
         yield ""
-        yield suite.replace("_", " ").upper()
+        yield f"{suite.replace('_', ' ').upper()}, {threads_of(groups[0][0].ours.threads)}"
         for row in rows:
-            parts = [
-                value.ljust(width) if wide else value.rjust(width)
-                for value, width, (_, wide) in zip(row, widths, COLUMNS, strict=True)
-            ]
+            parts = [row[c].ljust(widths[c]) if COLUMNS[c][1] else row[c].rjust(widths[c]) for c in shown]
             yield "  ".join(parts).rstrip()
-        yield summary(groups)
+        yield summary(results.of(suite))
     if results.training:
         yield ""
         yield f"TRAINING ON {results.training[0].text}"
