@@ -100,6 +100,7 @@ void weights_again(const AdditiveAttention<C>& p, int64_t b, int64_t i, C* row, 
   }
   exponentials(p, b, i, row, n, statistics[0]);
   scale_row(row, n, C(1) / statistics[1]);
+  hide(p, b, i, row, n, C(0));
 }
 
 // The gradients of row i's scores into `gradient` (in: those of the weights that come from the context, 0 if none), and its weights after
@@ -116,8 +117,7 @@ void softmax_gradient(const AdditiveAttention<C>& p, const AdditiveAttentionGrad
     const C* more = g.grad_weights.at(b, i);
     for (int64_t j = 0; j < n; ++j) gradient[j] += more[j];
   }
-  for (int64_t j = 0; p.mask && j < n; ++j)
-    if (!visible(p, b, i, j)) gradient[j] = C(0);
+  hide(p, b, i, gradient, n, C(0));
   Vec<C> sum{};
   int64_t j = 0;
   for (; j + lanes<C> <= n; j += lanes<C>) sum = fma(load(row + j), load(gradient + j), sum);
@@ -125,8 +125,7 @@ void softmax_gradient(const AdditiveAttention<C>& p, const AdditiveAttentionGrad
   for (; j < n; ++j) mean = fma(row[j], gradient[j], mean);
   for (j = 0; j + lanes<C> <= n; j += lanes<C>) store(gradient + j, load(row + j) * (load(gradient + j) - mean));
   for (; j < n; ++j) gradient[j] = row[j] * (gradient[j] - mean);
-  for (j = 0; p.mask && j < n; ++j)
-    if (!visible(p, b, i, j)) gradient[j] = C(0);
+  hide(p, b, i, gradient, n, C(0));
   if (p.dropout)
     for (j = 0; j < n; ++j) row[j] = factors[j] == C(0) ? C(0) : row[j] * factors[j];
 }

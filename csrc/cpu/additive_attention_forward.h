@@ -25,19 +25,20 @@ void additive_scores(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
   }
 }
 
+template <class C>
+void hide(const AdditiveAttention<C>& p, int64_t b, int64_t i, C* row, int64_t n, C with) {
+  for (int64_t j = 0; p.mask && j < n; ++j) row[j] = visible(p, b, i, j) ? row[j] : with;
+}
+
 // n scores become their exponentials less `most`, hidden ones 0; returns the sum.
 template <class C>
 C exponentials(const AdditiveAttention<C>& p, int64_t b, int64_t i, C* row, int64_t n, C most) {
   Vec<C> sum{};
   int64_t j = 0;
-  if (p.mask) {
-    // Hidden scores may be NaN: they are taken out before and after.
-    for (; j < n; ++j) row[j] = visible(p, b, i, j) ? row[j] : most;
-    j = 0;
-  }
+  hide(p, b, i, row, n, most);  // they may be NaN
   for (; j + lanes<C> <= n; j += lanes<C>) store(row + j, vexp_fast(load(row + j) - most));
   for (; j < n; ++j) row[j] = vexp_fast(row[j] - most);
-  for (j = 0; p.mask && j < n; ++j) row[j] = visible(p, b, i, j) ? row[j] : C(0);
+  hide(p, b, i, row, n, C(0));
   for (j = 0; j + lanes<C> <= n; j += lanes<C>) sum = sum + load(row + j);
   C total = hsum(sum);
   for (; j < n; ++j) total += row[j];
@@ -73,6 +74,7 @@ void softmax_row(const AdditiveAttention<C>& p, int64_t b, int64_t i, C* row, C*
   if (count) {
     sum = exponentials(p, b, i, row, n, most);
     scale_row(row, n, C(1) / sum);
+    hide(p, b, i, row, n, C(0));  // again: a sum may be NaN
   } else {
     for (j = 0; j < n; ++j) row[j] = C(0);
     most = C(0);

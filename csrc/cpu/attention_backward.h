@@ -11,7 +11,7 @@ struct AttentionBackward {
   struct Memory {
     T *query_copies, *grad_copies, *delta, *query_sums, *key_sums, *value_sums;
     T *key_copies, *value_copies, *keys_transposed, *values_transposed, *weights, *grads, *factors;
-    uint8_t *bad_queries, *bad_grads, *bad_keys, *bad_values;
+    uint8_t* flags;
     ScoreExtras<S> extras;
   };
 
@@ -37,10 +37,7 @@ struct AttentionBackward {
     m.weights = pieces.take<T>(queries_at_once * attention_block);
     m.grads = pieces.take<T>(queries_at_once * attention_block);
     m.factors = pieces.take<T>(attention_block);
-    m.bad_queries = pieces.take<uint8_t>(p.time);
-    m.bad_grads = pieces.take<uint8_t>(p.time);
-    m.bad_keys = pieces.take<uint8_t>(attention_block);
-    m.bad_values = pieces.take<uint8_t>(part);
+    m.flags = pieces.take<uint8_t>(max(p.time, attention_block));
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
     return m;
   }
@@ -59,26 +56,38 @@ struct AttentionBackward {
     const int64_t per_part = part_blocks(p, g.parts) * attention_block;
     const int64_t part_begin = part * per_part, part_end = min(span.key_rows, part_begin + per_part);
     const int64_t count = max(int64_t{0}, part_end - part_begin);
-    std::memset(m.key_sums, 0, static_cast<size_t>(count * width) * sizeof(T));
-    std::memset(m.value_sums, 0, static_cast<size_t>(count * value_width) * sizeof(T));
-    std::memset(m.bad_values, 0, static_cast<size_t>(count));
-    const bool extra = p.softcap > 0 || p.bias || p.mask || p.slopes;
-    const int64_t group = p.heads / p.kv_heads;
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-      if (extra)
-        head<true>(p, g, m, b, h, part, part_begin, part_end);
-      else
-        head<false>(p, g, m, b, h, part, part_begin, part_end);
+    // Sums are made where they are wanted, if they can be.
+    T *key_sums = m.key_sums, *value_sums = m.value_sums;
+    bool keys_in_place = false, values_in_place = false;
+    if constexpr (std::is_same_v<S, T>) {
+      keys_in_place = g.key && width == p.width, values_in_place = g.value && value_width == p.value_width;
+      if (keys_in_place) key_sums = g.key + b * g.key_stride[0] + kv * g.key_stride[1] + (span.key_begin + part_begin) * g.key_row;
+      if (values_in_place)
+        value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
     }
-    const T scale = static_cast<T>(p.scale);
+    const int64_t group = p.heads / p.kv_heads;
+    AttentionGradients<S> wanted = g;
+    bool spoilt = false;
+    for (bool clean : {false, true}) {
+      std::memset(key_sums, 0, static_cast<size_t>(count * width) * sizeof(T));
+      std::memset(value_sums, 0, static_cast<size_t>(count * value_width) * sizeof(T));
+      bool finite = true;
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
+          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+        else
+          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+      }
+      if (finite && (!g.key || all_finite(count, width, key_sums, width))) break;
+      wanted.bias = nullptr;  // has been added to, and was right: hidden keys have no part in it
+    }
     for (int64_t j = 0; j < count; ++j) {
       const int64_t at = span.key_begin + part_begin + j;
-      if (g.key) write_row(p.width, m.key_sums + j * width, scale, g.key + b * g.key_stride[0] + kv * g.key_stride[1] + at * g.key_row);
-      if (g.value) {
-        if (m.bad_values[j]) drop_bad(p, b, kv, at, m.value_sums + j * value_width);
-        write_row(p.value_width, m.value_sums + j * value_width, T(1),
-                  g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
-      }
+      if (g.key && !keys_in_place)
+        write_row(p.width, key_sums + j * width, g.key + b * g.key_stride[0] + kv * g.key_stride[1] + at * g.key_row);
+      if (g.value && spoilt) drop_bad(p, b, kv, at, value_sums + j * value_width);
+      if (g.value && !values_in_place)
+        write_row(p.value_width, value_sums + j * value_width, g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
     }
   }
 
@@ -91,16 +100,15 @@ struct AttentionBackward {
       T* const first = g.query_parts + at * width;
       for (int64_t part = 1; part < g.parts; ++part)
         for (int64_t c = 0; c < width; c += lanes<T>) store(first + c, load(first + c) + load(first + (part * all) * width + c));
-      write_row(p.width, first, static_cast<T>(p.scale),
-                g.query + b * g.query_stride[0] + h * g.query_stride[1] + (p.spans[b].query_begin + i) * g.query_row);
+      write_row(p.width, first, g.query + b * g.query_stride[0] + h * g.query_stride[1] + (p.spans[b].query_begin + i) * g.query_row);
     }
   }
 
  private:
-  static void write_row(int64_t width, const T* from, T scale, S* to) {
+  static void write_row(int64_t width, const T* from, S* to) {
     int64_t c = 0;
-    for (; c + lanes<T> <= width; c += lanes<T>) store(to + c, load(from + c) * scale);
-    if (c < width) store_partial(to + c, load(from + c) * scale, width - c);
+    for (; c + lanes<T> <= width; c += lanes<T>) store(to + c, load(from + c));
+    if (c < width) store_partial(to + c, load(from + c), width - c);
   }
 
   // What is not finite in a value was left out of the products, and has no gradient.
@@ -110,19 +118,28 @@ struct AttentionBackward {
       if (to_compute(value[c * p.value_stride[3]]) * T(0) != T(0)) sums[c] = T(0);
   }
 
+  // One query head. With `clean`, what is not finite is left out of queries and keys; else whether the gradient of queries is finite.
+  // `spoilt` becomes true where a result of forward is not finite.
   template <bool EXTRA>
-  static void head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                   int64_t part_begin, int64_t part_end) {
+  static bool head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width), kv = h / (p.heads / p.kv_heads);
     const int64_t row_begin = b * p.lse_stride[0] + h * p.lse_stride[1] + span.query_begin;
     const T *const peaks = p.peaks + row_begin, *const shares = p.shares + row_begin;
+    uint8_t* const flags = clean ? m.flags : nullptr;
     const Rows<T> queries =
         prepare_rows(span.queries, p.width, p.query + b * p.query_stride[0] + h * p.query_stride[1] + span.query_begin * p.query_stride[2],
-                     p.query_stride[2], p.query_stride[3], m.query_copies, m.bad_queries);
-    const Rows<T> grads =
-        p.wide_out ? upstream(p, g, m, b, h, shares, p.wide_out) : upstream(p, g, m, b, h, shares, static_cast<const S*>(p.out));
-    T* const query_sums = g.query_parts ? g.query_parts + ((part * p.batch + b) * p.heads + h) * p.time * width : m.query_sums;
+                     p.query_stride[2], p.query_stride[3], m.query_copies, flags);
+    const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, shares, p.wide_out, spoilt)
+                                     : upstream(p, g, m, b, h, shares, static_cast<const S*>(p.out), spoilt);
+    S* const grad_query = g.query ? g.query + b * g.query_stride[0] + h * g.query_stride[1] + span.query_begin * g.query_row : nullptr;
+    T* query_sums = g.query_parts ? g.query_parts + ((part * p.batch + b) * p.heads + h) * p.time * width : m.query_sums;
+    bool in_place = false;
+    if constexpr (std::is_same_v<S, T>) {
+      in_place = g.query && !g.query_parts && width == p.width;
+      if (in_place) query_sums = grad_query;
+    }
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
     ScoreRow<T> row = score_row_of(p, b, h);
     Vec<T> slope_sum = {};
@@ -134,43 +151,48 @@ struct AttentionBackward {
       const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
       const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
       if (begin >= end) continue;
-      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies, m.bad_keys);
-      const Rows<T> values = prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3],
-                                          m.value_copies, m.bad_values + local);
+      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies, flags);
+      const Rows<T> values =
+          prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3], m.value_copies);
       transpose_rows(n, p.width, keys, m.keys_transposed);
       transpose_rows(n, p.value_width, values, m.values_transposed);
       row.valid = n;
       for (int64_t i = begin; i < end; i += queries_at_once)
         block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
-                     m.key_sums + local * width, m.value_sums + local * value_width, part, slope_sum);
+                     key_sums + local * width, value_sums + local * value_width, part, slope_sum);
     }
     if (g.slopes) g.slopes[(part * p.batch + b) * p.heads + h] = hsum(slope_sum);
-    if (g.query && !g.query_parts)
-      for (int64_t i = 0; i < span.query_rows; ++i)
-        write_row(p.width, query_sums + i * width, static_cast<T>(p.scale),
-                  g.query + b * g.query_stride[0] + h * g.query_stride[1] + (span.query_begin + i) * g.query_row);
+    if (!g.query) return true;
+    if (!g.query_parts && !in_place)
+      for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query + i * g.query_row);
+    return all_finite(span.query_rows, width, query_sums, width);
   }
 
   // The incoming gradient, with nothing in the rows that see no key, and delta.
   template <class O>
   static Rows<T> upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, const T* shares,
-                          const O* all_out) {
+                          const O* all_out, bool& spoilt) {
     const AttentionSpan& span = p.spans[b];
     const S* const from = g.grad_out + b * g.grad_out_stride[0] + h * g.grad_out_stride[1] + span.query_begin * g.grad_out_stride[2];
-    const Rows<T> grads =
-        prepare_rows(span.queries, p.value_width, from, g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies, m.bad_grads, false);
+    Rows<T> grads = prepare_rows(span.queries, p.value_width, from, g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies);
     const O* const out = all_out + b * p.out_stride[0] + h * p.out_stride[1] + span.query_begin * p.out_stride[2];
+    bool dead = false;
     for (int64_t i = 0; i < span.queries; ++i) {
-      if (grads.bad && shares[i] == T(0)) std::memset(m.grad_copies + i * grads.row, 0, static_cast<size_t>(grads.row) * sizeof(T));
       Vec<T> sum = {};
       const O* const row = out + i * p.out_stride[2];
       int64_t c = 0;
       for (; c + lanes<T> <= p.value_width; c += lanes<T>) sum = fma(load(grads.data + i * grads.row + c), load(row + c), sum);
       if (c < p.value_width) sum = fma(load(grads.data + i * grads.row + c), load_partial(row + c, p.value_width - c), sum);
       T delta = hsum(sum);
+      if (delta * T(0) != T(0)) (shares[i] == T(0) ? dead : spoilt) = true;
       if (g.grad_lse)
         delta -= g.grad_lse[b * g.grad_lse_stride[0] + h * g.grad_lse_stride[1] + (span.query_begin + i) * g.grad_lse_stride[2]];
       m.delta[i] = delta;
+    }
+    if (dead) {
+      for (int64_t i = 0; i < span.queries; ++i)
+        for (int64_t c = 0; c < grads.row; ++c) m.grad_copies[i * grads.row + c] = shares[i] == T(0) ? T(0) : grads.data[i * grads.row + c];
+      grads.data = m.grad_copies;
     }
     return grads;
   }
@@ -245,6 +267,9 @@ struct AttentionBackward {
     if constexpr (EXTRA) {
       if (g.bias)
         bias = g.bias + part * g.bias_part + b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
+      if (bias && g.bias_stride[2] && g.bias_stride[3])
+        for (int64_t c = 0; c < attention_block; c += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(bias + 6 * g.bias_stride[2] + c, 1);
     }
     Vec<T> bias_sum = {}, row_slope_sum = {};
     const T level = peak == -std::numeric_limits<T>::infinity() ? T(0) : peak;
@@ -274,7 +299,7 @@ struct AttentionBackward {
         if (g.slopes) row_slope_sum = row_slope_sum - grad * vabs(iota<T>() + (row.distance + static_cast<T>(c)));
         if (row.capped) grad = select(s == hidden, Vec<T>{}, grad * (T(1) - slowed * slowed));
       }
-      store(grads + c, grad);
+      store(grads + c, grad * row.scale);
     }
     if constexpr (EXTRA) {
       if (bias && !g.bias_stride[3]) *bias += hsum(bias_sum);

@@ -4,7 +4,7 @@
 template <class S>
 struct AttentionDecode {
   using T = compute_t<S>;
-  static constexpr int64_t heads_at_once = 4, keys_at_once = 4;
+  static constexpr int64_t heads_at_once = 4;
 
   // What a chunk leaves behind for each query head: sums (whole vectors of Dv), total, peak.
   static int64_t part_size(const AttentionCall<S>& p) { return whole_vectors<T>(p.value_width) + 2; }
@@ -38,11 +38,10 @@ struct AttentionDecode {
     const int64_t group = p.heads / p.kv_heads, size = part_size(p);
     for (int64_t g = 0; g < group; g += heads_at_once) {
       const int64_t h = kv * group + g, n = min(heads_at_once, group - g);
-      const bool extra = p.softcap > 0 || p.bias || p.mask || p.slopes;
-      if (extra)
-        heads<true>(p, m, b, kv, h, n, chunk, parts + g * size);
+      if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
+        heads<!plain<S>>(p, m, b, kv, h, n, chunk, parts + g * size);
       else
-        heads<false>(p, m, b, kv, h, n, chunk, parts + g * size);
+        heads<true>(p, m, b, kv, h, n, chunk, parts + g * size);
     }
   }
 
@@ -69,30 +68,36 @@ struct AttentionDecode {
   }
 
  private:
+  template <int HEADS>
+  static constexpr int64_t keys_at_once = HEADS == 1 ? 8 : 4;
+
+  static void prefetch(const S* row, int64_t width) {
+    for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + c);
+  }
+
   // Products of HEADS queries, `width` whole vectors apart, with `n` <= keys_at_once keys.
   template <int HEADS>
   static void products(int64_t width, const T* queries, int64_t n, const S* keys, int64_t row, T* scores) {
+    constexpr int64_t keys_at_once = AttentionDecode::keys_at_once<HEADS>;
     const int64_t padded = whole_vectors<T>(width);
     Vec<T> sum[keys_at_once][HEADS] = {};
     const S* from[keys_at_once];
     for (int64_t j = 0; j < keys_at_once; ++j) from[j] = keys + min(j, n - 1) * row;
     for (int64_t c = 0; c < width; c += lanes<T>) {
       Vec<T> k[keys_at_once];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < keys_at_once; ++j) k[j] = c + lanes<T> <= width ? load(from[j] + c) : load_partial(from[j] + c, width - c);
 #pragma GCC unroll 4
       for (int h = 0; h < HEADS; ++h) {
         const Vec<T> q = load(queries + h * padded + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < keys_at_once; ++j) sum[j][h] = fma(q, k[j], sum[j][h]);
       }
     }
     for (int64_t j = 0; j < n; ++j)
 #pragma GCC unroll 4
       for (int h = 0; h < HEADS; ++h) {
-        const T s = hsum(sum[j][h]);
-        // As everywhere, what is not finite gives NaN.
-        scores[h * attention_block + j] = s * T(0) == T(0) ? s : std::numeric_limits<T>::quiet_NaN();
+        scores[h * attention_block + j] = hsum(sum[j][h]);
       }
   }
 
@@ -162,8 +167,15 @@ struct AttentionDecode {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
     for (int64_t at = begin; at < end; at += attention_block) {
       const int64_t count = min(attention_block, end - at);
-      for (int64_t j = 0; j < count; j += keys_at_once)
-        products<HEADS>(p.width, m.queries, min(keys_at_once, count - j), key + (at + j) * p.key_stride[2], p.key_stride[2], m.scores + j);
+      for (int64_t j = 0; j < count; j += keys_at_once<HEADS>) {
+        const int64_t n = min(keys_at_once<HEADS>, count - j);
+        // The values of this block come in while its keys are used, and the keys of the next.
+        for (int64_t i = at + j; i < at + j + n; ++i) {
+          prefetch(value + i * p.value_stride[2], p.value_width);
+          if (i + attention_block < end) prefetch(key + (i + attention_block) * p.key_stride[2], p.width);
+        }
+        products<HEADS>(p.width, m.queries, n, key + (at + j) * p.key_stride[2], p.key_stride[2], m.scores + j);
+      }
       for (int g = 0; g < HEADS; ++g) weigh<EXTRA>(p, m, b, h + g, at, count, m.scores + g * attention_block, g, parts + g * size);
       const S* const values = value + at * p.value_stride[2];
       if ((p.mask || p.bias) && !all_finite(count, p.value_width, values, p.value_stride[2])) {

@@ -10,8 +10,7 @@ struct AttentionForward {
   struct Memory {
     T *transposed, *value_copies, *query_copies, *key_copies, *out, *sums, *peaks, *scores, *factors;
     Rows<T>* values;
-    uint8_t *bad_keys, *bad_values, *bad_queries, *spoilt;
-    bool* bad_key_blocks;
+    uint8_t *bad_values, *spoilt;
     ScoreExtras<S> extras;
   };
 
@@ -29,11 +28,8 @@ struct AttentionForward {
     m.scores = pieces.take<T>(attention_rows * attention_block);
     m.factors = pieces.take<T>(attention_block);
     m.values = pieces.take<Rows<T>>(blocks);
-    m.bad_keys = pieces.take<uint8_t>(blocks * attention_block);
     m.bad_values = pieces.take<uint8_t>(blocks * attention_block);
-    m.bad_queries = pieces.take<uint8_t>(queries_at_once);
     m.spoilt = pieces.take<uint8_t>(queries_at_once);
-    m.bad_key_blocks = pieces.take<bool>(blocks);
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
     return m;
   }
@@ -59,39 +55,57 @@ struct AttentionForward {
       }
     }
     const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
-    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
-    const int64_t value_width = whole_vectors<T>(p.value_width);
-    for (int64_t k = block_begin; k < block_end; ++k) {
-      const int64_t at = k * attention_block, n = min(attention_block, span.keys - at);
-      const Rows<T> keys =
-          prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies, m.bad_keys + at);
-      m.bad_key_blocks[k] = keys.bad;
+    for (int64_t at = block_begin * attention_block; at < min(span.keys, block_end * attention_block); at += attention_block) {
+      const int64_t n = min(attention_block, span.keys - at);
+      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies);
       transpose_rows(n, p.width, keys, m.transposed + at * p.width);
-      m.values[k] = prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3],
-                                 m.value_copies + at * value_width, m.bad_values + at);
     }
-    const bool extra = p.softcap > 0 || p.bias || p.mask || p.slopes;
+    prepare_values(p, m, b, kv, block_begin, block_end, false);
+    bool cleaned = false;
     const int64_t group = p.heads / p.kv_heads;
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
         const int64_t n = min(queries_at_once, query_end - i), some = max(int64_t{0}, min(n, present - i));
-        if (extra)
-          queries<true>(p, m, b, h, i, some, block_begin, block_end);
-        else
-          queries<false>(p, m, b, h, i, some, block_begin, block_end);
+        queries(p, m, b, h, i, some, block_begin, block_end);
+        const int64_t value_width = whole_vectors<T>(p.value_width);
+        if (!cleaned && !all_finite(some, value_width, m.out, value_width)) {
+          prepare_values(p, m, b, kv, block_begin, block_end, true);
+          cleaned = true;
+          queries(p, m, b, h, i, some, block_begin, block_end);
+        }
         finish(p, m, b, h, i, n, some);
       }
   }
 
  private:
-  template <bool EXTRA>
+  static void prepare_values(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t block_begin, int64_t block_end,
+                             bool clean) {
+    const AttentionSpan& span = p.spans[b];
+    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
+    for (int64_t k = block_begin; k < block_end; ++k) {
+      const int64_t at = k * attention_block;
+      m.values[k] =
+          prepare_rows(min(attention_block, span.keys - at), p.value_width, value + at * p.value_stride[2], p.value_stride[2],
+                       p.value_stride[3], m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
+    }
+  }
+
   static void queries(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
                       int64_t block_end) {
+    if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
+      queries_of<!plain<S>>(p, m, b, h, first, n, block_begin, block_end);
+    else
+      queries_of<true>(p, m, b, h, first, n, block_begin, block_end);
+  }
+
+  template <bool EXTRA>
+  static void queries_of(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
+                         int64_t block_end) {
     if (n <= 0) return;
     const AttentionSpan& span = p.spans[b];
     const int64_t value_width = whole_vectors<T>(p.value_width);
     const S* const from = p.query + b * p.query_stride[0] + h * p.query_stride[1] + (span.query_begin + first) * p.query_stride[2];
-    const Rows<T> queries = prepare_rows(n, p.width, from, p.query_stride[2], p.query_stride[3], m.query_copies, m.bad_queries);
+    const Rows<T> queries = prepare_rows(n, p.width, from, p.query_stride[2], p.query_stride[3], m.query_copies);
     std::memset(m.out, 0, static_cast<size_t>(n * value_width) * sizeof(T));
     std::memset(m.sums, 0, static_cast<size_t>(n * lanes<T>) * sizeof(T));
     std::memset(m.spoilt, 0, static_cast<size_t>(n));
@@ -107,9 +121,6 @@ struct AttentionForward {
         attention_product<T>(rows, hull.end - hull.begin,
                              {p.width, queries.data + g * queries.row, queries.row, 1, m.transposed + at * p.width + hull.begin,
                               attention_block, m.scores + hull.begin, attention_block, false});
-        if (queries.bad || m.bad_key_blocks[k])
-          taint_products(rows, hull, queries.bad ? m.bad_queries + g : nullptr, m.bad_key_blocks[k] ? m.bad_keys + at : nullptr, row.valid,
-                         m.scores);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = first + g + r;
           row.begin = max(hull.begin, first_key(span, p.left, i) - at);

@@ -18,6 +18,10 @@ S2S_INLINE Hull hull_of(const AttentionSpan& span, int64_t left, int64_t right, 
   return {begin / lanes<T> * lanes<T>, whole_vectors<T>(end)};
 }
 
+// Whether calls with nothing but a scale and intervals have code of their own: float64 and float16 are not worth it.
+template <class S>
+inline constexpr bool plain = std::is_same_v<S, float> || std::is_same_v<S, bfloat16>;
+
 // One row of scores within one block of keys; columns count from the block's first key.
 template <class T>
 struct ScoreRow {
@@ -50,7 +54,8 @@ template <class T, bool EXTRA>
 S2S_INLINE Vec<T> score(const ScoreRow<T>& row, int64_t c, Vec<T> product, Vec<T>& slowed) {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
-  Vec<T> s = product * row.scale;
+  // What is not finite gives NaN, be it an infinity.
+  Vec<T> s = fma(product, Vec<T>{}, product) * row.scale;
   if constexpr (EXTRA) {
     if (row.capped) {
       slowed = vtanh(s * row.over_cap);
@@ -98,6 +103,10 @@ struct ScoreExtras {
       const int64_t* const stride = p.bias_stride;
       const int64_t at = b * stride[0] + h * stride[1] + i * stride[2] + block_begin * stride[3];
       row.bias = bias_buffer;
+      // The next rows' segments lie pages apart, where the hardware prefetches nothing.
+      const char* const ahead = static_cast<const char*>(p.bias) + (at + 6 * stride[2]) * (p.bias_type == FloatType::float64 ? 8 : 4);
+      if (stride[2] && p.bias_type <= FloatType::float32)
+        for (int64_t line = 0; line < 256; line += 64) __builtin_prefetch(ahead + line);
       switch (p.bias_type) {
         case FloatType::float64:
           if (std::is_same_v<T, double> && stride[3] == 1)
@@ -143,14 +152,4 @@ ScoreRow<compute_t<S>> score_row_of(const AttentionCall<S>& p, int64_t b, int64_
   row.sloped = p.slopes != nullptr;
   if (row.sloped) row.slope = to_compute(p.slopes[b * p.slope_stride[0] + h * p.slope_stride[1]]);
   return row;
-}
-
-// NaN into the products of what is not finite.
-template <class T>
-__attribute__((noinline)) void taint_products(int64_t rows, const Hull& hull, const uint8_t* bad_rows, const uint8_t* bad_columns,
-                                              int64_t valid, T* products) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = hull.begin; c < min(hull.end, valid); ++c)
-      if ((bad_rows && bad_rows[r]) || (bad_columns && bad_columns[c]))
-        products[r * attention_block + c] = std::numeric_limits<T>::quiet_NaN();
 }

@@ -84,12 +84,14 @@ void attention_product(int64_t rows, int64_t columns, const Product<T>& p) {
 }
 
 // ---- rows of an operand ----
+// A product with what is not finite is NaN even where the weight is 0, so a hidden key could leak into a row. What is not finite is rare:
+// products are made as if there were nothing of the kind, and made again from cleaned rows where their result is not finite.
 // Rows of T, whole vectors long, zeros after the last element.
 template <class T>
 struct Rows {
   const T* data;
   int64_t row;
-  bool bad;  // some row has something in it that is not finite: 0 stands in its place, and flags say which row
+  bool bad;  // some row had something in it that is not finite: 0 stands in its place, and flags say which rows
 };
 
 template <class S>
@@ -109,25 +111,27 @@ bool all_finite(int64_t n, int64_t width, const S* from, int64_t row) {
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) == T(0);
 }
 
-// Replaces what is not finite by 0 and flags its rows.
+// Replaces what is not finite by 0 and flags its rows; whether there is any.
 template <class T>
-__attribute__((noinline)) void clean_rows(int64_t n, int64_t width, T* rows, int64_t row, uint8_t* flags) {
+__attribute__((noinline)) bool clean_rows(int64_t n, int64_t width, T* rows, int64_t row, uint8_t* flags) {
+  bool any = false;
   for (int64_t i = 0; i < n; ++i) {
     flags[i] = 0;
     for (int64_t c = 0; c < width; ++c)
-      if (rows[i * row + c] * T(0) != T(0)) rows[i * row + c] = T(0), flags[i] = 1;
+      if (rows[i * row + c] * T(0) != T(0)) rows[i * row + c] = T(0), flags[i] = 1, any = true;
   }
+  return any;
 }
 
-// Rows [0, n) in place where they are dense and need no conversion, else copied to `buffer` (n, whole vectors). Flags are written only
-// where something is bad. With `clean` false what is not finite is left.
+// Rows [0, n) in place where they are dense and need no conversion, else copied to `buffer` (n, whole vectors). With `flags` they are
+// copied in any case and cleaned.
 template <class S>
 Rows<compute_t<S>> prepare_rows(int64_t n, int64_t width, const S* from, int64_t row_stride, int64_t column_stride, compute_t<S>* buffer,
-                                uint8_t* flags, bool clean = true) {
+                                uint8_t* flags = nullptr) {
   using T = compute_t<S>;
   const int64_t padded = whole_vectors<T>(width);
   if constexpr (std::is_same_v<S, T>) {
-    if (column_stride == 1 && row_stride == width && padded == width && all_finite(n, width, from, row_stride)) return {from, width, false};
+    if (column_stride == 1 && row_stride == width && padded == width && !flags) return {from, width, false};
   }
   if (column_stride == 1) {
     for (int64_t i = 0; i < n; ++i) {
@@ -143,9 +147,7 @@ Rows<compute_t<S>> prepare_rows(int64_t n, int64_t width, const S* from, int64_t
       for (int64_t c = width; c < padded; ++c) buffer[i * padded + c] = T(0);
     }
   }
-  const bool bad = !all_finite(n, padded, buffer, padded);
-  if (bad && clean) clean_rows(n, width, buffer, padded, flags);
-  return {buffer, padded, bad};
+  return {buffer, padded, flags && clean_rows(n, width, buffer, padded, flags)};
 }
 
 // transposed[c * attention_block + j] = rows[j * row + c] for the n <= attention_block rows; zeros in the columns after them.

@@ -5,212 +5,17 @@
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
-#include <tuple>
 #include <vector>
 
 #include "pool.h"
-#include "recurrence_call.h"
 #include "tensor.h"
 
 #define S2S_KERNELS "recurrence_kernels.h"
 #include "each_isa.h"
+#include "recurrence_runner.h"
 
 namespace s2s {
 namespace {
-
-using Arguments = RecurrenceArguments;
-
-struct Sizes {
-  int64_t batch, time, inputs, hidden, width, gate_units;
-  Cell cell;
-};
-
-Sizes checked(const char* op, const Arguments& a) {
-  Sizes s{};
-  STD_TORCH_CHECK(a.cell >= 0 && a.cell <= static_cast<int64_t>(Cell::rnn_relu), op, ": cell must be in [0, 3], got ", a.cell);
-  s.cell = static_cast<Cell>(a.cell);
-  const int64_t gates = gates_of(s.cell);
-  const ScalarType type = a.x.scalar_type();
-  check_cpu(op, "x", a.x);
-  check_dim(op, "x", a.x, 3);
-  check_dim(op, "weight_ih", a.weight_ih, 2);
-  s.batch = a.x.size(0), s.time = a.x.size(1), s.inputs = a.x.size(2);
-  s.gate_units = a.weight_ih.size(0);
-  STD_TORCH_CHECK(s.gate_units > 0 && s.gate_units % gates == 0, op, ": weight_ih must have ", gates, " rows a unit, got ",
-                  shape_text(a.weight_ih));
-  s.hidden = s.gate_units / gates;
-  check_argument(op, "weight_ih", a.weight_ih, type, {s.gate_units, s.inputs});
-  s.width = s.hidden;
-  if (a.weight_hr) {
-    STD_TORCH_CHECK(s.cell == Cell::lstm, op, ": weight_hr must be absent, only an LSTM projects");
-    check_argument(op, "weight_hr", a.weight_hr, type, {-1, s.hidden});
-    s.width = a.weight_hr->size(0);
-    STD_TORCH_CHECK(s.width > 0, op, ": weight_hr must have a row");
-  }
-  check_argument(op, "weight_hh", a.weight_hh, type, {s.gate_units, s.width});
-  check_argument(op, "h0", a.h0, type, {s.batch, s.width});
-  STD_TORCH_CHECK(!a.c0 || s.cell == Cell::lstm, op, ": c0 must be absent, only an LSTM has a cell");
-  check_argument(op, "c0", a.c0, type, {s.batch, s.hidden});
-  check_argument(op, "recurrent_mask", a.mask, type, {s.batch, s.width});
-  const bool normed = a.norm_ih.has_value(), cell_normed = normed && s.cell == Cell::lstm;
-  STD_TORCH_CHECK(a.norm_hh.has_value() == normed && a.norm_c.has_value() == cell_normed && a.norm_b.has_value() == cell_normed, op,
-                  ": layer_norm must be whole");
-  check_argument(op, "norm_ih", a.norm_ih, type, {s.gate_units});
-  check_argument(op, "norm_hh", a.norm_hh, type, {s.gate_units});
-  check_argument(op, "norm_c", a.norm_c, type, {s.hidden});
-  check_argument(op, "norm_b", a.norm_b, type, {s.hidden});
-  check_argument(op, "lengths", a.lengths, ScalarType::Long, {s.batch});
-  check_argument(op, "reset", a.reset, ScalarType::Bool, {s.batch, s.time});
-  for (const double p : {a.zoneout_h, a.zoneout_c, a.weight_dropout})
-    STD_TORCH_CHECK(p >= 0 && p <= 1, op, ": zoneout and weight_dropout must be in [0, 1], got ", p);
-  STD_TORCH_CHECK(a.zoneout_c == 0 || s.cell == Cell::lstm, op, ": zoneout of the cell must be 0, only an LSTM has one");
-  const bool random = a.weight_dropout > 0 || (a.training && (a.zoneout_h > 0 || a.zoneout_c > 0));
-  STD_TORCH_CHECK(!random || a.seed, op, ": seed must be given");
-  return s;
-}
-
-// The schedule of a batch, with the memory it points into.
-class Plan {
- public:
-  Plan(const char* op, const Arguments& a, const Sizes& s)
-      : order_(s.batch), length_(s.batch, s.time), count_(s.time), offset_(s.time + 1) {
-    std::iota(order_.begin(), order_.end(), int64_t{0});
-    if (a.lengths) {
-      const int64_t* from = data<int64_t>(*a.lengths);
-      for (int64_t b = 0; b < s.batch; ++b) {
-        length_[b] = from[b * a.lengths->stride(0)];
-        STD_TORCH_CHECK(length_[b] >= 0 && length_[b] <= s.time, op, ": lengths must be in [0, T] = [0, ", s.time, "], got ", length_[b]);
-      }
-      std::stable_sort(order_.begin(), order_.end(), [&](int64_t i, int64_t j) { return length_[i] > length_[j]; });
-    }
-    int64_t present = s.batch;
-    for (int64_t t = 0; t < s.time; ++t) {
-      while (present > 0 && length_[order_[present - 1]] <= t) --present;
-      count_[t] = present;
-      offset_[t + 1] = offset_[t] + present;
-    }
-    schedule = {s.batch, s.time, a.reverse, order_.data(), length_.data(), count_.data(), offset_.data(), nullptr, 0, 0};
-    if (a.reset) {
-      schedule.reset = data<bool>(*a.reset);
-      schedule.reset_batch = a.reset->stride(0), schedule.reset_time = a.reset->stride(1);
-    }
-  }
-  Plan(const Plan&) = delete;
-  Plan& operator=(const Plan&) = delete;
-
-  int64_t slots() const { return offset_.back(); }
-  bool sorted_as_given() const { return std::is_sorted(order_.begin(), order_.end()); }
-  bool every_row_whole() const { return slots() == schedule.batch * schedule.time; }
-  int64_t time_of_slot(int64_t slot) const { return std::upper_bound(offset_.begin(), offset_.end(), slot) - offset_.begin() - 1; }
-
-  Schedule schedule;
-
- private:
-  std::vector<int64_t> order_, length_, count_, offset_;
-};
-
-template <class S>
-Source<compute_t<S>> source(const OptionalTensor& tensor) {
-  if (!tensor) return {};
-  const int64_t rank = tensor->dim();
-  return {data<S>(*tensor),         rank > 1 ? tensor->stride(0) : 0, rank > 2 ? tensor->stride(1) : 0,
-          tensor->stride(rank - 1), S2S_SELECT(RowKernels<S>::read),  S2S_SELECT(RowKernels<S>::add)};
-}
-
-template <class S>
-Target<compute_t<S>> target(const Tensor& tensor) {
-  const int64_t rank = tensor.dim();
-  return {mutable_data<S>(tensor), tensor.stride(0), rank > 2 ? tensor.stride(1) : 0, S2S_SELECT(RowKernels<S>::write)};
-}
-
-// What both directions do with their arguments.
-template <class S>
-class Runner {
- protected:
-  using C = compute_t<S>;
-
-  Runner(const char* op, const Arguments& a) : a_(a), s_(checked(op, a)), plan_(op, a, s_), type_(a.x.scalar_type()) {
-    if (a.seed) seed_ = seed_words(op, "seed", *a.seed);
-    if (a.weight_dropout > 0) {
-      const double kept = 1 - a.weight_dropout;
-      dropout_ = {seed_[0], seed_[1], S2S_SELECT(philox_threshold)(a.weight_dropout), kept > 0 ? 1 / kept : 0};
-    }
-  }
-
-  // The tensor in the compute type, contiguous: its own memory where that is so already.
-  const C* wide(const OptionalTensor& tensor) {
-    if (!tensor) return nullptr;
-    if constexpr (std::is_same_v<S, C>)
-      if (tensor->is_contiguous()) return data<S>(*tensor);
-    const Source<C> from = source<S>(tensor);
-    const int64_t columns = tensor->size(tensor->dim() - 1), rows = tensor->dim() > 1 ? tensor->size(0) : 1;
-    copies_.emplace_back(rows * columns + 1);
-    for (int64_t i = 0; i < rows; ++i) from.read(from.data, i * from.batch, from.unit, columns, copies_.back().data() + i * columns);
-    return copies_.back().data();
-  }
-
-  void fill(Recurrence<C>& p) {
-    p.schedule = plan_.schedule;
-    p.cell = s_.cell;
-    p.inputs = s_.inputs, p.hidden = s_.hidden, p.width = s_.width, p.gate_units = s_.gate_units;
-    p.h0 = wide(a_.h0), p.c0 = wide(a_.c0), p.mask = wide(a_.mask);
-    p.norm_ih = wide(a_.norm_ih), p.norm_hh = wide(a_.norm_hh), p.norm_c = wide(a_.norm_c), p.norm_b = wide(a_.norm_b);
-    const auto threshold = S2S_SELECT(philox_threshold);
-    p.zoneout = {a_.zoneout_h, a_.zoneout_c, a_.training, threshold(a_.zoneout_h), threshold(a_.zoneout_c), seed_[0], seed_[1]};
-  }
-
-  // x as rows in the order of the slots, where it lies so already.
-  const C* rows_of_x(int64_t& row) const {
-    if constexpr (std::is_same_v<S, C>) {
-      const Tensor& x = a_.x;
-      const bool ordered = s_.batch == 1 || (plan_.sorted_as_given() && plan_.every_row_whole());
-      if (!ordered || (x.stride(2) != 1 && s_.inputs != 1)) return nullptr;
-      if (s_.batch != 1 && s_.time != 1 && x.stride(1) != s_.batch * x.stride(0)) return nullptr;
-      row = s_.batch == 1 ? x.stride(1) : x.stride(0);
-      return data<S>(x);
-    }
-    return nullptr;
-  }
-
-  int64_t packed_size(int64_t n, int64_t k) const { return S2S_SELECT(RecurrenceProducts<C>::packed_size)(n, k); }
-
-  // Rows through time alone, one group a thread.
-  int64_t groups() const {
-    const int64_t work = plan_.slots() * s_.gate_units * (s_.inputs + s_.width);
-    return work < (1 << 18) ? 1 : std::max<int64_t>(1, std::min(thread_count(), s_.batch));
-  }
-
-  template <class P, class F>
-  void run_groups(const P& p, int64_t groups, int64_t elements, const F& run) {
-    Workspace workspace(groups * Workspace::bytes<C>(elements));
-    std::vector<C*> scratch;
-    for (int64_t g = 0; g < groups; ++g) scratch.push_back(workspace.template take<C>(elements));
-    parallel(groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) run(p, Group{g, groups}, scratch[g]);
-    });
-  }
-
-  // Zeros the positions of a (B, T, n) result that are absent; its strides in elements.
-  template <class X>
-  void clear_absent(X* to, int64_t n, int64_t batch, int64_t time) const {
-    const Schedule& s = plan_.schedule;
-    for (int64_t b = 0; b < s.batch; ++b)
-      for (int64_t t = s.length[b]; t < s.time; ++t) std::fill_n(to + b * batch + t * time, n, from_compute<X>(compute_t<X>(0)));
-  }
-  template <class X>
-  void clear_absent(X* to, int64_t n) const {
-    clear_absent(to, n, plan_.schedule.time * n, n);
-  }
-
-  const Arguments& a_;
-  const Sizes s_;
-  const Plan plan_;
-  const ScalarType type_;
-  std::array<int64_t, 2> seed_{};
-  WeightDropout dropout_{};
-  std::vector<std::vector<C>> copies_;
-};
 
 template <class S>
 class Forward : Runner<S> {
@@ -236,19 +41,22 @@ class Forward : Runner<S> {
   std::vector<Tensor> run(bool save) {
     const bool lstm = s_.cell == Cell::lstm, exact = save && !std::is_same_v<S, C>;
     const ScalarType wide = scalar_type_of<C>;
-    const auto empty_if = [](bool wanted, std::initializer_list<int64_t> sizes, ScalarType type) {
-      return wanted ? empty_cpu(sizes, type) : empty_cpu({0}, type);
+    std::vector<Tensor> results;
+    const auto empty_if = [&](bool wanted, std::initializer_list<int64_t> sizes, ScalarType type) -> OptionalTensor {
+      if (!wanted) return std::nullopt;
+      results.push_back(empty_cpu(sizes, type));
+      return results.back();
     };
-    const Tensor output = empty_cpu({s_.batch, s_.time, s_.width}, type_), h_n = empty_cpu({s_.batch, s_.width}, type_);
-    const Tensor c_n = empty_if(lstm, {s_.batch, s_.hidden}, type_);
-    const Tensor gates = empty_if(save, {s_.batch, s_.time, s_.gate_units}, wide);
-    const Tensor extra = empty_if(save && (lstm || s_.cell == Cell::gru), {s_.batch, s_.time, s_.hidden}, wide);
-    const Tensor hidden = empty_if(exact, {s_.batch, s_.time, s_.width}, wide);
-    const Tensor normed = empty_if(save && a_.norm_ih, {s_.batch, s_.time, 2 * s_.gate_units + 2}, wide);
-    const auto kept = [&](const Tensor& tensor) { return tensor.dim() == 3 ? tensor.mutable_data_ptr() : nullptr; };
-    run({output.mutable_data_ptr(), s_.time * s_.width, s_.width, h_n.mutable_data_ptr(), c_n.mutable_data_ptr(), kept(gates), kept(extra),
-         kept(hidden), kept(normed)});
-    return {output, h_n, c_n, gates, extra, hidden, normed};
+    const OptionalTensor output = empty_if(true, {s_.batch, s_.time, s_.width}, type_), h_n = empty_if(true, {s_.batch, s_.width}, type_);
+    const OptionalTensor c_n = empty_if(lstm, {s_.batch, s_.hidden}, type_);
+    const OptionalTensor gates = empty_if(save, {s_.batch, s_.time, s_.gate_units}, wide);
+    const OptionalTensor extra = empty_if(save && (lstm || s_.cell == Cell::gru), {s_.batch, s_.time, s_.hidden}, wide);
+    const OptionalTensor hidden = empty_if(exact, {s_.batch, s_.time, s_.width}, wide);
+    const OptionalTensor normed = empty_if(save && a_.norm_ih, {s_.batch, s_.time, 2 * s_.gate_units + 2}, wide);
+
+    const auto place = [](const OptionalTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; };
+    run({place(output), s_.time * s_.width, s_.width, place(h_n), place(c_n), place(gates), place(extra), place(hidden), place(normed)});
+    return results;
   }
 
   void run(const RecurrencePlaces& to) {
@@ -312,9 +120,10 @@ class Backward : Runner<S> {
     check_argument(op, "grad_h", kept.grad_h, type_, {s_.batch, s_.width});
     check_argument(op, "grad_c", kept.grad_c, type_, {s_.batch, s_.hidden});
     const ScalarType wide = scalar_type_of<C>;
-    const auto check = [&](const char* name, const Tensor& tensor, int64_t last) {
-      check_argument(op, name, tensor, wide, {s_.batch, s_.time, last});
-      STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+    const auto check = [&](const char* name, const OptionalTensor& tensor, int64_t last) {
+      STD_TORCH_CHECK(tensor, op, ": ", name, " must be given");
+      check_argument(op, name, *tensor, wide, {s_.batch, s_.time, last});
+      STD_TORCH_CHECK(tensor->is_contiguous(), op, ": ", name, " must be contiguous");
     };
     check("gates", kept.gates, s_.gate_units);
     check("hidden", kept.hidden, s_.width);
@@ -351,8 +160,8 @@ class Backward : Runner<S> {
                              hr,
                              ih,
                              scratch,
-                             wants(want_hh) ? slots * width : 0,
-                             wants(want_ih) && !x_rows ? slots * s_.inputs : 0};
+                             wants(want_hh) && !hidden_in_place() ? slots * width : 0,
+                             wants(want_ih) && !x_rows && !x_in_place() ? slots * s_.inputs : 0};
     int64_t bytes = 0;
     for (const int64_t size : sizes) bytes += Workspace::bytes<C>(size);
     Workspace workspace(bytes);
@@ -395,12 +204,8 @@ class Backward : Runner<S> {
     this->run_groups(p, groups, S2S_SELECT(RecurrenceBackwardGroup<C>::workspace)(p, rows), S2S_SELECT(RecurrenceBackwardGroup<C>::run));
 
     vector_gradients(p);
-    if (wants(want_hh)) {
-      const auto gather = S2S_SELECT(RecurrenceBackwardGroup<C>::recurrent_inputs);
-      parallel(s_.time, 1 + (1 << 15) / (s_.batch * width + 1), [&](int64_t begin, int64_t end) { gather(p, begin, end, parts[10]); });
-      matrix_gradient(want_hh, gates, width, p.grad_rec, parts[10], width);
-    }
-    if (wants(want_hr)) matrix_gradient(want_hr, width, hidden, p.grad_projected, p.unprojected, hidden);
+    if (wants(want_hh)) matrix_gradient(want_hh, gates, width, recurrent_segments(p, parts[10]));
+    if (wants(want_hr)) matrix_gradient(want_hr, width, hidden, {{p.grad_projected, width, p.unprojected, hidden, slots}});
     if (a_.norm_ih && (wants(want_x) || wants(want_ih))) {
       const auto normalise_gradient = S2S_SELECT(RecurrenceProducts<C>::normalise_gradient);
       parallel(slots, 1 + (1 << 13) / gates, [&](int64_t begin, int64_t end) {
@@ -410,10 +215,7 @@ class Backward : Runner<S> {
         }
       });
     }
-    if (wants(want_ih)) {
-      if (!x_rows) gather_x(parts[11]);
-      matrix_gradient(want_ih, gates, s_.inputs, p.grad_in, x_rows ? x_rows : parts[11], x_rows ? x_row : s_.inputs);
-    }
+    if (wants(want_ih)) matrix_gradient(want_ih, gates, s_.inputs, input_segments(p, x_rows, x_row, parts[11]));
     if (wants(want_x)) {
       pack(gates, s_.inputs, source<S>(a_.weight_ih), nullptr, parts[8], parts[9]);
       input_gradient(p.grad_in, parts[8]);
@@ -456,7 +258,11 @@ class Backward : Runner<S> {
         columns(gates - equal, p.grad_in + equal, gates, p.gates, gates, normed ? normed + equal : nullptr, p.normed_row(), to + equal);
     };
     if (wants(want_bias_ih)) narrowed(want_bias_ih, gates, [&](C* to) { columns(gates, p.grad_in, gates, nullptr, 0, nullptr, 0, to); });
-    if (wants(want_bias_hh)) narrowed(want_bias_hh, gates, [&](C* to) { recurrent(nullptr, to); });
+    if (wants(want_bias_hh) && wants(want_bias_ih) && equal == gates) {
+      std::copy_n(mutable_data<S>(*results_[want_bias_ih]), gates, mutable_data<S>(*results_[want_bias_hh]));
+    } else if (wants(want_bias_hh)) {
+      narrowed(want_bias_hh, gates, [&](C* to) { recurrent(nullptr, to); });
+    }
     if (wants(want_norm_ih))
       narrowed(want_norm_ih, gates, [&](C* to) { columns(gates, p.grad_in, gates, p.normed, p.normed_row(), nullptr, 0, to); });
     if (wants(want_norm_hh)) narrowed(want_norm_hh, gates, [&](C* to) { recurrent(p.normed + gates, to); });
@@ -466,8 +272,52 @@ class Backward : Runner<S> {
       narrowed(want_norm_b, hidden, [&](C* to) { columns(hidden, p.grad_norm_c, hidden, nullptr, 0, nullptr, 0, to); });
   }
 
-  // grad (N, m)^T times values (N, n), rows of the result dealt to the threads.
-  void matrix_gradient(int i, int64_t m, int64_t n, const C* grad, const C* values, int64_t values_row) {
+  // Some of the positions over which a weight's gradient is summed: rows of gradients and of what they are multiplied with.
+  struct Segment {
+    const C* grad;
+    int64_t grad_row;
+    const C* values;
+    int64_t values_row, count;
+  };
+
+  // Whether all positions of a row of the batch can be taken together: long enough to fill the blocks of a product.
+  bool row_by_row() const { return plan_.every_row_whole() && (s_.batch == 1 || s_.time >= 192); }
+  bool hidden_in_place() const { return row_by_row() && s_.time > 0 && !a_.mask && !a_.reset; }
+  bool x_in_place() const { return row_by_row() && std::is_same_v<S, C> && a_.x.stride(2) == 1; }
+
+  std::vector<Segment> recurrent_segments(const RecurrenceBackward<C>& p, C* gathered) {
+    const int64_t gates = s_.gate_units, width = s_.width, batch = s_.batch, time = s_.time;
+    if (!hidden_in_place()) {
+      const auto gather = S2S_SELECT(RecurrenceBackwardGroup<C>::recurrent_inputs);
+      parallel(time, 1 + (1 << 15) / (batch * width + 1), [&](int64_t begin, int64_t end) { gather(p, begin, end, gathered); });
+      return {{p.grad_rec, gates, gathered, width, plan_.slots()}};
+    }
+    std::vector<Segment> segments;
+    for (int64_t b = 0; b < batch; ++b) {
+      const C* const hidden = p.hidden_exact + b * time * width;
+      segments.push_back(
+          {p.grad_rec + (a_.reverse ? b : batch + b) * gates, batch * gates, a_.reverse ? hidden + width : hidden, width, time - 1});
+    }
+    if (p.h0) segments.push_back({p.grad_rec + (a_.reverse ? (time - 1) * batch : 0) * gates, gates, p.h0, width, batch});
+    return segments;
+  }
+
+  std::vector<Segment> input_segments(const RecurrenceBackward<C>& p, const C* x_rows, int64_t x_row, C* gathered) {
+    const int64_t gates = s_.gate_units, slots = plan_.slots();
+    if (x_rows) return {{p.grad_in, gates, x_rows, x_row, slots}};
+    if (!x_in_place()) {
+      gather_x(gathered);
+      return {{p.grad_in, gates, gathered, s_.inputs, slots}};
+    }
+    std::vector<Segment> segments;
+    if constexpr (std::is_same_v<S, C>)
+      for (int64_t b = 0; b < s_.batch; ++b)
+        segments.push_back({p.grad_in + b * gates, s_.batch * gates, data<S>(a_.x) + b * a_.x.stride(0), a_.x.stride(1), s_.time});
+    return segments;
+  }
+
+  // grad^T times values, (m, n), summed over the segments in order; rows of the result are dealt to the threads.
+  void matrix_gradient(int i, int64_t m, int64_t n, const std::vector<Segment>& segments) {
     const int64_t slots = plan_.slots();
     const bool drops = i == want_hh && a_.weight_dropout > 0;
     const int64_t parts = std::max<int64_t>(1, std::min(thread_count(), m * n * slots >> 20)), rows = (m + parts - 1) / parts;
@@ -478,10 +328,13 @@ class Backward : Runner<S> {
     const auto product = S2S_SELECT(RecurrenceProducts<C>::transposed_product);
     const auto drop = S2S_SELECT(RecurrenceProducts<C>::drop);
     narrowed(i, m * n, [&](C* to) {
+      if (segments.empty()) std::fill(to, to + m * n, C(0));
       parallel(parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) {
           const int64_t first = std::min(m, part * rows), last = std::min(m, first + rows);
-          product(last - first, n, slots, grad + first, m, values, values_row, to + first * n, n, scratch[part]);
+          for (const Segment& s : segments)
+            product(last - first, n, s.count, s.grad + first, s.grad_row, s.values, s.values_row, to + first * n, n, &s != segments.data(),
+                    scratch[part]);
           for (int64_t row = first; drops && row < last; ++row) drop(this->dropout_, row, n, scratch[part], to + row * n);
         }
       });
@@ -498,31 +351,39 @@ class Backward : Runner<S> {
     });
   }
 
-  // The gates' gradients times W_ih, some positions at a time.
+  // The gates' gradients times W_ih, some positions at a time: those of one row of the batch, written where they belong, or neighbouring
+  // slots, dealt out afterwards.
   void input_gradient(const C* grad, const C* weight) {
     constexpr int64_t rows = 192;
     const Schedule& s = plan_.schedule;
-    const int64_t slots = plan_.slots(), inputs = s_.inputs, gates = s_.gate_units, chunks = (slots + rows - 1) / rows;
+    const int64_t slots = plan_.slots(), inputs = s_.inputs, gates = s_.gate_units, time = s_.time;
     const Target<C> to = target<S>(*results_[want_x]);
-    const bool in_place = s_.batch == 1 && std::is_same_v<S, C>;
-    const int64_t threads = std::max<int64_t>(1, std::min(thread_count(), chunks)), size = in_place ? 0 : rows * inputs;
+    const bool in_place = row_by_row() && std::is_same_v<S, C>;
+    const int64_t per_row = (time + rows - 1) / rows, chunks = in_place ? s_.batch * per_row : (slots + rows - 1) / rows;
+    const int64_t blocks = (S2S_SELECT(RecurrenceProducts<C>::many_workspace)(rows) + 15) / 16 * 16;
+    const int64_t threads = std::max<int64_t>(1, std::min(thread_count(), chunks)), size = rows * inputs + blocks;
     Workspace workspace(threads * Workspace::bytes<C>(size));
     std::vector<C*> scratch;
     for (int64_t i = 0; i < threads; ++i) scratch.push_back(workspace.take<C>(size));
     std::atomic<int64_t> next{0};
-    const auto product = S2S_SELECT(RecurrenceProducts<C>::packed);
+    const auto product = S2S_SELECT(RecurrenceProducts<C>::many);
     parallel(chunks, 1, [&](int64_t begin, int64_t end) {
-      C* own = scratch[next.fetch_add(1)];
+      C* const copy = scratch[next.fetch_add(1)];
+      C* const own = copy + blocks;
       for (int64_t chunk = begin; chunk < end; ++chunk) {
+        if (in_place) {
+          const int64_t b = chunk / per_row, first = chunk % per_row * rows, count = std::min(rows, time - first);
+          C* const row = static_cast<C*>(to.data) + (b * time + first) * inputs;
+          product(count, inputs, gates, grad + (first * s_.batch + b) * gates, s_.batch * gates, weight, row, inputs, copy);
+          continue;
+        }
         const int64_t first = chunk * rows, count = std::min(rows, slots - first);
-        if (in_place) own = static_cast<C*>(to.data) + first * inputs;
-        product(count, inputs, gates, grad + first * gates, gates, weight, own, inputs, false);
-        if (in_place) continue;
+        product(count, inputs, gates, grad + first * gates, gates, weight, own, inputs, copy);
         int64_t t = plan_.time_of_slot(first);
         for (int64_t i = 0; i < count; ++i) {
           while (first + i >= s.offset[t + 1]) ++t;
           const int64_t b = s.order[first + i - s.offset[t]];
-          to.write(to.data, (b * s.time + t) * inputs, inputs, own + i * inputs);
+          to.write(to.data, (b * time + t) * inputs, inputs, own + i * inputs);
         }
       }
     });
@@ -551,9 +412,9 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         const OptionalTensor& c0, const OptionalTensor& weight_hr, const OptionalTensor& recurrent_mask,
                                         const OptionalTensor& norm_ih, const OptionalTensor& norm_hh, const OptionalTensor& norm_c,
                                         const OptionalTensor& norm_b, const OptionalTensor& lengths, const OptionalTensor& reset,
-                                        const OptionalTensor& seed, const Tensor& gates, const Tensor& extra, const Tensor& hidden,
-                                        const Tensor& normed, int64_t cell, bool reverse, double zoneout_h, double zoneout_c, bool training,
-                                        double weight_dropout, int64_t needs) {
+                                        const OptionalTensor& seed, const OptionalTensor& gates, const OptionalTensor& extra,
+                                        const OptionalTensor& hidden, const OptionalTensor& normed, int64_t cell, bool reverse,
+                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, int64_t needs) {
   const Arguments a{x,      weight_ih, weight_hh, h0,   c0,   weight_hr, recurrent_mask, norm_ih,   norm_hh,  norm_c,
                     norm_b, lengths,   reset,     seed, cell, reverse,   zoneout_h,      zoneout_c, training, weight_dropout};
   return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);

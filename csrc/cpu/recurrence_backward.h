@@ -201,12 +201,12 @@ class RecurrenceBackwardGroup {
       if (p_.grad_projected)
         std::memcpy(p_.grad_projected + slot(t, row) * width, own + row * width, static_cast<size_t>(width) * sizeof(C));
     }
-    if (p_.weight_hr) Products::packed(here, hidden, width, own, width, p_.weight_hr, unprojected_, hidden, false);
+    if (p_.weight_hr) Products::packed(here, hidden, width, own, width, p_.weight_hr, unprojected_, hidden, false, false);
     const C* const units = p_.weight_hr ? unprojected_ : own;
     for (int64_t row = 0; row < here; ++row) cell(t, row, units + row * hidden);
     const C* const left = p_.grad_rec + slot(t, 0) * gates;
     C* const to = p_.mask ? product_ : dh_;
-    Products::packed(here, width, gates, left, group_.groups * gates, p_.weight_hh, to, width, direct_ && !p_.mask);
+    Products::packed(here, width, gates, left, group_.groups * gates, p_.weight_hh, to, width, direct_ && !p_.mask, t % 2);
     for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
       const int64_t b = batch_row(row);
       C* const dh = dh_ + row * width;

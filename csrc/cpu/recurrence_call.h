@@ -8,7 +8,7 @@
 namespace s2s {
 
 // The tensors that forward and backward share.
-struct RecurrenceArguments {
+struct __attribute__((visibility("hidden"))) RecurrenceArguments {
   const Tensor &x, &weight_ih, &weight_hh;
   const OptionalTensor &h0, &c0, &weight_hr, &mask, &norm_ih, &norm_hh, &norm_c, &norm_b, &lengths, &reset, &seed;
   int64_t cell;
@@ -27,9 +27,9 @@ struct RecurrencePlaces {
 };
 
 // What forward kept, and what reaches its results.
-struct RecurrenceKept {
+struct __attribute__((visibility("hidden"))) RecurrenceKept {
   const OptionalTensor &grad_output, &grad_h, &grad_c;
-  const Tensor &gates, &extra, &hidden, &normed;
+  const OptionalTensor &gates, &extra, &hidden, &normed;
 };
 
 // The gradients that backward can be asked for, in the order of the arguments; a bit each.

@@ -70,7 +70,7 @@ class RecurrenceForwardGroup {
   // Elements of scratch for a group of `rows` rows.
   static int64_t workspace(const RecurrenceForward<C>& p, int64_t rows) {
     const int64_t blocks = p.block_rows + rows;
-    return blocks * (p.gate_units + (p.x_rows ? 0 : p.inputs)) + rows * (3 * p.width + 2 * p.hidden + p.gate_units) +
+    return blocks * (p.gate_units + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * p.hidden + p.gate_units) +
            3 * (p.width + p.hidden) + 16 * 16;
   }
 
@@ -88,7 +88,7 @@ class RecurrenceForwardGroup {
       return part;
     };
     pre_ = take(blocks * p.gate_units);
-    x_ = p.x_rows ? nullptr : take(blocks * p.inputs);
+    x_ = p.x_rows ? nullptr : take(blocks * (p.inputs + gemm_row_pad));
     rec_ = take(rows_ * p.gate_units);
     h_ = take(rows_ * p.width);
     c_ = take(p.cell == Cell::lstm ? rows_ * p.hidden : 0);
@@ -147,17 +147,17 @@ class RecurrenceForwardGroup {
   // W_ih x of the times [first, last), one row after another, time by time.
   void input_product(int64_t first, int64_t last, int64_t rows) {
     const C* from = x_;
-    int64_t from_row = p_.inputs;
+    int64_t from_row = p_.inputs + gemm_row_pad;
     if (p_.x_rows) {
       from = p_.x_rows + s_.offset[first] * p_.x_row;
       from_row = p_.x_row;
     } else {
       C* to = x_;
       for (int64_t t = first; t < last; ++t)
-        for (int64_t row = 0; row < present(t); ++row, to += p_.inputs)
+        for (int64_t row = 0; row < present(t); ++row, to += from_row)
           p_.x.read(p_.x.data, s_.order[group_.rank(row)] * p_.x.batch + t * p_.x.time, p_.x.unit, p_.inputs, to);
     }
-    Products::packed(rows, p_.gate_units, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.gate_units, false);
+    Products::packed(rows, p_.gate_units, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.gate_units, false, false);
     if (!p_.norm_ih) return;
     C* row = pre_;
     for (int64_t t = first; t < last; ++t)
@@ -185,7 +185,7 @@ class RecurrenceForwardGroup {
       for (int64_t row = 0; row < here; ++row) multiply(width, p_.mask + s_.order[group_.rank(row)] * width, masked_ + row * width);
       left = masked_;
     }
-    Products::packed(here, gates, width, left, width, p_.weight_hh, rec_, gates, false);
+    Products::packed(here, gates, width, left, width, p_.weight_hh, rec_, gates, false, t % 2);
     for (int64_t row = 0; row < here; ++row) units(t, row, pre + row * gates, rec_ + row * gates);
     if (p_.weight_hr) project(t, here);
     for (int64_t row = 0; row < here; ++row) {
@@ -236,7 +236,7 @@ class RecurrenceForwardGroup {
   void project(int64_t t, int64_t here) {
     const int64_t width = p_.width;
     C* const to = p_.zoneout.h > 0 ? projected_ : h_;
-    Products::packed(here, width, p_.hidden, unprojected_, p_.hidden, p_.weight_hr, to, width, false);
+    Products::packed(here, width, p_.hidden, unprojected_, p_.hidden, p_.weight_hr, to, width, false, false);
     if (to == h_) return;
     for (int64_t row = 0; row < here; ++row) {
       const int64_t at = s_.order[group_.rank(row)] * s_.time + t;

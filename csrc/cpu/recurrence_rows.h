@@ -101,45 +101,63 @@ struct RecurrenceProducts {
 
   static int64_t packed_size(int64_t n, int64_t k) { return packed_b_size<C>(n, k); }
 
-  // C (m, n) = or += A (m, k) times packed B.
-  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add) {
-    if (m == 1)
-      vector<gemm_wide(1)>(n, k, a, b, c, add);
-    else
-      gemm_packed(m, n, k, a, a_row, b, c, c_row, add);
+  // C (m, n) = or += A (m, k) times packed B. A recurrence passes `backwards` on every second step: walking the panels to and fro, it finds
+  // those of the turning point still in the second-level cache where the whole does not fit.
+  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add,
+                     bool backwards) {
+    if (m == 1) return few<1>(n, k, a, a_row, b, c, c_row, add, backwards);
+    if (m == 2) return few<2>(n, k, a, a_row, b, c, c_row, add, backwards);
+    if (m == 3) return few<3>(n, k, a, a_row, b, c, c_row, add, backwards);
+    constexpr int64_t at_once = gemm_wide(1);
+    const int64_t panels = (n + gemm_nr<C> - 1) / gemm_nr<C>, parts = (panels + at_once - 1) / at_once;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t part = backwards ? parts - 1 - i : i;
+      gemm_packed_panels(m, n, k, a, a_row, b, c, c_row, add, part * at_once, gemm_min(panels, (part + 1) * at_once));
+    }
   }
 
-  // One row of A. The panels are dealt evenly to tiles: a tile of one panel would wait for its multiply-adds.
-  template <int Most>
-  static void vector(int64_t n, int64_t k, const C* a, const C* b, C* c, bool add) {
-    constexpr int64_t nr = gemm_nr<C>;
-    const int64_t panels = (n + nr - 1) / nr, tiles = (panels + Most - 1) / Most;
-    if (k <= 0) {
-      for (int64_t j = 0; j < n && !add; ++j) c[j] = C(0);
-      return;
-    }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+  // Few rows of A. The panels are dealt evenly to tiles: a tile of one panel would wait for its multiply-adds.
+  template <int Rows>
+  static void few(int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add, bool backwards) {
+    constexpr int64_t nr = gemm_nr<C>, most = gemm_wide(Rows);
+    const int64_t panels = (n + nr - 1) / nr, tiles = (panels + most - 1) / most;
+    for (int64_t i = 0; k <= 0 && !add && i < Rows; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * c_row + j] = C(0);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t tile = backwards ? tiles - 1 - i : i;
       const int64_t begin = gemm_group(panels, tiles, tile), count = gemm_group(panels, tiles, tile + 1) - begin;
       const int64_t last = gemm_min(n - begin * nr, count * nr) - (count - 1) * nr;
       for (int64_t k0 = 0; k0 < k; k0 += gemm_kc)
-        tile_of<Most>(count, gemm_min(k - k0, gemm_kc), a + k0, b + begin * nr * k + k0 * nr, k * nr, c + begin * nr, add || k0 > 0, last);
+        tile_of<Rows, most>(count, gemm_min(k - k0, gemm_kc), a + k0, a_row, b + begin * nr * k + k0 * nr, k * nr, c + begin * nr, c_row,
+                            add || k0 > 0, last);
     }
   }
 
-  template <int Panels>
-  static void tile_of(int64_t count, int64_t depth, const C* a, const C* b, int64_t panel, C* c, bool add, int64_t last) {
+  template <int Rows, int Panels>
+  static void tile_of(int64_t count, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t panel, C* c, int64_t c_row, bool add,
+                      int64_t last) {
     if (count == Panels)
-      gemm_tile<C, 1, Panels>(depth, a, 0, b, panel, gemm_nr<C>, c, 0, add, last);
+      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, panel, gemm_nr<C>, c, c_row, add, last);
     else if constexpr (Panels > 1)
-      tile_of<Panels - 1>(count, depth, a, b, panel, c, add, last);
+      tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, panel, c, c_row, add, last);
+  }
+
+  // As packed, for many rows of A, which are copied block by block: rows of a power of two would share few sets of the caches.
+  static int64_t many_workspace(int64_t m) { return m * (gemm_kc + gemm_row_pad); }
+  static void many(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, C* workspace) {
+    for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {
+      const int64_t depth = gemm_min(k - k0, gemm_kc), row = depth + gemm_row_pad;
+      copy_rows(m, depth, a + k0, a_row, workspace, row);
+      gemm_block<C>(m, n, depth, workspace, row, b + k0 * gemm_nr<C>, k * gemm_nr<C>, gemm_nr<C>, c, c_row, k0 > 0);
+    }
   }
 
   static int64_t product_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
 
-  // C (m, n) = A^T B with A (k, m), B (k, n) of unit column stride.
+  // C (m, n) = or += A^T B with A (k, m), B (k, n) of unit column stride.
   static void transposed_product(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_row, C* c, int64_t c_row,
-                                 C* workspace) {
-    gemm<C, C, C>(m, n, k, a, 1, a_row, b, b_row, 1, c, c_row, false, workspace);
+                                 bool add, C* workspace) {
+    gemm<C, C, C>(m, n, k, a, 1, a_row, b, b_row, 1, c, c_row, add, workspace);
   }
 
   // to[j] = sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; 256 rows at a time, so that many rows

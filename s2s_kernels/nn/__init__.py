@@ -1,5 +1,7 @@
 """Layers."""
 
+from .additive_attention import AdditiveAttention, AttentionPool, LuongAttention
+from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convolution import CausalConv1d, GatedCausalConv1d, WaveNetStack
 from .recurrence import GRU, LSTM, RNN
@@ -9,12 +11,16 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "AttentionPool",
     "CausalConv1d",
     "ConvStackState",
     "ConvState",
     "GRUCell",
     "GatedCausalConv1d",
     "LSTMCell",
+    "LuongAttention",
+    "MultiheadAttention",
     "RNNCell",
     "WaveNetStack",
 ]

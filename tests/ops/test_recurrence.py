@@ -449,7 +449,7 @@ def test_explains():
 def drawn_calls(draw):
     cell = draw(st.sampled_from(CELLS))
     batch, time = draw(st.integers(0, 5)), draw(st.integers(0, 6))
-    inputs, hidden = draw(st.integers(1, 20)), draw(st.integers(1, 36))
+    inputs, hidden = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     options = {
         "bias": draw(st.booleans()),
         "state": True,

@@ -137,7 +137,7 @@ def additive_attention(
     key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, keys, "S")
     checks.probability(name, "dropout_p", dropout_p)
     backend = dispatch.choose(OPERATOR, query.device, None)
-    # A constant where there is no dropout: torch.compile takes the argument for a number that varies, and compiles twice.
+    # A constant where there is no dropout: under torch.compile the argument may be a number that varies.
     probability, seed = (float(dropout_p), random.draw_seed(query.device)) if dropout_p > 0 else (0.0, None)
     tensors = (query, key, value, weight, mask, key_lengths, seed, table, outliers)
     served_by_reference = backend == "reference" or dispatch.transformed(*tensors)

@@ -37,7 +37,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     query_lengths: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # not 0.0, which torch.compile would trace as an input, in a second compilation
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
@@ -127,7 +127,7 @@ def scaled_dot_product_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # not 0.0, which torch.compile would trace as an input, in a second compilation
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -157,6 +157,7 @@ def scaled_dot_product_attention(
         if value_of.dim() < (3 if enable_gqa else 2):
             layout = "(..., H, T, D)" if enable_gqa else "(..., T, D)"
             checks.wrong_value(name, argument, layout, tuple(value_of.shape))
+    query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)  # type: ignore[assignment]
     inner = 3 if enable_gqa else 2
     leading = _broadcast_shapes(name, [x.shape[:-inner] for x in (query, key, value)])
     query, key, value = (x.expand(*leading, *x.shape[-inner:]) for x in (query, key, value))

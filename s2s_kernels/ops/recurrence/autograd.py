@@ -30,18 +30,15 @@ if dispatch.extension_missing is None:
         name = CELLS[cell]
         hidden = rows // reference.GATES[name]
         wide = torch.promote_types(x.dtype, torch.float32)
+        lstm = [x.new_empty(batch, hidden)] if name == "lstm" else []
         kept = (
             (save, rows),
             (save and name in ("lstm", "gru"), hidden),
             (save and wide != x.dtype, width),
             (save and norm_ih is not None, 2 * rows + 2),
         )
-        return [
-            x.new_empty(batch, time, width),
-            x.new_empty(batch, width),
-            x.new_empty((batch, hidden) if name == "lstm" else (0,)),
-            *(x.new_empty((batch, time, size) if wanted else (0,), dtype=wide) for wanted, size in kept),
-        ]
+        saved = [x.new_empty(batch, time, size, dtype=wide) for wanted, size in kept if wanted]
+        return [x.new_empty(batch, time, width), x.new_empty(batch, width), *lstm, *saved]
 
     @torch.library.register_fake("s2s::recurrence_backward")
     def _(
@@ -60,12 +57,18 @@ if dispatch.extension_missing is None:
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     cell, *rest = options
-    output, h_n, c_n, gates, extra, hidden, normed = torch.ops.s2s.recurrence_forward(
-        *tensors, CELLS.index(cell), *rest, save
-    )
-    outputs = (output, h_n, c_n if cell == "lstm" else None)
+    results = iter(torch.ops.s2s.recurrence_forward(*tensors, CELLS.index(cell), *rest, save))
+    output, h_n = next(results), next(results)
+    c_n = next(results) if cell == "lstm" else None
+    if not save:
+        return (output, h_n, c_n), ()
+    x, norm_ih = tensors[0], tensors[9]
+    assert x is not None
+    gates = next(results)
+    extra = next(results) if cell in ("lstm", "gru") else None
     # As wide as the computation, the output serves backward itself.
-    return outputs, (gates, extra, hidden if hidden.dim() == 3 else output, normed) if save else ()
+    hidden = output if x.dtype in (torch.float64, torch.float32) else next(results)
+    return (output, h_n, c_n), (gates, extra, hidden, None if norm_ih is None else next(results))
 
 
 def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:

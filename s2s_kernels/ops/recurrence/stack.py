@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ... import dispatch
+from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
 from . import OPERATORS, autograd, reference, run
 
@@ -21,16 +21,16 @@ def stack(
     *,
     directions: int,
     bias: bool,
-    projected: bool = False,
-    normed: bool = False,
-    lengths: torch.Tensor | None = None,
-    reset: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    recurrent_dropout: float = 0.0,
-    weight_dropout: float = 0.0,
-    zoneout: float | tuple[float, float] = 0.0,
-    training: bool = False,
-    time_first: bool = False,
+    projected: bool,
+    normed: bool,
+    lengths: torch.Tensor | None,
+    reset: torch.Tensor | None,
+    dropout: float,
+    recurrent_dropout: float,
+    weight_dropout: float,
+    zoneout: float | tuple[float, float],
+    training: bool,
+    time_first: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Runs x through the layers, each from the outputs of the one before, in both directions if there are two.
 
@@ -55,13 +55,15 @@ def stack(
         output (B, T, D H_out), contiguous, and the states after the sequence, in the shape of those before it.
     """
     lstm = cell == "lstm"
+    x, h0, c0, *weights = checks.autocast(x, states[0], states[1] if lstm else None, *weights)  # type: ignore[assignment]
+    states = (h0, c0) if lstm else (h0,)
     zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if lstm else 0.0)
     dropped = dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0
     random = training and (dropped or zoneout_h > 0 or zoneout_c > 0)
     if not random:
-        tensors = (x, states[0], states[1] if lstm else None, lengths, reset, *weights)
+        tensors = (x, h0, c0, lengths, reset, *weights)
         backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, None)
-        if backend == "cpu" and not torch.is_autocast_enabled("cpu") and not dispatch.transformed(*tensors):
+        if backend == "cpu" and not dispatch.transformed(*tensors):
             options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first)
             output, h_n, c_n = kernel(tensors, options)
             return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
