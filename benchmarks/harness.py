@@ -37,7 +37,7 @@ MALLOC = {
 ENVIRONMENT = {**MALLOC, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 ROUND = 0.01  # seconds of calls of one entrant in a round
 SLOW = 0.3  # seconds beyond which one call is warm-up enough
-ROUNDS = (6, 60)  # at least, at most
+ROUNDS = (6, 30)  # at least, at most
 LOAD_MARGIN = 0.5
 FORWARD, TRAINING = "forward", "forward+backward"
 
