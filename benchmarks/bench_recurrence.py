@@ -113,6 +113,7 @@ def layer_norm(batch: int, width: int, time: int = 512) -> Case:
         ("ours", "loop"),
         (TRAINING,),
         quick=True,
+        compared=32,  # normalised gates make the state chaotic: a last bit grows to the state's own size in 500 steps
     )
 
 

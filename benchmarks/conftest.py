@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", choices=tuple(DTYPES), default="float32")
     group.addoption("--any-load", action="store_true", help="measure, and mark the result, however busy the machine is")
     group.addoption("--patience", type=float, default=120.0, help="seconds to wait in all for the load to fall")
+    group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case begins")
     group.addoption("--text", help="train the model families on this file, not on Python's own documentation")
     group.addoption("--train-seconds", type=float, help="training time of each model family")
 
@@ -117,6 +118,7 @@ class Arena:
     any_load: bool
     patience: float
     limits: limits.Limits
+    deadline: float
     key: tuple[str, str] | None = None
     outcome: dict[str, Measured] | Exception = field(default_factory=dict)
     loads: tuple[float, float] = (0.0, 0.0)
@@ -127,6 +129,8 @@ class Arena:
         if self.key != (case.name, direction):
             self.key, self.count = (case.name, direction), self.count + 1
             try:
+                if time.monotonic() > self.deadline:
+                    raise Refused("the time of this run is up")
                 before = self.settle()
                 start = time.perf_counter()
                 self.outcome = harness.measure(
@@ -137,8 +141,10 @@ class Arena:
                     harness.check_load(self.threads)
                 self.tell(case, direction, time.perf_counter() - start)
             except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else repr(error)
+                if str(self.outcome) != str(error):  # not the same again for each of many
+                    self.say(f"{case.name}, {direction}: {reason}")
                 self.outcome = error
-                self.say(f"{case.name}, {direction}: {type(error).__name__}: {str(error).splitlines()[0]}")
         if isinstance(self.outcome, Refused):
             pytest.skip(str(self.outcome))
         if isinstance(self.outcome, Exception):
@@ -191,6 +197,7 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
         option("--any-load"),
         option("--patience"),
         measured,
+        time.monotonic() + option("--deadline"),
     )
     torch.set_num_threads(before)
 

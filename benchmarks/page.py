@@ -5,6 +5,7 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .harness import threads_of
 from .plots import TITLE
 from .results import Results
 from .table import COLUMNS, cells, rate, summary, titles
@@ -104,13 +105,13 @@ def facts(results: Results) -> dict[str, str]:
         "software": f"torch {machine['torch']}, Python {machine['python_version']}, {machine['system']}",
         "measured": " to ".join(dict.fromkeys((min(results.dates), max(results.dates)))),
         "command": machine["command"],
-        "processes": f"{results.files} result file(s); the fastest round of all counts",
+        "results": f"{results.files} file{'' if results.files == 1 else 's'}; the fastest round of all counts",
     }
     for other in results.machines:
         if other["limits"]:
             rates = [f"{other['limits']['flops'] / 1e9:,.0f} GFLOP/s"]
             rates += [f"{name} {level['rate'] / 1e9:,.0f} GB/s" for name, level in other["limits"]["levels"].items()]
-            named[f"limits, {other['threads']} thread(s)"] = ", ".join(rates)
+            named[f"limits, {threads_of(other['threads'])}"] = ", ".join(rates)
     return {name: value for name, value in named.items() if value}
 
 
@@ -172,7 +173,7 @@ def training_table(results: Results) -> str:
         values = (
             f"{r.parameters:,}",
             f"{r.bits_per_character:.3f}",
-            f"{r.training_seconds:.0f} s, {r.threads} thread(s)",
+            f"{r.training_seconds:.0f} s, {threads_of(r.threads)}",
             f"{r.training_tokens:,}",
             rate(r.training_tokens / r.training_seconds),
             f"{r.peak_bytes / 2**20:,.1f}",
