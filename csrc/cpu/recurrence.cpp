@@ -12,7 +12,7 @@
 
 #define S2S_KERNELS "recurrence_kernels.h"
 #include "each_isa.h"
-#include "recurrence_call.h"
+#include "recurrence_runner.h"
 
 namespace s2s {
 namespace {
@@ -54,14 +54,22 @@ class Forward : Runner<S> {
     const OptionalTensor hidden = empty_if(exact, {s_.batch, s_.time, s_.width}, wide);
     const OptionalTensor normed = empty_if(save && a_.norm_ih, {s_.batch, s_.time, 2 * s_.gate_units + 2}, wide);
 
+    const auto place = [](const OptionalTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; };
+    run({place(output), s_.time * s_.width, s_.width, place(h_n), place(c_n), place(gates), place(extra), place(hidden), place(normed)});
+    return results;
+  }
+
+  void run(const RecurrencePlaces& to) {
     RecurrenceForward<C> p{};
     this->fill(p);
-    p.gates = mutable_data<C>(gates), p.extra = mutable_data<C>(extra), p.normed = mutable_data<C>(normed);
-    p.hidden_exact = mutable_data<C>(hidden);
+    p.gates = static_cast<C*>(to.gates), p.extra = static_cast<C*>(to.extra), p.normed = static_cast<C*>(to.normed);
+    p.hidden_exact = static_cast<C*>(to.hidden);
     p.bias = bias_.data(), p.bias_hn = bias_.data() + s_.gate_units;
     p.x = source<S>(a_.x);
-    p.output = target<S>(*output), p.h_n = target<S>(*h_n);
-    if (lstm) p.c_n = target<S>(*c_n);
+    const auto write = S2S_SELECT(RowKernels<S>::write);
+    p.output = {to.output, to.output_batch, to.output_time, write};
+    p.h_n = {to.h_n, s_.width, 0, write};
+    if (s_.cell == Cell::lstm) p.c_n = {to.c_n, s_.hidden, 0, write};
 
     const int64_t ih = this->packed_size(s_.gate_units, s_.inputs), hh = this->packed_size(s_.gate_units, s_.width);
     const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden) : 0;
@@ -81,44 +89,21 @@ class Forward : Runner<S> {
     p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
     this->run_groups(p, groups, S2S_SELECT(RecurrenceForwardGroup<C>::workspace)(p, rows), S2S_SELECT(RecurrenceForwardGroup<C>::run));
     if (a_.lengths) {
-      this->clear_absent(mutable_data<S>(*output), s_.width);
-      if (exact) this->clear_absent(p.hidden_exact, s_.width);
+      this->clear_absent(static_cast<S*>(to.output), s_.width, to.output_batch, to.output_time);
+      if (p.hidden_exact) this->clear_absent(p.hidden_exact, s_.width);
       // No slot is left undefined: what forward gives is the same on every run.
       const int64_t first = plan_.slots(), end = s_.batch * s_.time;
       if (p.gates) std::fill(p.gates + first * s_.gate_units, p.gates + end * s_.gate_units, C(0));
       if (p.extra) std::fill(p.extra + first * s_.hidden, p.extra + end * s_.hidden, C(0));
       if (p.normed) std::fill(p.normed + first * p.normed_row(), p.normed + end * p.normed_row(), C(0));
     }
-    return results;
   }
 
  private:
   std::vector<C> bias_;
 };
 
-// The gradients that backward can be asked for, in the order of the arguments; a bit each.
-enum Wanted {
-  want_x,
-  want_ih,
-  want_hh,
-  want_bias_ih,
-  want_bias_hh,
-  want_h0,
-  want_c0,
-  want_hr,
-  want_mask,
-  want_norm_ih,
-  want_norm_hh,
-  want_norm_c,
-  want_norm_b,
-  wanted_count
-};
-
-// What forward kept, and what reaches its results.
-struct Kept {
-  const OptionalTensor &grad_output, &grad_h, &grad_c;
-  const OptionalTensor &gates, &extra, &hidden, &normed;
-};
+using Kept = RecurrenceKept;
 
 template <class S>
 class Backward : Runner<S> {
@@ -432,12 +417,21 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         double zoneout_h, double zoneout_c, bool training, double weight_dropout, int64_t needs) {
   const Arguments a{x,      weight_ih, weight_hh, h0,   c0,   weight_hr, recurrent_mask, norm_ih,   norm_hh,  norm_c,
                     norm_b, lengths,   reset,     seed, cell, reverse,   zoneout_h,      zoneout_c, training, weight_dropout};
-  const Kept kept{grad_output, grad_h, grad_c, gates, extra, hidden, normed};
-  return dispatch_floating("recurrence_backward", "x", x,
-                           [&](auto zero) { return Backward<decltype(zero)>("recurrence_backward", a, kept, needs).run(); });
+  return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);
 }
 
 }  // namespace
+
+void run_recurrence(const RecurrenceArguments& a, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                    const RecurrencePlaces& to) {
+  dispatch_floating("recurrence", "x", a.x, [&](auto zero) { Forward<decltype(zero)>("recurrence", a, bias_ih, bias_hh).run(to); });
+}
+
+std::vector<Tensor> run_recurrence_backward(const RecurrenceArguments& a, const RecurrenceKept& kept, int64_t needs) {
+  return dispatch_floating("recurrence_backward", "x", a.x,
+                           [&](auto zero) { return Backward<decltype(zero)>("recurrence_backward", a, kept, needs).run(); });
+}
+
 }  // namespace s2s
 
 STABLE_TORCH_LIBRARY_IMPL(s2s, CPU, m) {

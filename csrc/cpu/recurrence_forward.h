@@ -186,7 +186,7 @@ class RecurrenceForwardGroup {
     if (p_.weight_hr) project(t, here);
     for (int64_t row = 0; row < here; ++row) {
       const int64_t b = s_.order[group_.rank(row)], at = b * s_.time + t;
-      p_.output.write(p_.output.data, at * width, width, h_ + row * width);
+      p_.output.write(p_.output.data, b * p_.output.batch + t * p_.output.time, width, h_ + row * width);
       if (p_.hidden_exact) std::memcpy(p_.hidden_exact + at * width, h_ + row * width, static_cast<size_t>(width) * sizeof(C));
     }
   }

@@ -1,0 +1,365 @@
+// Binding of attention on the CPU: unpacks tensors, checks again what Python has checked, splits the work over torch's threads.
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "pool.h"
+#include "tensor.h"
+
+#define S2S_KERNELS "attention_kernels.h"
+#include "each_isa.h"
+
+namespace s2s {
+namespace {
+
+// The arguments that forward and backward share.
+struct Arguments {
+  const Tensor &query, &key, &value;
+  const OptionalTensor &mask, &bias, &query_lengths, &key_lengths, &slopes, &seed;
+  std::optional<int64_t> left, right;
+  bool bottom_right;
+  double dropout_p;
+  std::optional<double> scale, softcap;
+};
+
+void strides_of(const Tensor& tensor, int64_t* stride) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) stride[i] = tensor.stride(i);
+}
+
+// Strides over (B, H, T, S) of a tensor whose sizes are those or 1.
+void broadcast_strides(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, int64_t* stride) {
+  check_cpu(op, name, tensor);
+  check_dim(op, name, tensor, static_cast<int64_t>(sizes.size()));
+  int64_t i = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(tensor.size(i) == 1 || tensor.size(i) == size, op, ": ", name, " must be broadcastable, got ", shape_text(tensor));
+    stride[i] = tensor.size(i) == 1 ? 0 : tensor.stride(i);
+    ++i;
+  }
+}
+
+FloatType float_type(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return FloatType::float64;
+    case ScalarType::Float:
+      return FloatType::float32;
+    case ScalarType::BFloat16:
+      return FloatType::bfloat16;
+    default:
+      check_dtype(op, name, tensor, ScalarType::Half);
+      return FloatType::float16;
+  }
+}
+
+int64_t length_of(const char* op, const char* name, const OptionalTensor& lengths, int64_t b, int64_t limit) {
+  if (!lengths) return limit;
+  const int64_t length = data<int64_t>(*lengths)[b * lengths->stride(0)];
+  STD_TORCH_CHECK(length >= 0 && length <= limit, op, ": ", name, " must be in [0, ", limit, "], got ", length);
+  return length;
+}
+
+// Checks everything but what the results are; `spans` is filled.
+template <class S>
+AttentionCall<S> checked_call(const char* op, const Arguments& a, std::vector<AttentionSpan>& spans) {
+  AttentionCall<S> p{};
+  check_dim(op, "query", a.query, 4);
+  check_dim(op, "key", a.key, 4);
+  check_dim(op, "value", a.value, 4);
+  p.batch = a.query.size(0), p.heads = a.query.size(1), p.time = a.query.size(2), p.width = a.query.size(3);
+  p.kv_heads = a.key.size(1), p.source = a.key.size(2), p.value_width = a.value.size(3);
+  check_argument(op, "query", a.query, scalar_type_of<S>, {p.batch, p.heads, p.time, p.width});
+  check_argument(op, "key", a.key, scalar_type_of<S>, {p.batch, p.kv_heads, p.source, p.width});
+  check_argument(op, "value", a.value, scalar_type_of<S>, {p.batch, p.kv_heads, p.source, p.value_width});
+  STD_TORCH_CHECK(p.width >= 1 && p.value_width >= 1, op, ": query and value must be at least 1 wide");
+  STD_TORCH_CHECK(p.kv_heads ? p.heads % p.kv_heads == 0 : p.heads == 0, op, ": key must have a number of heads that divides ", p.heads,
+                  ", got ", p.kv_heads);
+  strides_of(a.query, p.query_stride);
+  strides_of(a.key, p.key_stride);
+  strides_of(a.value, p.value_stride);
+  p.query = data<S>(a.query), p.key = data<S>(a.key), p.value = data<S>(a.value);
+  if (a.mask) {
+    check_dtype(op, "mask", *a.mask, ScalarType::Bool);
+    broadcast_strides(op, "mask", *a.mask, {p.batch, p.heads, p.time, p.source}, p.mask_stride);
+    p.mask = static_cast<const uint8_t*>(a.mask->const_data_ptr());
+  }
+  if (a.bias) {
+    p.bias_type = float_type(op, "bias", *a.bias);
+    broadcast_strides(op, "bias", *a.bias, {p.batch, p.heads, p.time, p.source}, p.bias_stride);
+    p.bias = a.bias->const_data_ptr();
+  }
+  if (a.slopes) {
+    check_cpu(op, "alibi_slopes", *a.slopes);
+    check_dtype(op, "alibi_slopes", *a.slopes, scalar_type_of<S>);
+    const bool per_batch = a.slopes->dim() == 2;
+    if (per_batch)
+      check_shape(op, "alibi_slopes", *a.slopes, {p.batch, p.heads});
+    else
+      check_shape(op, "alibi_slopes", *a.slopes, {p.heads});
+    p.slopes = data<S>(*a.slopes);
+    p.slope_stride[0] = per_batch ? a.slopes->stride(0) : 0;
+    p.slope_stride[1] = a.slopes->stride(per_batch ? 1 : 0);
+  }
+  STD_TORCH_CHECK((!a.left || *a.left >= 0) && (!a.right || *a.right >= 0), op, ": window must have sides of at least 0");
+  constexpr int64_t unbounded = int64_t{1} << 60;
+  p.left = std::min(a.left.value_or(unbounded), unbounded);
+  p.right = std::min(a.right.value_or(unbounded), unbounded);
+  p.scale = a.scale.value_or(1 / std::sqrt(static_cast<double>(p.width)));
+  p.softcap = a.softcap.value_or(0);
+  STD_TORCH_CHECK(!a.softcap || p.softcap > 0, op, ": softcap must be above 0, got ", p.softcap);
+  STD_TORCH_CHECK(a.dropout_p >= 0 && a.dropout_p <= 1, op, ": dropout_p must be in [0, 1], got ", a.dropout_p);
+  p.dropout = a.dropout_p > 0;
+  if (p.dropout) {
+    STD_TORCH_CHECK(a.seed, op, ": seed must be given under dropout");
+    const std::array<int64_t, 2> words = seed_words(op, "seed", *a.seed);
+    p.seed0 = words[0], p.seed1 = words[1];
+    p.threshold = baseline::philox_threshold(a.dropout_p);
+    p.kept = a.dropout_p < 1 ? 1 / (1 - a.dropout_p) : 0;
+  }
+  check_argument(op, "query_lengths", a.query_lengths, ScalarType::Long, {p.batch});
+  check_argument(op, "key_lengths", a.key_lengths, ScalarType::Long, {p.batch});
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t queries = length_of(op, "query_lengths", a.query_lengths, b, p.time);
+    const int64_t keys = length_of(op, "key_lengths", a.key_lengths, b, p.source);
+    spans.push_back({0, queries, p.time, 0, keys, p.source, a.bottom_right ? keys - queries : 0});
+  }
+  p.spans = spans.data();
+  return p;
+}
+
+// Memory for each range of a parallel loop that the pool really starts.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_((bytes + 63) / 64 * 64), workspace_(Workspace::bytes<char>(thread_count() * bytes_)) {
+    base_ = workspace_.take<char>(thread_count() * bytes_);
+  }
+  void restart() { next_ = 0; }
+  char* take() { return base_ + next_.fetch_add(1) * bytes_; }
+
+ private:
+  int64_t bytes_;
+  Workspace workspace_;
+  char* base_;
+  std::atomic<int64_t> next_{0};
+};
+
+template <class S>
+void decode(const AttentionCall<S>& p) {
+  using T = compute_t<S>;
+  const int64_t chunks = std::max<int64_t>(1, (p.source + attention_decode_chunk - 1) / attention_decode_chunk);
+  const int64_t size = S2S_SELECT(AttentionDecode<S>::part_size)(p), group = p.heads / p.kv_heads;
+  Scratch scratch(S2S_SELECT(AttentionDecode<S>::bytes)(p));
+  Workspace workspace(Workspace::bytes<T>(chunks * p.batch * p.heads * size));
+  T* const parts = workspace.take<T>(chunks * p.batch * p.heads * size);
+  const auto run = S2S_SELECT(AttentionDecode<S>::run);
+  const auto combine = S2S_SELECT(AttentionDecode<S>::combine);
+  const int64_t stride = p.batch * p.heads * size;
+  parallel(p.batch * p.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
+    char* const own = scratch.take();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task % chunks, head = task / chunks;
+      run(p, head / p.kv_heads, head % p.kv_heads, chunk, parts + chunk * stride + head * group * size, own);
+    }
+  });
+  parallel(p.batch * p.heads, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) combine(p, at / p.heads, at % p.heads, chunks, parts + at * size, stride);
+  });
+}
+
+template <class S>
+void forward(const AttentionCall<S>& p) {
+  if (p.batch * p.heads * p.time == 0) return;
+  if (p.time == 1 && p.key_stride[3] == 1 && p.value_stride[3] == 1) return decode(p);
+  // A head's queries are dealt to several tasks only where there are too few heads: each task packs its keys itself.
+  const int64_t heads = p.batch * p.kv_heads, threads = thread_count();
+  const int64_t wanted = threads == 1 || heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads;
+  const int64_t pieces = std::max<int64_t>(1, std::min(wanted, p.time / 96)), piece = ((p.time + pieces - 1) / pieces + 95) / 96 * 96;
+  const int64_t per_head = (p.time + piece - 1) / piece;
+  const double work = 4.0 * static_cast<double>(p.heads / p.kv_heads * std::min(piece, p.time)) * static_cast<double>(p.source + 1) *
+                      static_cast<double>(p.width + p.value_width);
+  const auto run = S2S_SELECT(AttentionForward<S>::run);
+  Scratch scratch(S2S_SELECT(AttentionForward<S>::bytes)(p));
+  parallel(heads * per_head, static_cast<int64_t>(1e6 / work) + 1, [&](int64_t begin, int64_t end) {
+    char* const own = scratch.take();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / per_head, at = task % per_head * piece;
+      run(p, head / p.kv_heads, head % p.kv_heads, at, std::min(p.time, at + piece), own);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                             const OptionalTensor& mask, const OptionalTensor& bias,
+                                                             const OptionalTensor& query_lengths, const OptionalTensor& key_lengths,
+                                                             const OptionalTensor& slopes, const OptionalTensor& seed,
+                                                             std::optional<int64_t> left, std::optional<int64_t> right, bool bottom_right,
+                                                             double dropout_p, std::optional<double> scale, std::optional<double> softcap,
+                                                             bool save, bool save_wide) {
+  const char* op = "attention_forward";
+  return dispatch_floating(op, "query", query, [&](auto zero) {
+    using S = decltype(zero);
+    std::vector<AttentionSpan> spans;
+    AttentionCall<S> p = checked_call<S>(
+        op, {query, key, value, mask, bias, query_lengths, key_lengths, slopes, seed, left, right, bottom_right, dropout_p, scale, softcap},
+        spans);
+    const Tensor out = empty_cpu({p.batch, p.heads, p.time, p.value_width}, query.scalar_type());
+    const Tensor lse = empty_cpu({p.batch, p.heads, p.time}, scalar_type_of<compute_t<S>>);
+    const ScalarType wide = scalar_type_of<compute_t<S>>;
+    const Tensor softmax = save ? empty_cpu({2, p.batch, p.heads, p.time}, wide) : empty_cpu({0}, wide);
+    const Tensor wide_out = save_wide ? empty_cpu({p.batch, p.heads, p.time, p.value_width}, wide) : empty_cpu({0}, wide);
+    p.out = mutable_data<S>(out);
+    p.lse = mutable_data<compute_t<S>>(lse);
+    if (save) p.peaks = mutable_data<compute_t<S>>(softmax), p.shares = p.peaks + lse.numel();
+    if (save_wide) p.wide_out = mutable_data<compute_t<S>>(wide_out);
+    for (int i = 0; i < 2; ++i) p.lse_stride[i] = lse.stride(i);
+    for (int i = 0; i < 3; ++i) p.out_stride[i] = out.stride(i);
+    forward(p);
+    return std::make_tuple(out, lse, softmax, wide_out);
+  });
+}
+
+struct Needs {
+  bool query, key, value, bias, slopes;
+};
+
+// Bias's gradient in bias's dtype from sums in the dtype of computation.
+template <class T>
+void convert_bias(FloatType type, const T* sums, int64_t n, int64_t parts, const Tensor& to) {
+  const auto convert = [&](auto zero) {
+    using B = decltype(zero);
+    B* const out = mutable_data<B>(to);
+    const auto add = S2S_SELECT(add_up<T, B>);
+    parallel(n, 1 << 14, [&](int64_t begin, int64_t end) { add(sums, n, parts, begin, end, out); });
+  };
+  switch (type) {
+    case FloatType::float64:
+      return convert(double{});
+    case FloatType::float32:
+      return convert(float{});
+    case FloatType::bfloat16:
+      return convert(bfloat16{});
+    case FloatType::float16:
+      return convert(float16{});
+  }
+}
+
+template <class S>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, const Arguments& a, const Tensor& grad_out,
+                                                            const OptionalTensor& grad_lse, const Tensor& out_in, const Tensor& softmax_in,
+                                                            const Needs& needs) {
+  using T = compute_t<S>;
+  std::vector<AttentionSpan> spans;
+  AttentionCall<S> p = checked_call<S>(op, a, spans);
+  const ScalarType type = scalar_type_of<S>;
+  check_argument(op, "grad_out", grad_out, type, {p.batch, p.heads, p.time, p.value_width});
+  check_argument(op, "grad_lse", grad_lse, scalar_type_of<T>, {p.batch, p.heads, p.time});
+  const bool wide = out_in.scalar_type() != type;
+  check_argument(op, "out", out_in, wide ? scalar_type_of<T> : type, {p.batch, p.heads, p.time, p.value_width});
+  check_argument(op, "softmax", softmax_in, scalar_type_of<T>, {2, p.batch, p.heads, p.time});
+  STD_TORCH_CHECK(!needs.bias || a.bias, op, ": bias must be given where its gradient is wanted");
+  STD_TORCH_CHECK(!needs.slopes || a.slopes, op, ": alibi_slopes must be given where its gradient is wanted");
+  const Tensor out = as_contiguous(out_in), softmax = as_contiguous(softmax_in);
+  // Read only: a call has one set of pointers for both directions.
+  if (wide)
+    p.wide_out = const_cast<T*>(data<T>(out));
+  else
+    p.out = const_cast<S*>(data<S>(out));
+  p.peaks = const_cast<T*>(data<T>(softmax));
+  p.shares = p.peaks + p.batch * p.heads * p.time;
+  for (int i = 0; i < 3; ++i) p.out_stride[i] = out.stride(i);
+  for (int i = 0; i < 2; ++i) p.lse_stride[i] = softmax.stride(i + 1);
+
+  AttentionGradients<S> g{};
+  g.grad_out = data<S>(grad_out);
+  strides_of(grad_out, g.grad_out_stride);
+  g.grad_lse = data<T>(grad_lse);
+  if (grad_lse) strides_of(*grad_lse, g.grad_lse_stride);
+  const auto result = [&](bool need, const Tensor& like, S*& to, int64_t* stride, int64_t& row) {
+    if (!need) return empty_cpu({0}, type);
+    Tensor grad = empty_cpu({like.size(0), like.size(1), like.size(2), like.size(3)}, type);
+    to = mutable_data<S>(grad);
+    stride[0] = grad.stride(0), stride[1] = grad.stride(1), row = grad.stride(2);
+    return grad;
+  };
+  const Tensor grad_query = result(needs.query, a.query, g.query, g.query_stride, g.query_row);
+  const Tensor grad_key = result(needs.key, a.key, g.key, g.key_stride, g.key_row);
+  const Tensor grad_value = result(needs.value, a.value, g.value, g.value_stride, g.value_row);
+  const ScalarType bias_type = a.bias ? a.bias->scalar_type() : type;
+  const Tensor grad_bias =
+      needs.bias ? empty_cpu({a.bias->size(0), a.bias->size(1), a.bias->size(2), a.bias->size(3)}, bias_type) : empty_cpu({0}, bias_type);
+  const Tensor grad_slopes = !needs.slopes          ? empty_cpu({0}, type)
+                             : a.slopes->dim() == 2 ? empty_cpu({p.batch, p.heads}, type)
+                                                    : empty_cpu({p.heads}, type);
+
+  // What shares an element of bias's gradient stays in one task, one after another. Where there are few tasks the keys are dealt to parts;
+  // all this depends on shapes alone.
+  const bool over_batch = needs.bias && p.bias_stride[0] == 0, over_heads = needs.bias && p.bias_stride[1] == 0;
+  const int64_t batches = over_batch ? std::min<int64_t>(1, p.batch) : p.batch;
+  const int64_t heads = over_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
+  const int64_t blocks = (p.source + attention_block - 1) / attention_block, tasks = std::max<int64_t>(1, batches * heads);
+  g.parts = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, blocks / 4));
+  Workspace bias_sums(needs.bias ? Workspace::bytes<T>(grad_bias.numel() * g.parts) : 0);
+  bool converts = false;
+  if (needs.bias) {
+    const int64_t n = grad_bias.numel();
+    for (int i = 0; i < 4; ++i) g.bias_stride[i] = grad_bias.size(i) == 1 ? 0 : grad_bias.stride(i);
+    const int64_t copies = g.bias_stride[3] == 0 ? g.parts : 1;
+    converts = copies > 1 || bias_type != scalar_type_of<T>;
+    g.bias_part = copies > 1 ? n : 0;
+    g.bias = converts ? bias_sums.take<T>(n * copies) : mutable_data<T>(grad_bias);
+    parallel(n * copies, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(g.bias + begin, g.bias + end, T(0)); });
+  }
+  const int64_t width = (p.width + 15) / 16 * 16, rows = p.batch * p.heads * p.time;
+  const bool dealt = needs.query && g.parts > 1;
+  Workspace sums(Workspace::bytes<T>(dealt ? g.parts * rows * width : 0) + Workspace::bytes<T>(g.parts * p.batch * p.heads));
+  if (dealt) g.query_parts = sums.take<T>(g.parts * rows * width);
+  if (needs.slopes) g.slopes = sums.take<T>(g.parts * p.batch * p.heads);
+  const auto run = S2S_SELECT(AttentionBackward<S>::run);
+  Scratch scratch(S2S_SELECT(AttentionBackward<S>::bytes)(p, g));
+  parallel(batches * heads * g.parts, 1, [&](int64_t begin, int64_t end) {
+    char* const own = scratch.take();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % g.parts, head = task / g.parts % heads, batch = task / g.parts / heads;
+      for (int64_t b = batch; b < (over_batch ? p.batch : batch + 1); ++b)
+        for (int64_t kv = head; kv < (over_heads ? p.kv_heads : head + 1); ++kv) run(p, g, b, kv, part, own);
+    }
+  });
+  if (dealt) {
+    const auto add = S2S_SELECT(AttentionBackward<S>::add_parts);
+    parallel(rows, 64, [&](int64_t begin, int64_t end) { add(p, g, begin, end); });
+  }
+  if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), g.bias_part ? g.parts : 1, grad_bias);
+  if (needs.slopes) {
+    const int64_t per_head = grad_slopes.dim() == 2 ? 1 : p.batch, n = grad_slopes.numel();
+    S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+  }
+  return {grad_query, grad_key, grad_value, grad_bias, grad_slopes};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& softmax, const Tensor& query,
+    const Tensor& key, const Tensor& value, const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& query_lengths,
+    const OptionalTensor& key_lengths, const OptionalTensor& slopes, const OptionalTensor& seed, std::optional<int64_t> left,
+    std::optional<int64_t> right, bool bottom_right, double dropout_p, std::optional<double> scale, std::optional<double> softcap,
+    bool need_query, bool need_key, bool need_value, bool need_bias, bool need_slopes) {
+  const char* op = "attention_backward";
+  return dispatch_floating(op, "query", query, [&](auto zero) {
+    return backward<decltype(zero)>(
+        op, {query, key, value, mask, bias, query_lengths, key_lengths, slopes, seed, left, right, bottom_right, dropout_p, scale, softcap},
+        grad_out, grad_lse, out, softmax, {need_query, need_key, need_value, need_bias, need_slopes});
+  });
+}
+
+}  // namespace
+}  // namespace s2s
+
+STABLE_TORCH_LIBRARY_IMPL(s2s, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&s2s::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&s2s::attention_backward));
+}

@@ -1,0 +1,319 @@
+// Backward attention, one key head and one part of its keys at a time. For each block of keys and each block of the queries that see it,
+// weights are made again from the saved peaks and shares, and five products give dV += W'dO, dK += dS'Q and dQ += dS K. The part owns the
+// gradients of its keys and values; sums over queries run in the order of the loops. (Dao et al. 2022; delta_i = dO_i . O_i less the
+// gradient of lse.)
+
+template <class S>
+struct AttentionBackward {
+  using T = compute_t<S>;
+  static constexpr int64_t groups_at_once = 11, queries_at_once = groups_at_once * attention_rows;
+
+  struct Memory {
+    T *query_copies, *grad_copies, *delta, *query_sums, *key_sums, *value_sums;
+    T *key_copies, *value_copies, *keys_transposed, *values_transposed, *weights, *grads, *factors;
+    uint8_t* flags;
+    ScoreExtras<S> extras;
+  };
+
+  static int64_t part_blocks(const AttentionCall<S>& p, int64_t parts) {
+    const int64_t blocks = (p.source + attention_block - 1) / attention_block;
+    return (blocks + parts - 1) / parts;
+  }
+
+  static Memory memory(const AttentionCall<S>& p, const AttentionGradients<S>& g, Pieces& pieces) {
+    const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
+    const int64_t part = part_blocks(p, g.parts) * attention_block;
+    Memory m;
+    m.query_copies = pieces.take<T>(p.time * width);
+    m.grad_copies = pieces.take<T>(p.time * value_width);
+    m.delta = pieces.take<T>(p.time);
+    m.query_sums = g.parts == 1 ? pieces.take<T>(p.time * width) : nullptr;
+    m.key_sums = pieces.take<T>(part * width);
+    m.value_sums = pieces.take<T>(part * value_width);
+    m.key_copies = pieces.take<T>(attention_block * width);
+    m.value_copies = pieces.take<T>(attention_block * value_width);
+    m.keys_transposed = pieces.take<T>(attention_block * p.width);
+    m.values_transposed = pieces.take<T>(attention_block * p.value_width);
+    m.weights = pieces.take<T>(queries_at_once * attention_block);
+    m.grads = pieces.take<T>(queries_at_once * attention_block);
+    m.factors = pieces.take<T>(attention_block);
+    m.flags = pieces.take<uint8_t>(max(p.time, attention_block));
+    m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
+    return m;
+  }
+
+  static int64_t bytes(const AttentionCall<S>& p, const AttentionGradients<S>& g) {
+    Pieces pieces{nullptr};
+    memory(p, g, pieces);
+    return pieces.used;
+  }
+
+  static void run(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t kv, int64_t part, char* scratch) {
+    const AttentionSpan& span = p.spans[b];
+    Pieces pieces{scratch};
+    const Memory m = memory(p, g, pieces);
+    const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
+    const int64_t per_part = part_blocks(p, g.parts) * attention_block;
+    const int64_t part_begin = part * per_part, part_end = min(span.key_rows, part_begin + per_part);
+    const int64_t count = max(int64_t{0}, part_end - part_begin);
+    // Sums are made where they are wanted, if they can be.
+    T *key_sums = m.key_sums, *value_sums = m.value_sums;
+    bool keys_in_place = false, values_in_place = false;
+    if constexpr (std::is_same_v<S, T>) {
+      keys_in_place = g.key && width == p.width, values_in_place = g.value && value_width == p.value_width;
+      if (keys_in_place) key_sums = g.key + b * g.key_stride[0] + kv * g.key_stride[1] + (span.key_begin + part_begin) * g.key_row;
+      if (values_in_place)
+        value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
+    }
+    const int64_t group = p.heads / p.kv_heads;
+    AttentionGradients<S> wanted = g;
+    bool spoilt = false;
+    for (bool clean : {false, true}) {
+      std::memset(key_sums, 0, static_cast<size_t>(count * width) * sizeof(T));
+      std::memset(value_sums, 0, static_cast<size_t>(count * value_width) * sizeof(T));
+      bool finite = true;
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
+          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+        else
+          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+      }
+      if (finite && (!g.key || all_finite(count, width, key_sums, width))) break;
+      wanted.bias = nullptr;  // has been added to, and was right: hidden keys have no part in it
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t at = span.key_begin + part_begin + j;
+      if (g.key && !keys_in_place)
+        write_row(p.width, key_sums + j * width, g.key + b * g.key_stride[0] + kv * g.key_stride[1] + at * g.key_row);
+      if (g.value && spoilt) drop_bad(p, b, kv, at, value_sums + j * value_width);
+      if (g.value && !values_in_place)
+        write_row(p.value_width, value_sums + j * value_width, g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
+    }
+  }
+
+  // The parts of the gradient of queries added up, for rows [begin, end) of all B H T.
+  static void add_parts(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t begin, int64_t end) {
+    const int64_t width = whole_vectors<T>(p.width), all = p.batch * p.heads * p.time;
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / p.time / p.heads, h = at / p.time % p.heads, i = at % p.time;
+      if (i >= p.spans[b].query_rows) continue;
+      T* const first = g.query_parts + at * width;
+      for (int64_t part = 1; part < g.parts; ++part)
+        for (int64_t c = 0; c < width; c += lanes<T>) store(first + c, load(first + c) + load(first + (part * all) * width + c));
+      write_row(p.width, first, g.query + b * g.query_stride[0] + h * g.query_stride[1] + (p.spans[b].query_begin + i) * g.query_row);
+    }
+  }
+
+ private:
+  static void write_row(int64_t width, const T* from, S* to) {
+    int64_t c = 0;
+    for (; c + lanes<T> <= width; c += lanes<T>) store(to + c, load(from + c));
+    if (c < width) store_partial(to + c, load(from + c), width - c);
+  }
+
+  // What is not finite in a value was left out of the products, and has no gradient.
+  static void drop_bad(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t at, T* sums) {
+    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + at * p.value_stride[2];
+    for (int64_t c = 0; c < p.value_width; ++c)
+      if (to_compute(value[c * p.value_stride[3]]) * T(0) != T(0)) sums[c] = T(0);
+  }
+
+  // One query head. With `clean`, what is not finite is left out of queries and keys; else whether the gradient of queries is finite.
+  // `spoilt` becomes true where a result of forward is not finite.
+  template <bool EXTRA>
+  static bool head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt) {
+    const AttentionSpan& span = p.spans[b];
+    const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width), kv = h / (p.heads / p.kv_heads);
+    const int64_t row_begin = b * p.lse_stride[0] + h * p.lse_stride[1] + span.query_begin;
+    const T *const peaks = p.peaks + row_begin, *const shares = p.shares + row_begin;
+    uint8_t* const flags = clean ? m.flags : nullptr;
+    const Rows<T> queries =
+        prepare_rows(span.queries, p.width, p.query + b * p.query_stride[0] + h * p.query_stride[1] + span.query_begin * p.query_stride[2],
+                     p.query_stride[2], p.query_stride[3], m.query_copies, flags);
+    const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, shares, p.wide_out, spoilt)
+                                     : upstream(p, g, m, b, h, shares, static_cast<const S*>(p.out), spoilt);
+    S* const grad_query = g.query ? g.query + b * g.query_stride[0] + h * g.query_stride[1] + span.query_begin * g.query_row : nullptr;
+    T* query_sums = g.query_parts ? g.query_parts + ((part * p.batch + b) * p.heads + h) * p.time * width : m.query_sums;
+    bool in_place = false;
+    if constexpr (std::is_same_v<S, T>) {
+      in_place = g.query && !g.query_parts && width == p.width;
+      if (in_place) query_sums = grad_query;
+    }
+    if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
+    ScoreRow<T> row = score_row_of(p, b, h);
+    Vec<T> slope_sum = {};
+    const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
+    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
+    for (int64_t at = part_begin; at < min(part_end, span.keys); at += attention_block) {
+      const int64_t n = min(attention_block, span.keys - at), local = at - part_begin;
+      // The queries that see something of this block.
+      const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
+      const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
+      if (begin >= end) continue;
+      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies, flags);
+      const Rows<T> values =
+          prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3], m.value_copies);
+      transpose_rows(n, p.width, keys, m.keys_transposed);
+      transpose_rows(n, p.value_width, values, m.values_transposed);
+      row.valid = n;
+      for (int64_t i = begin; i < end; i += queries_at_once)
+        block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
+                     key_sums + local * width, value_sums + local * value_width, part, slope_sum);
+    }
+    if (g.slopes) g.slopes[(part * p.batch + b) * p.heads + h] = hsum(slope_sum);
+    if (!g.query) return true;
+    if (!g.query_parts && !in_place)
+      for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query + i * g.query_row);
+    return all_finite(span.query_rows, width, query_sums, width);
+  }
+
+  // The incoming gradient, with nothing in the rows that see no key, and delta.
+  template <class O>
+  static Rows<T> upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, const T* shares,
+                          const O* all_out, bool& spoilt) {
+    const AttentionSpan& span = p.spans[b];
+    const S* const from = g.grad_out + b * g.grad_out_stride[0] + h * g.grad_out_stride[1] + span.query_begin * g.grad_out_stride[2];
+    Rows<T> grads = prepare_rows(span.queries, p.value_width, from, g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies);
+    const O* const out = all_out + b * p.out_stride[0] + h * p.out_stride[1] + span.query_begin * p.out_stride[2];
+    bool dead = false;
+    for (int64_t i = 0; i < span.queries; ++i) {
+      Vec<T> sum = {};
+      const O* const row = out + i * p.out_stride[2];
+      int64_t c = 0;
+      for (; c + lanes<T> <= p.value_width; c += lanes<T>) sum = fma(load(grads.data + i * grads.row + c), load(row + c), sum);
+      if (c < p.value_width) sum = fma(load(grads.data + i * grads.row + c), load_partial(row + c, p.value_width - c), sum);
+      T delta = hsum(sum);
+      if (delta * T(0) != T(0)) (shares[i] == T(0) ? dead : spoilt) = true;
+      if (g.grad_lse)
+        delta -= g.grad_lse[b * g.grad_lse_stride[0] + h * g.grad_lse_stride[1] + (span.query_begin + i) * g.grad_lse_stride[2]];
+      m.delta[i] = delta;
+    }
+    if (dead) {
+      for (int64_t i = 0; i < span.queries; ++i)
+        for (int64_t c = 0; c < grads.row; ++c) m.grad_copies[i * grads.row + c] = shares[i] == T(0) ? T(0) : grads.data[i * grads.row + c];
+      grads.data = m.grad_copies;
+    }
+    return grads;
+  }
+
+  // One block of n queries from `first` on with the block of keys from `at` on.
+  template <bool EXTRA>
+  static void block(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
+                    int64_t first, int64_t n, const Rows<T>& queries, const Rows<T>& grads, const Rows<T>& keys, const T* peaks,
+                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, int64_t part, Vec<T>& slope_sum) {
+    const AttentionSpan& span = p.spans[b];
+    const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
+    Hull hulls[groups_at_once];
+    for (int64_t q = 0; q < n; q += attention_rows) {
+      const int64_t rows = min(attention_rows, n - q), i = first + q;
+      Hull& hull = hulls[q / attention_rows];
+      hull = hull_of<T>(span, p.left, p.right, i, i + rows - 1, at);
+      if (hull.empty()) continue;
+      T *const weights = m.weights + q * attention_block, *const slopes = m.grads + q * attention_block;
+      const int64_t columns = hull.end - hull.begin;
+      attention_product<T>(rows, columns,
+                           {p.width, queries.data + i * queries.row, queries.row, 1, m.keys_transposed + hull.begin, attention_block,
+                            weights + hull.begin, attention_block, false});
+      attention_product<T>(rows, columns,
+                           {p.value_width, grads.data + i * grads.row, grads.row, 1, m.values_transposed + hull.begin, attention_block,
+                            slopes + hull.begin, attention_block, false});
+      for (int64_t r = 0; r < rows; ++r) {
+        row.begin = max(hull.begin, first_key(span, p.left, i + r) - at);
+        row.end = min(hull.end, end_key(span, p.right, i + r) - at);
+        if constexpr (EXTRA) {
+          row.distance = static_cast<T>(at - i - r - span.diagonal);
+          m.extras.point(p, b, h, i + r, at, row);
+        }
+        differentiate<EXTRA>(p, g, m, b, h, i + r, at, row, hull, peaks[i + r], shares[i + r], m.delta[i + r],
+                             weights + r * attention_block, slopes + r * attention_block, part, slope_sum);
+      }
+      if (g.query)
+        attention_product<T>(rows, width,
+                             {min(hull.end, row.valid) - hull.begin, slopes + hull.begin, attention_block, 1,
+                              keys.data + hull.begin * keys.row, keys.row, query_sums + i * width, width, true});
+    }
+    const int64_t groups = (n + attention_rows - 1) / attention_rows;
+    for (int64_t j = 0; j < row.valid && (g.key || g.value); j += attention_rows) {
+      const int64_t rows = min(attention_rows, row.valid - j);
+      int64_t low = 0, high = groups;
+      while (low < high && (hulls[low].empty() || hulls[low].end <= j)) ++low;
+      while (high > low && (hulls[high - 1].empty() || hulls[high - 1].begin >= j + rows)) --high;
+      if (low == high) continue;
+      const int64_t q = low * attention_rows, depth = min(n, high * attention_rows) - q;
+      if (g.value)
+        attention_product<T>(rows, value_width,
+                             {depth, m.weights + q * attention_block + j, 1, attention_block, grads.data + (first + q) * grads.row,
+                              grads.row, value_sums + j * value_width, value_width, true});
+      if (g.key)
+        attention_product<T>(rows, width,
+                             {depth, m.grads + q * attention_block + j, 1, attention_block, queries.data + (first + q) * queries.row,
+                              queries.row, key_sums + j * width, width, true});
+    }
+  }
+
+  // One row: products become weights (after dropout), and the gradient of the weights that of the products.
+  template <bool EXTRA>
+  S2S_INLINE void differentiate(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t i,
+                                int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads,
+                                int64_t part, Vec<T>& slope_sum) {
+    for (int64_t c = 0; c < hull.begin; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
+    for (int64_t c = hull.end; c < attention_block; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
+    if (p.dropout)
+      dropout_factors<T>(p.seed0, p.seed1, 0, (b * p.heads + h) * p.time + i, at + hull.begin, hull.end - hull.begin, p.threshold,
+                         static_cast<T>(p.kept), m.factors + hull.begin);
+    const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
+    T* bias = nullptr;
+    if constexpr (EXTRA) {
+      if (g.bias)
+        bias = g.bias + part * g.bias_part + b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
+      if (bias && g.bias_stride[2] && g.bias_stride[3])
+        for (int64_t c = 0; c < attention_block; c += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(bias + 6 * g.bias_stride[2] + c, 1);
+    }
+    Vec<T> bias_sum = {}, row_slope_sum = {};
+    const T level = peak == -std::numeric_limits<T>::infinity() ? T(0) : peak;
+    for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
+      Vec<T> slowed;
+      const Vec<T> s = score<T, EXTRA>(row, c, load(weights + c), slowed);
+      Vec<T> weight = select(s == hidden, Vec<T>{}, vexp_fast(s - level) * share), grad = load(grads + c);
+      if (p.dropout) {
+        const Vec<T> factor = load(m.factors + c);
+        grad = grad * factor;
+        store(weights + c, weight * factor);
+      } else {
+        store(weights + c, weight);
+      }
+      grad = select(s == hidden, Vec<T>{}, weight * (grad - delta));
+      if constexpr (EXTRA) {
+        if (bias) {
+          if (g.bias_stride[3]) {
+            if (c + lanes<T> <= row.valid)
+              store(bias + c, load(bias + c) + grad);
+            else
+              store_partial(bias + c, load_partial(bias + c, row.valid - c) + grad, row.valid - c);
+          } else {
+            bias_sum = bias_sum + grad;
+          }
+        }
+        if (g.slopes) row_slope_sum = row_slope_sum - grad * vabs(iota<T>() + (row.distance + static_cast<T>(c)));
+        if (row.capped) grad = select(s == hidden, Vec<T>{}, grad * (T(1) - slowed * slowed));
+      }
+      store(grads + c, grad * row.scale);
+    }
+    if constexpr (EXTRA) {
+      if (bias && !g.bias_stride[3]) *bias += hsum(bias_sum);
+      slope_sum = slope_sum + row_slope_sum;
+    }
+  }
+};
+
+// to[i] = from[i] + from[n + i] + ... of `parts` arrays, in the storage type.
+template <class T, class S>
+void add_up(const T* from, int64_t n, int64_t parts, int64_t begin, int64_t end, S* to) {
+  for (int64_t i = begin; i < end; ++i) {
+    T sum = from[i];
+    for (int64_t part = 1; part < parts; ++part) sum += from[part * n + i];
+    to[i] = from_compute<S>(static_cast<compute_t<S>>(sum));
+  }
+}

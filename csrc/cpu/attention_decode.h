@@ -1,0 +1,231 @@
+// One query a head against a long cache: nothing is packed, each key and value is read once for all query heads that share it. The keys
+// are dealt to chunks of attention_decode_chunk, whatever the number of threads; `combine` joins what they found, in order.
+
+template <class S>
+struct AttentionDecode {
+  using T = compute_t<S>;
+  static constexpr int64_t heads_at_once = 4;
+
+  // What a chunk leaves behind for each query head: sums (whole vectors of Dv), total, peak.
+  static int64_t part_size(const AttentionCall<S>& p) { return whole_vectors<T>(p.value_width) + 2; }
+
+  struct Memory {
+    T *queries, *scores, *factors;
+    uint8_t* seen;
+    ScoreExtras<S> extras;
+  };
+
+  static Memory memory(const AttentionCall<S>& p, Pieces& pieces) {
+    Memory m;
+    m.queries = pieces.take<T>(heads_at_once * whole_vectors<T>(p.width));
+    m.scores = pieces.take<T>(heads_at_once * attention_block);
+    m.factors = pieces.take<T>(attention_block);
+    m.seen = pieces.take<uint8_t>(heads_at_once * attention_block);
+    m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
+    return m;
+  }
+
+  static int64_t bytes(const AttentionCall<S>& p) {
+    Pieces pieces{nullptr};
+    memory(p, pieces);
+    return pieces.used;
+  }
+
+  // Chunk `chunk` of the keys of head kv; `parts` (heads of the group, part_size).
+  static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t chunk, T* parts, char* scratch) {
+    Pieces pieces{scratch};
+    const Memory m = memory(p, pieces);
+    const int64_t group = p.heads / p.kv_heads, size = part_size(p);
+    for (int64_t g = 0; g < group; g += heads_at_once) {
+      const int64_t h = kv * group + g, n = min(heads_at_once, group - g);
+      if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
+        heads<!plain<S>>(p, m, b, kv, h, n, chunk, parts + g * size);
+      else
+        heads<true>(p, m, b, kv, h, n, chunk, parts + g * size);
+    }
+  }
+
+  // Joins the chunks of query head h of batch element b; `parts` is chunk 0's, the next chunk's lies `stride` further.
+  static void combine(const AttentionCall<S>& p, int64_t b, int64_t h, int64_t chunks, T* parts, int64_t stride) {
+    const int64_t width = whole_vectors<T>(p.value_width);
+    const T lowest = -std::numeric_limits<T>::infinity();
+    T* const sums = parts;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const T* const other = parts + chunk * stride;
+      const T peak = max(sums[width + 1], other[width + 1]), level = peak == lowest ? T(0) : peak;
+      const T mine = vexp_fast(sums[width + 1] - level), its = vexp_fast(other[width + 1] - level);
+      for (int64_t c = 0; c < width; c += lanes<T>) store(sums + c, load(sums + c) * mine + load(other + c) * its);
+      sums[width] = sums[width] * mine + other[width] * its;
+      sums[width + 1] = peak;
+    }
+    // As everywhere, a value that is not finite gives NaN to the whole row.
+    bool spoilt = false;
+    for (int64_t c = 0; c < p.value_width; ++c) spoilt = spoilt || sums[c] * T(0) != T(0);
+    const int64_t row = p.spans[b].query_begin;
+    AttentionForward<S>::finish_row(p, sums, sums[width], sums[width + 1], spoilt,
+                                    p.out + b * p.out_stride[0] + h * p.out_stride[1] + row * p.out_stride[2],
+                                    p.lse + b * p.lse_stride[0] + h * p.lse_stride[1] + row);
+  }
+
+ private:
+  template <int HEADS>
+  static constexpr int64_t keys_at_once = HEADS == 1 ? 8 : 4;
+
+  static void prefetch(const S* row, int64_t width) {
+    for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + c);
+  }
+
+  // Products of HEADS queries, `width` whole vectors apart, with `n` <= keys_at_once keys.
+  template <int HEADS>
+  static void products(int64_t width, const T* queries, int64_t n, const S* keys, int64_t row, T* scores) {
+    constexpr int64_t keys_at_once = AttentionDecode::keys_at_once<HEADS>;
+    const int64_t padded = whole_vectors<T>(width);
+    Vec<T> sum[keys_at_once][HEADS] = {};
+    const S* from[keys_at_once];
+    for (int64_t j = 0; j < keys_at_once; ++j) from[j] = keys + min(j, n - 1) * row;
+    for (int64_t c = 0; c < width; c += lanes<T>) {
+      Vec<T> k[keys_at_once];
+#pragma GCC unroll 8
+      for (int j = 0; j < keys_at_once; ++j) k[j] = c + lanes<T> <= width ? load(from[j] + c) : load_partial(from[j] + c, width - c);
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; ++h) {
+        const Vec<T> q = load(queries + h * padded + c);
+#pragma GCC unroll 8
+        for (int j = 0; j < keys_at_once; ++j) sum[j][h] = fma(q, k[j], sum[j][h]);
+      }
+    }
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; ++h) {
+        scores[h * attention_block + j] = hsum(sum[j][h]);
+      }
+  }
+
+  // sums (HEADS, size) += weights (HEADS, attention_block) times n values.
+  template <int HEADS>
+  static void add_values(int64_t width, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size) {
+    constexpr int vectors = 4;
+    for (int64_t c = 0; c < width; c += vectors * lanes<T>) {
+      Vec<T> sum[HEADS][vectors];
+      const int64_t count = min(int64_t{vectors}, (width - c + lanes<T> - 1) / lanes<T>);
+      for (int h = 0; h < HEADS; ++h)
+        for (int v = 0; v < vectors; ++v) sum[h][v] = v < count ? load(sums + h * size + c + v * lanes<T>) : Vec<T>{};
+      if (c + vectors * lanes<T> <= width) {
+        for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            const Vec<T> x = load(values + j * row + c + v * lanes<T>);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; ++h) sum[h][v] = fma(broadcast(weights[h * attention_block + j]), x, sum[h][v]);
+          }
+        }
+      } else {
+        for (int64_t j = 0; j < n; ++j)
+          for (int64_t v = 0; v < count; ++v) {
+            const int64_t at = c + v * lanes<T>;
+            const Vec<T> x = at + lanes<T> <= width ? load(values + j * row + at) : load_partial(values + j * row + at, width - at);
+            for (int h = 0; h < HEADS; ++h) sum[h][v] = fma(broadcast(weights[h * attention_block + j]), x, sum[h][v]);
+          }
+      }
+      for (int h = 0; h < HEADS; ++h)
+        for (int64_t v = 0; v < count; ++v) store(sums + h * size + c + v * lanes<T>, sum[h][v]);
+    }
+  }
+
+  template <bool EXTRA>
+  static void heads(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t h, int64_t n, int64_t chunk, T* parts) {
+    switch (n) {
+      case 4:
+        return chunk_of<EXTRA, 4>(p, m, b, kv, h, chunk, parts);
+      case 3:
+        return chunk_of<EXTRA, 3>(p, m, b, kv, h, chunk, parts);
+      case 2:
+        return chunk_of<EXTRA, 2>(p, m, b, kv, h, chunk, parts);
+      default:
+        return chunk_of<EXTRA, 1>(p, m, b, kv, h, chunk, parts);
+    }
+  }
+
+  template <bool EXTRA, int HEADS>
+  static void chunk_of(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t h, int64_t chunk, T* parts) {
+    const AttentionSpan& span = p.spans[b];
+    const int64_t size = part_size(p), width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
+    const T lowest = -std::numeric_limits<T>::infinity();
+    for (int g = 0; g < HEADS; ++g) {
+      T* const part = parts + g * size;
+      for (int64_t c = 0; c < value_width + 2; ++c) part[c] = T(0);
+      part[value_width + 1] = lowest;
+      for (int64_t c = 0; c < width; ++c)
+        m.queries[g * width + c] = c < p.width ? to_compute(p.query[b * p.query_stride[0] + (h + g) * p.query_stride[1] +
+                                                                    span.query_begin * p.query_stride[2] + c * p.query_stride[3]])
+                                               : T(0);
+    }
+    if (span.queries <= 0) return;
+    const int64_t begin = max(first_key(span, p.left, 0), chunk * attention_decode_chunk);
+    const int64_t end = min(end_key(span, p.right, 0), (chunk + 1) * attention_decode_chunk);
+    const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
+    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
+    for (int64_t at = begin; at < end; at += attention_block) {
+      const int64_t count = min(attention_block, end - at);
+      for (int64_t j = 0; j < count; j += keys_at_once<HEADS>) {
+        const int64_t n = min(keys_at_once<HEADS>, count - j);
+        // The values of this block come in while its keys are used, and the keys of the next.
+        for (int64_t i = at + j; i < at + j + n; ++i) {
+          prefetch(value + i * p.value_stride[2], p.value_width);
+          if (i + attention_block < end) prefetch(key + (i + attention_block) * p.key_stride[2], p.width);
+        }
+        products<HEADS>(p.width, m.queries, n, key + (at + j) * p.key_stride[2], p.key_stride[2], m.scores + j);
+      }
+      for (int g = 0; g < HEADS; ++g) weigh<EXTRA>(p, m, b, h + g, at, count, m.scores + g * attention_block, g, parts + g * size);
+      const S* const values = value + at * p.value_stride[2];
+      if ((p.mask || p.bias) && !all_finite(count, p.value_width, values, p.value_stride[2])) {
+        // Even a weight of 0 would make NaN of what is not finite: heads that don't see such a value must not meet it.
+        for (int64_t j = 0; j < count; ++j)
+          for (int g = 0; g < HEADS; ++g)
+            if (m.seen[g * attention_block + j])
+              add_values<1>(p.value_width, m.scores + g * attention_block + j, 1, values + j * p.value_stride[2], p.value_stride[2],
+                            parts + g * size, size);
+      } else {
+        add_values<HEADS>(p.value_width, m.scores, count, values, p.value_stride[2], parts, size);
+      }
+    }
+  }
+
+  template <bool EXTRA>
+  S2S_INLINE void weigh(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t at, int64_t count, T* scores, int g,
+                        T* part) {
+    const int64_t value_width = whole_vectors<T>(p.value_width);
+    const T lowest = -std::numeric_limits<T>::infinity();
+    ScoreRow<T> row = score_row_of(p, b, h);
+    row.begin = 0, row.end = row.valid = count;
+    if constexpr (EXTRA) {
+      row.distance = static_cast<T>(at - p.spans[b].diagonal);
+      m.extras.point(p, b, h, 0, at, row);
+    }
+    const int64_t columns = whole_vectors<T>(count);
+    Vec<T> top = broadcast(lowest), slowed;
+    for (int64_t c = 0; c < columns; c += lanes<T>) {
+      const Vec<T> s = score<T, EXTRA>(row, c, load(scores + c), slowed);
+      store(scores + c, s);
+      top = max(s, top);
+    }
+    for (int64_t c = 0; c < count; ++c) m.seen[g * attention_block + c] = scores[c] != lowest;
+    const T before = part[value_width + 1], peak = max(before, hmax(top));
+    if (peak > before) {
+      const T factor = before == lowest ? T(1) : vexp_fast(before - peak);
+      for (int64_t c = 0; c < value_width; c += lanes<T>) store(part + c, load(part + c) * factor);
+      part[value_width] *= factor;
+      part[value_width + 1] = peak;
+    }
+    const T level = peak == lowest ? T(0) : peak;
+    if (p.dropout)
+      dropout_factors<T>(p.seed0, p.seed1, 0, (b * p.heads + h) * p.time, at, columns, p.threshold, static_cast<T>(p.kept), m.factors);
+    Vec<T> sum = {};
+    for (int64_t c = 0; c < columns; c += lanes<T>) {
+      const Vec<T> weight = vexp_fast(load(scores + c) - level);
+      sum = sum + weight;
+      store(scores + c, p.dropout ? weight * load(m.factors + c) : weight);
+    }
+    part[value_width] += hsum(sum);
+  }
+};

@@ -1,0 +1,172 @@
+// Small matrix products for attention, and the blocks of rows that they read.
+//
+// C (rows, columns) = or += A (rows, depth) B (depth, columns), columns whole vectors. Each element has one accumulator, starting at 0, to
+// which fma(a, b, .) is applied for ascending depth, whatever the shape of the tile: no bits depend on how rows are grouped.
+
+inline constexpr int64_t attention_rows = 6;
+inline constexpr int64_t attention_vectors = S2S_VECTOR_BYTES == 64 ? 4 : 2;
+
+template <class T>
+constexpr int64_t whole_vectors(int64_t n) {
+  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
+}
+
+// Element (i, k) of A is a[i * a_row + k * a_step].
+template <class T>
+struct Product {
+  int64_t depth;
+  const T* a;
+  int64_t a_row, a_step;
+  const T* b;
+  int64_t b_row;
+  T* c;
+  int64_t c_row;
+  bool add;
+};
+
+template <class T, int ROWS, int VECTORS>
+__attribute__((noinline)) void attention_tile(const Product<T>& p) {
+  Vec<T> sum[ROWS][VECTORS] = {};
+  const T *a = p.a, *b = p.b;
+  const int64_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
+  for (int64_t k = 0; k < p.depth; ++k) {
+    Vec<T> right[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + j * lanes<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec<T> left = broadcast(a[i * a_row]);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+    }
+    a += a_step;
+    b += b_row;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+      T* const to = p.c + i * p.c_row + j * lanes<T>;
+      store(to, p.add ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+template <class T, int ROWS, int VECTORS = attention_vectors>
+void attention_columns(Product<T> p, int64_t columns) {
+  for (; columns >= VECTORS * lanes<T>; columns -= VECTORS * lanes<T>) {
+    attention_tile<T, ROWS, VECTORS>(p);
+    p.b += VECTORS * lanes<T>;
+    p.c += VECTORS * lanes<T>;
+  }
+  if constexpr (VECTORS > 1) {
+    if (columns > 0) attention_columns<T, ROWS, VECTORS - 1>(p, columns);
+  }
+}
+
+// At most attention_rows rows.
+template <class T>
+void attention_product(int64_t rows, int64_t columns, const Product<T>& p) {
+  switch (rows) {
+    case 6:
+      return attention_columns<T, 6>(p, columns);
+    case 5:
+      return attention_columns<T, 5>(p, columns);
+    case 4:
+      return attention_columns<T, 4>(p, columns);
+    case 3:
+      return attention_columns<T, 3>(p, columns);
+    case 2:
+      return attention_columns<T, 2>(p, columns);
+    default:
+      return attention_columns<T, 1>(p, columns);
+  }
+}
+
+// ---- rows of an operand ----
+// A product with what is not finite is NaN even where the weight is 0, so a hidden key could leak into a row. What is not finite is rare:
+// products are made as if there were nothing of the kind, and made again from cleaned rows where their result is not finite.
+// Rows of T, whole vectors long, zeros after the last element.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row;
+  bool bad;  // some row had something in it that is not finite: 0 stands in its place, and flags say which rows
+};
+
+template <class S>
+bool all_finite(int64_t n, int64_t width, const S* from, int64_t row) {
+  using T = compute_t<S>;
+  Vec<T> sum[4] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const S* const source = from + i * row;
+    int64_t c = 0;
+    for (; c + 4 * lanes<T> <= width; c += 4 * lanes<T>) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[v] = fma(load(source + c + v * lanes<T>), Vec<T>{}, sum[v]);
+    }
+    for (; c + lanes<T> <= width; c += lanes<T>) sum[0] = fma(load(source + c), Vec<T>{}, sum[0]);
+    if (c < width) sum[1] = fma(load_partial(source + c, width - c), Vec<T>{}, sum[1]);
+  }
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) == T(0);
+}
+
+// Replaces what is not finite by 0 and flags its rows; whether there is any.
+template <class T>
+__attribute__((noinline)) bool clean_rows(int64_t n, int64_t width, T* rows, int64_t row, uint8_t* flags) {
+  bool any = false;
+  for (int64_t i = 0; i < n; ++i) {
+    flags[i] = 0;
+    for (int64_t c = 0; c < width; ++c)
+      if (rows[i * row + c] * T(0) != T(0)) rows[i * row + c] = T(0), flags[i] = 1, any = true;
+  }
+  return any;
+}
+
+// Rows [0, n) in place where they are dense and need no conversion, else copied to `buffer` (n, whole vectors). With `flags` they are
+// copied in any case and cleaned.
+template <class S>
+Rows<compute_t<S>> prepare_rows(int64_t n, int64_t width, const S* from, int64_t row_stride, int64_t column_stride, compute_t<S>* buffer,
+                                uint8_t* flags = nullptr) {
+  using T = compute_t<S>;
+  const int64_t padded = whole_vectors<T>(width);
+  if constexpr (std::is_same_v<S, T>) {
+    if (column_stride == 1 && row_stride == width && padded == width && !flags) return {from, width, false};
+  }
+  if (column_stride == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      const S* const source = from + i * row_stride;
+      T* const target = buffer + i * padded;
+      int64_t c = 0;
+      for (; c + lanes<T> <= width; c += lanes<T>) store(target + c, load(source + c));
+      if (c < width) store(target + c, load_partial(source + c, width - c));
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < width; ++c) buffer[i * padded + c] = to_compute(from[i * row_stride + c * column_stride]);
+      for (int64_t c = width; c < padded; ++c) buffer[i * padded + c] = T(0);
+    }
+  }
+  return {buffer, padded, flags && clean_rows(n, width, buffer, padded, flags)};
+}
+
+// transposed[c * attention_block + j] = rows[j * row + c] for the n <= attention_block rows; zeros in the columns after them.
+template <class T>
+void transpose_rows(int64_t n, int64_t width, const Rows<T>& rows, T* transposed) {
+  const int64_t whole = whole_vectors<T>(n);
+  for (int64_t c = 0; c < width && n < whole; ++c)
+    for (int64_t j = n; j < whole; ++j) transposed[c * attention_block + j] = T(0);
+  copy_transposed(n, width, rows.data, rows.row, int64_t{1}, transposed, attention_block);
+}
+
+// Memory of one thread, handed out in pieces that begin at cache lines. With no memory it measures.
+struct Pieces {
+  char* base;
+  int64_t used = 0;
+  template <class X>
+  X* take(int64_t count) {
+    X* const piece = reinterpret_cast<X*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(X)) + 63) / 64 * 64;
+    return piece;
+  }
+};

@@ -1,0 +1,273 @@
+"""Scaled dot-product attention with every restriction of the contract, and torch's own signature of it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ... import checks, dispatch
+from ..random import draw_seed
+from . import autograd
+
+__all__ = ["attention", "scaled_dot_product_attention"]
+
+MAXIMUM_WIDTH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What the gap functions look at: the tensors and options as autograd.py orders them."""
+
+    tensors: autograd.Tensors
+    options: autograd.Options
+
+
+OPERATOR = dispatch.register("attention", cpu=lambda call: None)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    query_lengths: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    dropout_p: float = 0,  # not 0.0, which torch.compile would trace as an input, in a second compilation
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    """Scaled dot-product attention (Vaswani et al. 2017); every restriction given holds at once.
+
+    Args:
+        query: (B, H, T, D), any strides; float64, float32, bfloat16 or float16; D from 1 to 1024.
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv), Dv from 1 to 1024.
+        mask: boolean, broadcastable to (B, H, T, S), True = attend; a broadcast is never expanded.
+        bias: of any floating dtype, broadcastable to (B, H, T, S), added to the scores; its gradient has its own
+            shape. -inf hides a key, the least finite number does not.
+        causal: True hides from query i the keys after i; "bottom-right" those after i + S - T (with lengths:
+            key_length - query_length, a missing one counting as S or T).
+        window: (left, right): query i at key i + o, o being 0 or that difference, sees the keys from i + o - left to
+            i + o + right inclusive; None = unbounded.
+        query_lengths, key_lengths: (B,) int32 or int64, on the CPU or beside query. What lies at or past them is
+            absent: never read, and 0 in the result.
+        dropout_p: the probability that a weight is dropped; applied whenever it is above 0.
+        scale: of the scores, 1 / sqrt(D) if None.
+        softcap: scores become softcap * tanh(score / softcap) before bias and restrictions (Gemma 2, 2024).
+        alibi_slopes: (H,) or (B, H), in query's dtype: slope * |i + o - j| is subtracted (Press et al. 2022).
+        enable_gqa: lets Hkv divide H (Ainslie et al. 2023); query head h reads key head h // (H / Hkv).
+        return_lse: also return the logarithm of the softmax's denominator.
+
+    Returns:
+        out (B, H, T, Dv), contiguous, in query's dtype; (out, lse) if `return_lse`, lse (B, H, T) float32 (float64 for
+        float64) and differentiable. A row that sees no key is 0, its lse -inf. A row that sees a key or value with
+        anything not finite in it is NaN; one that doesn't see it is untouched by it, and so is its gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Equivalent to: ``softmax((query @ key.mT) * scale + bias, -1) @ value``
+    """
+    name = "attention"
+    checks.tensor(name, "query", query)
+    query, key, value, bias, alibi_slopes = checks.autocast(query, key, value, bias, alibi_slopes)  # type: ignore[assignment]
+    checks.data(name, "query", query, 4, "(B, H, T, D)")
+    batch, heads, time, _ = query.shape
+    _width(name, "query", query, "D")
+    kv_heads, source = _key_and_value(name, query, key, value)
+    if kv_heads != heads:
+        if not enable_gqa:
+            checks.wrong_value(name, "key", f"of H = {heads} heads unless enable_gqa", tuple(key.shape))
+        if kv_heads == 0 or heads % kv_heads:
+            checks.wrong_value(name, "key", f"of a number of heads that divides H = {heads}", tuple(key.shape))
+    shape = (batch, heads, time, source)
+    checks.boolean(name, "mask", mask, query, "query")
+    mask = _four(name, "mask", mask, shape)
+    bias = _four(name, "bias", _floating(name, "bias", bias, query), shape)
+    left, right, bottom_right = _restrictions(name, causal, window)
+    query_lengths = checks.lengths(name, "query_lengths", query_lengths, query, batch, time)
+    key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, source, "S")
+    checks.probability(name, "dropout_p", dropout_p)
+    _real(name, "scale", scale)
+    _real(name, "softcap", softcap)
+    if softcap is not None and not softcap > 0:
+        checks.wrong_value(name, "softcap", "above 0", softcap)
+    if alibi_slopes is not None:
+        checks.tensor(name, "alibi_slopes", alibi_slopes)
+        per_batch = alibi_slopes.dim() == 2
+        wanted, layout = ((batch, heads), "(B, H)") if per_batch else ((heads,), "(H,) or (B, H)")
+        checks.like(name, "alibi_slopes", alibi_slopes, query, "query", wanted, layout)
+    tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes)
+    out, lse = attend(tensors, (left, right, bottom_right, dropout_p, scale, softcap), return_lse)
+    return (out, lse) if return_lse else out
+
+
+def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses a backend for checked arguments, in the order of autograd.py less the seed, which is drawn here."""
+    query = tensors[0]
+    assert query is not None
+    backend = dispatch.choose(OPERATOR, query.device, Call(tensors, options))
+    seed = draw_seed(query.device) if options[3] > 0 else None
+    tensors = (*tensors, seed)
+    if backend == "reference" or dispatch.transformed(*tensors):
+        return autograd.reference_of(tensors, options)  # type: ignore[return-value]
+    return autograd.kernel(tensors, options)  # type: ignore[return-value]
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0,  # not 0.0, which torch.compile would trace as an input, in a second compilation
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument.
+
+    Args:
+        query: (..., T, D), or (..., H, T, D) under `enable_gqa`.
+        key: (..., S, D), or (..., Hkv, S, D).
+        value: (..., S, Dv), or (..., Hkv, S, Dv); the leading dimensions of all three are broadcast.
+        attn_mask: boolean, True = attend, or floating, added to the scores; broadcastable to (..., T, S). Beside
+            is_causal both hold.
+        dropout_p: applied whenever it is above 0.
+        is_causal: query i sees the keys up to i.
+        scale: 1 / sqrt(D) if None.
+        enable_gqa: lets Hkv divide H.
+
+    Returns:
+        (..., T, Dv), contiguous. A row that sees no key is 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    name = "scaled_dot_product_attention"
+    for argument, value_of in (("query", query), ("key", key), ("value", value)):
+        checks.tensor(name, argument, value_of)
+        if value_of.dim() < (3 if enable_gqa else 2):
+            layout = "(..., H, T, D)" if enable_gqa else "(..., T, D)"
+            checks.wrong_value(name, argument, layout, tuple(value_of.shape))
+    query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)  # type: ignore[assignment]
+    inner = 3 if enable_gqa else 2
+    leading = _broadcast_shapes(name, [x.shape[:-inner] for x in (query, key, value)])
+    query, key, value = (x.expand(*leading, *x.shape[-inner:]) for x in (query, key, value))
+    heads = query.shape[-3] if query.dim() > 2 else 1
+    whole = query.shape[:-2]
+    mask = bias = None
+    if attn_mask is not None:
+        checks.tensor(name, "attn_mask", attn_mask)
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            checks.wrong_type(name, "attn_mask", "a boolean or floating tensor", attn_mask.dtype)
+        checks.broadcast(name, "attn_mask", attn_mask, (*whole, query.shape[-2], key.shape[-2]), "(..., T, S)")
+        attn_mask = attn_mask[(None,) * (len(whole) + 2 - attn_mask.dim())]
+        if len(whole) > 2 and any(size != 1 for size in attn_mask.shape[:-3]):
+            attn_mask = attn_mask.expand(*whole[:-1], *attn_mask.shape[-3:])
+        attn_mask = _ranked(attn_mask)
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask
+    out = attention(
+        _ranked(query),
+        _ranked(key),
+        _ranked(value),
+        mask=mask,
+        bias=bias,
+        causal=is_causal,
+        dropout_p=dropout_p,
+        scale=scale,
+        enable_gqa=enable_gqa and heads != key.shape[-3],
+    )
+    return out.reshape(*whole, query.shape[-2], value.shape[-1])
+
+
+def _ranked(x: torch.Tensor) -> torch.Tensor:
+    """x with four dimensions: missing ones put in front, further ones flattened into the first."""
+    if x.dim() <= 4:
+        return x[(None,) * (4 - x.dim())]
+    return x.flatten(0, -4)
+
+
+def _broadcast_shapes(name: str, shapes: Sequence[torch.Size]) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        checks.wrong_value(
+            name, "key", "broadcastable with query and value in its leading dimensions", [tuple(s) for s in shapes]
+        )
+
+
+def _key_and_value(name: str, query: torch.Tensor, key: Any, value: Any) -> tuple[int, int]:
+    """Checks key and value against query; returns the number of their heads and their length."""
+    batch, _, _, width = query.shape
+    for argument, given, layout in (("key", key, "(B, Hkv, S, D)"), ("value", value, "(B, Hkv, S, Dv)")):
+        checks.tensor(name, argument, given)
+        if given.dim() != 4:
+            checks.wrong_value(name, argument, layout, tuple(given.shape))
+    _, kv_heads, source, _ = key.shape
+    checks.like(name, "key", key, query, "query", (batch, kv_heads, source, width), "(B, Hkv, S, D)")
+    shape = (batch, kv_heads, source, value.shape[3])
+    checks.like(name, "value", value, query, "query", shape, "(B, Hkv, S, Dv)")
+    _width(name, "value", value, "Dv")
+    return kv_heads, source
+
+
+def _width(name: str, argument: str, x: torch.Tensor, letter: str) -> None:
+    if not 1 <= x.shape[3] <= MAXIMUM_WIDTH:
+        checks.wrong_value(name, argument, f"of {letter} from 1 to {MAXIMUM_WIDTH}", tuple(x.shape))
+
+
+def _four(name: str, argument: str, value: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """A mask or bias with four dimensions, of size 1 where it is broadcast."""
+    if value is None:
+        return None
+    checks.broadcast(name, argument, value, shape, "(B, H, T, S)")
+    return value[(None,) * (4 - value.dim())]
+
+
+def _floating(name: str, argument: str, value: Any, query: torch.Tensor) -> torch.Tensor | None:
+    if value is None:
+        return None
+    checks.tensor(name, argument, value)
+    if value.dtype not in checks.DTYPES:
+        checks.wrong_type(name, argument, "float64, float32, bfloat16 or float16", value.dtype)
+    checks.beside(name, argument, value, query, "query")
+    return value
+
+
+def _restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int | None, bool]:
+    """How far a query sees to the left and to the right of its diagonal, and whether that is the bottom-right one."""
+    if not isinstance(causal, bool) and causal != "bottom-right":
+        checks.wrong_value(name, "causal", 'True, False or "bottom-right"', repr(causal))
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            checks.wrong_type(name, "window", "a pair (left, right)", repr(window))
+        left, right = window
+        for side in window:
+            if side is None:
+                continue
+            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+                checks.wrong_type(name, "window", "a pair of integers or None", repr(window))
+            if side < 0:
+                checks.wrong_value(name, "window", "of sides of at least 0 (None = unbounded)", window)
+    if causal:
+        right = 0
+    return left, right, causal == "bottom-right"
+
+
+def _real(name: str, argument: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        checks.wrong_type(name, argument, "a number or None", type(value).__name__)

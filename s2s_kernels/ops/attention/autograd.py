@@ -1,0 +1,105 @@
+"""Fake kernels of attention, and the functions that differentiate it."""
+
+import contextlib
+
+import torch
+
+from ... import dispatch
+from ..differentiation import Options, Tensors, differentiable
+from ..random import keep_mask
+from . import reference
+
+# tensors: query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed; mask and bias have four
+# dimensions, each of size 1 or that of (B, H, T, S).
+# options: left, right, bottom_right, dropout_p, scale, softcap.
+
+
+if dispatch.extension_missing is None:
+
+    @torch.library.register_fake("s2s::attention_forward")
+    def _(
+        query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed, left, right, bottom_right,
+        dropout_p, scale, softcap, save, save_wide,
+    ):  # fmt: skip
+        batch, heads, time, _ = query.shape
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return (
+            query.new_empty(batch, heads, time, value.shape[3]),
+            query.new_empty((batch, heads, time), dtype=wide),
+            query.new_empty((2, batch, heads, time) if save else (0,), dtype=wide),
+            query.new_empty((batch, heads, time, value.shape[3]) if save_wide else (0,), dtype=wide),
+        )
+
+    @torch.library.register_fake("s2s::attention_backward")
+    def _(
+        grad_out, grad_lse, out, softmax, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed,
+        left, right, bottom_right, dropout_p, scale, softcap, need_query, need_key, need_value, need_bias, need_slopes,
+    ):  # fmt: skip
+        pairs = (
+            (query, need_query), (key, need_key), (value, need_value), (bias, need_bias), (alibi_slopes, need_slopes),
+        )  # fmt: skip
+        return tuple(
+            x.new_empty(x.shape) if need else query.new_empty((0,), dtype=query.dtype if x is None else x.dtype)
+            for x, need in pairs
+        )
+
+
+def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
+    query, bias = tensors[0], tensors[4]
+    assert query is not None
+    # The gradient of a bias wider than 16 bits needs out as it was before it was rounded to them.
+    save_wide = save and bias is not None and query.itemsize == 2 and bias.itemsize > 2
+    out, lse, softmax, wide_out = torch.ops.s2s.attention_forward(*tensors, *options, save, save_wide)
+    return (out, lse), (wide_out if save_wide else out, softmax) if save else ()
+
+
+def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:
+    grad_out, grad_lse = grads
+    out, softmax = saved
+    assert out is not None
+    if grad_out is None and grad_lse is None:
+        return (None,) * len(tensors)
+    if grad_out is None:
+        query = tensors[0]
+        assert query is not None
+        grad_out = query.new_zeros(()).expand(out.shape)
+    order = (0, 1, 2, 4, 7)
+    wanted = [needs[place] for place in order]
+    found = torch.ops.s2s.attention_backward(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
+    result: list[torch.Tensor | None] = [None] * len(tensors)
+    for place, need, grad in zip(order, wanted, found, strict=True):
+        result[place] = grad if need else None
+    return tuple(result)
+
+
+def reference_of(tensors: Tensors, options: Options) -> Tensors:
+    """The definition under the kernels' calling convention."""
+    query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed = tensors
+    left, right, bottom_right, dropout_p, scale, softcap = options
+    assert query is not None and key is not None and value is not None
+    keep = None
+    if seed is not None:
+        keep = keep_mask(seed, (*query.shape[:3], key.shape[2]), dropout_p)
+    # Autocast would round inside; the arguments have been cast already.
+    device = query.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
+        return reference.attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            left=left,
+            right=right,
+            bottom_right=bottom_right,
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            keep=keep,
+            scale=scale,
+            softcap=softcap,
+        )
+
+
+kernel = differentiable("attention", forward=_forward, backward=_backward, reference=reference_of)
