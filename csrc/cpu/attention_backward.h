@@ -66,6 +66,16 @@ struct AttentionBackward {
         value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
     }
     const int64_t group = p.heads / p.kv_heads;
+    Ahead ahead;
+    if (p.key_stride[3] == 1 && p.value_stride[3] == 1 && p.query_stride[3] == 1 && g.grad_out_stride[3] == 1) {
+      const int64_t last = kv * group + group - 1;
+      ahead.add(p.query, p.query_stride, b, last, p.batch, p.heads, p.time, p.width);
+      ahead.add(g.grad_out, g.grad_out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      if (p.out) ahead.add(static_cast<const S*>(p.out), p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
+      ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
+    }
+    ahead.begin(group * span.queries / attention_rows * ((span.keys + attention_block - 1) / attention_block));
     AttentionGradients<S> wanted = g;
     bool spoilt = false;
     for (bool clean : {false, true}) {
@@ -74,9 +84,9 @@ struct AttentionBackward {
       bool finite = true;
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
-          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
         else
-          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
       }
       if (finite && (!g.key || all_finite(count, width, key_sums, width))) break;
       wanted.bias = nullptr;  // has been added to, and was right: hidden keys have no part in it
@@ -122,7 +132,7 @@ struct AttentionBackward {
   // `spoilt` becomes true where a result of forward is not finite.
   template <bool EXTRA>
   static bool head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt) {
+                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width), kv = h / (p.heads / p.kv_heads);
     const int64_t row_begin = b * p.lse_stride[0] + h * p.lse_stride[1] + span.query_begin;
@@ -159,7 +169,7 @@ struct AttentionBackward {
       row.valid = n;
       for (int64_t i = begin; i < end; i += queries_at_once)
         block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
-                     key_sums + local * width, value_sums + local * value_width, slope_sum);
+                     key_sums + local * width, value_sums + local * value_width, slope_sum, ahead);
     }
     if (g.slopes) g.slopes[(part * p.batch + b) * p.heads + h] = hsum(slope_sum);
     if (!g.query) return true;
@@ -206,7 +216,7 @@ struct AttentionBackward {
   template <bool EXTRA>
   static void block(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
                     int64_t first, int64_t n, const Rows<T>& queries, const Rows<T>& grads, const Rows<T>& keys, const T* peaks,
-                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, Vec<T>& slope_sum) {
+                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, Vec<T>& slope_sum, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
     Hull hulls[groups_at_once];
@@ -215,6 +225,7 @@ struct AttentionBackward {
       Hull& hull = hulls[q / attention_rows];
       hull = hull_of<T>(span, p.left, p.right, i, i + rows - 1, at);
       if (hull.empty()) continue;
+      ahead.step();
       T *const weights = m.weights + q * attention_block, *const slopes = m.grads + q * attention_block;
       const int64_t columns = hull.end - hull.begin;
       attention_product<T>(rows, columns,
