@@ -251,8 +251,7 @@ class RecurrenceBackwardGroup {
     }
     if (p_.norm_c) {
       lstm_cell_again(n, gates, before, cell_);
-      std::memcpy(normed_, cell_, static_cast<size_t>(n) * sizeof(C));
-      const C scale = Products::normalise(n, normed_);
+      const C scale = Products::normalise(n, cell_, nullptr, nullptr, normed_);
       lstm_norm_gradients(n, normed_, p_.norm_c, p_.norm_b, o, dh, cell_, through_);
       if (p_.grad_norm_c) {
         std::memcpy(p_.grad_norm_c + at * n, through_, static_cast<size_t>(n) * sizeof(C));

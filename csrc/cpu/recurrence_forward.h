@@ -162,13 +162,9 @@ class RecurrenceForwardGroup {
     C* row = pre_;
     for (int64_t t = first; t < last; ++t)
       for (int64_t i = 0; i < present(t); ++i, row += p_.gate_units) {
-        const C scale = Products::normalise(p_.gate_units, row);
-        if (p_.normed) {
-          C* const keep = p_.normed + slot(t, i) * p_.normed_row();
-          std::memcpy(keep, row, static_cast<size_t>(p_.gate_units) * sizeof(C));
-          keep[2 * p_.gate_units] = scale;
-        }
-        multiply(p_.gate_units, p_.norm_ih, row);
+        C* const keep = p_.normed ? p_.normed + slot(t, i) * p_.normed_row() : nullptr;
+        const C scale = Products::normalise(p_.gate_units, row, p_.norm_ih, keep, row);
+        if (keep) keep[2 * p_.gate_units] = scale;
       }
   }
 
@@ -201,13 +197,9 @@ class RecurrenceForwardGroup {
     C* const extra = p_.extra ? p_.extra + slot * n : nullptr;
     C* const h = p_.weight_hr ? unprojected_ + row * n : h_ + row * n;
     if (p_.norm_hh) {
-      const C scale = Products::normalise(p_.gate_units, rec);
-      if (p_.normed) {
-        C* const keep = p_.normed + slot * p_.normed_row();
-        std::memcpy(keep + p_.gate_units, rec, static_cast<size_t>(p_.gate_units) * sizeof(C));
-        keep[2 * p_.gate_units + 1] = scale;
-      }
-      multiply(p_.gate_units, p_.norm_hh, rec);
+      C* const keep = p_.normed ? p_.normed + slot * p_.normed_row() : nullptr;
+      const C scale = Products::normalise(p_.gate_units, rec, p_.norm_hh, keep ? keep + p_.gate_units : nullptr, rec);
+      if (keep) keep[2 * p_.gate_units + 1] = scale;
     }
     const bool zoned = p_.zoneout.h > 0 && !p_.weight_hr;
     if (zoned) std::memcpy(before_h_, h, static_cast<size_t>(n) * sizeof(C));
@@ -219,8 +211,7 @@ class RecurrenceForwardGroup {
       if (p_.norm_c) {
         if (!gates) gates = rec;
         lstm_units<C>(n, pre, rec, p_.bias, c, nullptr, gates);
-        std::memcpy(normed_c_, c, static_cast<size_t>(n) * sizeof(C));
-        Products::normalise(n, normed_c_);
+        Products::normalise(n, c, nullptr, nullptr, normed_c_);
         lstm_output(n, normed_c_, p_.norm_c, p_.norm_b, gates + 3 * n, h);
       } else {
         lstm_units(n, pre, rec, p_.bias, c, h, gates);

@@ -26,6 +26,25 @@ S2S_INLINE void each_vector(int64_t n, const F& f) {
   if (j < n) f(PartVector<T>{n - j}, j);
 }
 
+// As each_vector, for sums: f also gets which of four accumulators takes this vector, so that additions needn't wait for one another.
+template <class T, class F>
+S2S_INLINE void each_vector_by_four(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 * lanes<T> <= n; j += 4 * lanes<T>) {
+    f(WholeVector<T>{}, j, 0);
+    f(WholeVector<T>{}, j + lanes<T>, 1);
+    f(WholeVector<T>{}, j + 2 * lanes<T>, 2);
+    f(WholeVector<T>{}, j + 3 * lanes<T>, 3);
+  }
+  for (; j + lanes<T> <= n; j += lanes<T>) f(WholeVector<T>{}, j, 0);
+  if (j < n) f(PartVector<T>{n - j}, j, 1);
+}
+
+template <class T>
+S2S_INLINE T total(const Vec<T> (&part)[4]) {
+  return hsum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
 template <class S>
 struct RowKernels {
   using C = compute_t<S>;
@@ -194,42 +213,45 @@ struct RecurrenceProducts {
     for (int v = 0; v < Count; ++v) at.put(to + v * lanes<C>, total[v]);
   }
 
-  // The mean of term(at, j) for j in [0, n), corrected by that of what is left: equal terms have their own value as mean, not one next to
+  // to = (from - mean) / deviation * weight, and the same without weight to `normed`; returns 1 / deviation. No weight: 1; normed may be
+  // null, to may be from. The mean is corrected by the mean of what is left: equal elements have their own value as mean, not one next to
   // it, whose difference a small deviation would blow up.
-  template <class F>
-  S2S_INLINE C mean_of(int64_t n, const F& term) {
-    const C first = total_of(n, term) / static_cast<C>(n);
-    return first + total_of(n, S2S_LAMBDA(auto at, int64_t j) { return term(at, j) - at.only(broadcast(first)); }) / static_cast<C>(n);
-  }
-  template <class F>
-  S2S_INLINE C total_of(int64_t n, const F& term) {
-    Vec<C> sum = {};
-    each_vector<C>(n, S2S_LAMBDA(auto at, int64_t j) { sum = sum + term(at, j); });
-    return hsum(sum);
-  }
-
-  // row becomes (row - mean) / deviation; returns 1 / deviation.
-  static C normalise(int64_t n, C* row) {
-    const C mean = mean_of(n, S2S_LAMBDA(auto at, int64_t j) { return at.get(row + j); });
-    Vec<C> squares = {};
+  static C normalise(int64_t n, const C* from, const C* weight, C* normed, C* to) {
+    const C size = static_cast<C>(n);
+    Vec<C> sum[4] = {}, left[4] = {}, squares[4] = {};
+    each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = sum[v] + at.get(from + j); });
+    const C about = total<C>(sum) / size;
     each_vector<C>(
         n, S2S_LAMBDA(auto at, int64_t j) {
-          const Vec<C> d = at.get(row + j) - at.only(broadcast(mean));
-          squares = fma(d, d, squares);
-          at.put(row + j, d);
+          const Vec<C> d = at.get(from + j) - at.only(broadcast(about));
+          left[v] = left[v] + d;
+          squares[v] = fma(d, d, squares[v]);
         });
-    const C variance = hsum(squares) / static_cast<C>(n);
+    const C correction = total<C>(left) / size, mean = about + correction;
+    const C variance = max(C(0), total<C>(squares) / size - correction * correction);
     const C scale = C(1) / vsqrt(broadcast(variance + static_cast<C>(1e-5)))[0];
-    each_vector<C>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) * scale); });
+    each_vector<C>(
+        n, S2S_LAMBDA(auto at, int64_t j) {
+          const Vec<C> value = (at.get(from + j) - mean) * scale;
+          if (normed) at.put(normed + j, value);
+          at.put(to + j, weight ? value * at.get(weight + j) : value);
+        });
     return scale;
   }
 
   // The gradient of the row before normalise from that of normed * weight: scale (g - mean(g) - normed mean(g normed)), g = grad weight.
   static void normalise_gradient(int64_t n, const C* grad, const C* weight, const C* normed, C scale, C* to) {
-    const C mean = mean_of(n, S2S_LAMBDA(auto at, int64_t j) { return at.get(grad + j) * at.get(weight + j); });
-    const C slope = total_of(
-                        n, S2S_LAMBDA(auto at, int64_t j) { return at.get(grad + j) * at.get(weight + j) * at.get(normed + j); }) /
-                    static_cast<C>(n);
+    const C size = static_cast<C>(n);
+    Vec<C> sum[4] = {}, left[4] = {}, product[4] = {};
+    each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = fma(at.get(grad + j), at.get(weight + j), sum[v]); });
+    const C about = total<C>(sum) / size;
+    each_vector<C>(
+        n, S2S_LAMBDA(auto at, int64_t j) {
+          const Vec<C> g = at.get(grad + j) * at.get(weight + j);
+          left = left + (g - at.only(broadcast(about)));
+          product = fma(g, at.get(normed + j), product);
+        });
+    const C mean = about + total<C>(left) / size, slope = total<C>(product) / size;
     each_vector<C>(
         n, S2S_LAMBDA(auto at, int64_t j) {
           const Vec<C> g = at.get(grad + j) * at.get(weight + j);

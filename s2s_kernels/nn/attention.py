@@ -99,6 +99,8 @@ class MultiheadAttention(Layer):
             out (as query) and the weights, (B, T, S) or (B, H, T, S), without B of a single sequence; None unless
             need_weights.
         """
+        if isinstance(query, torch.Tensor) and query.is_nested and query is key and key is value:
+            return self._forward_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
         batched = self._checked(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise ValueError("MultiheadAttention: attn_mask must be given beside is_causal, got None")
@@ -135,6 +137,30 @@ class MultiheadAttention(Layer):
         if not batched:
             result, weights = result[0], None if weights is None else weights[0]
         return result, weights
+
+    def _forward_nested(
+        self,
+        x: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        need_weights: bool,
+        attn_mask: torch.Tensor | None,
+        average_attn_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Self-attention over a nested tensor, into which `nn.TransformerEncoder` makes a padded batch in evaluation,
+        by way of the padded one; the weights are padded."""
+        for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if given is not None:
+                raise ValueError(f"MultiheadAttention: {name} must be None beside a nested query, got a tensor")
+        lengths = [sequence.shape[0] for sequence in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        absent = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        if not self.batch_first:
+            raise ValueError("MultiheadAttention: batch_first must be True for a nested query, got False")
+        out, weights = self.forward(
+            padded, padded, padded, absent, need_weights, average_attn_weights=average_attn_weights
+        )
+        sequences = [row[:length] for row, length in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(sequences, layout=x.layout), weights
 
     def merge_masks(
         self, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, query: torch.Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layer import Layer
 from .recurrence import GRU, LSTM, RNN
@@ -20,10 +21,22 @@ SWAPS: dict[type[nn.Module], type[Layer]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
     nn.RNNCell: RNNCell,
+    nn.MultiheadAttention: MultiheadAttention,
 }
 # The weights of a layer that may be absent or None; RNNBase lists its own.
 _WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.RNNCellBase: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    nn.MultiheadAttention: (
+        "in_proj_weight",
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "in_proj_bias",
+        "bias_k",
+        "bias_v",
+        "out_proj.weight",
+        "out_proj.bias",
+    ),
 }
 _FAMILIES = (*SWAPS, nn.RNNBase, nn.RNNCellBase)  # whose subclasses a report names
 
@@ -96,12 +109,12 @@ class PatchReport:
 
 
 def patch(model: nn.Module, *, only: Only = None, dry_run: bool = False) -> PatchReport:
-    """Makes torch's recurrent layers inside a model ours, in place: the same objects with the same Parameters and
-    hooks, so optimizers, references and checkpoints keep working.
+    """Makes torch's recurrent and attention layers inside a model ours, in place: the same objects with the same
+    Parameters and hooks, so optimizers, references and checkpoints keep working.
 
-    Only modules whose class is exactly torch's `LSTM`, `GRU`, `RNN` or a cell of these, with plain Parameters, are
-    swapped; the report names every other one that looks like them, and why it was left. Afterwards
-    `isinstance(layer, torch.nn.LSTM)` is False.
+    Only modules whose class is exactly torch's `LSTM`, `GRU`, `RNN`, a cell of these or `MultiheadAttention`, with
+    plain Parameters, are swapped; the report names every other one that looks like them, and why it was left.
+    Afterwards `isinstance(layer, torch.nn.LSTM)` is False.
 
     Args:
         model: any module, which may itself be such a layer.

@@ -121,16 +121,85 @@ def test_gradients_of_a_patched_model(model):
 
 @pytest.mark.parametrize("before", SWAPS, ids=lambda kind: kind.__name__)
 def test_a_root_module(before):
-    layer = before(5, 7).eval()
-    inputs = torch.randn(6, 3, 5)[0] if before.__name__.endswith("Cell") else torch.randn(6, 3, 5)
-    expected, text = layer(inputs), repr(layer)
+    attention, cell = before is nn.MultiheadAttention, before.__name__.endswith("Cell")
+    layer = (before(6, 2) if attention else before(6, 7)).eval()
+    x = torch.randn(3, 6) if cell else torch.randn(5, 3, 6)
+    inputs = (x, x, x) if attention else (x,)
+    expected, text = layer(*inputs), repr(layer)
     report = s2s.patch(layer)
     assert type(layer) is SWAPS[before] and repr(layer) == text
     assert "the model itself" in str(report) and report.swapped[0].name == ""
-    torch.testing.assert_close(layer(inputs), expected)
+    torch.testing.assert_close(layer(*inputs), expected)
     assert not isinstance(layer, before)
     assert s2s.unpatch(layer) == ("",)
-    torch.testing.assert_close(layer(inputs), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer(*inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["plain", "with bias_kv, kdim and vdim"])
+def test_state_of_a_patched_attention(add):
+    options = {"add_bias_kv": True, "kdim": 4, "vdim": 5} if add else {"bias": False}
+    layer = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+    inputs = torch.randn(3, 5, 6), torch.randn(3, 7, layer.kdim), torch.randn(3, 7, layer.vdim)
+    expected, state = layer(*inputs), {name: value.clone() for name, value in layer.state_dict().items()}
+    assert len(s2s.patch(layer).swapped) == 1
+    torch.testing.assert_close(layer(*inputs), expected)
+    assert list(layer.state_dict()) == list(state)
+    s2s.nn.MultiheadAttention(6, 2, batch_first=True, **options).load_state_dict(state, strict=True)
+
+
+def test_transformer(monkeypatch):
+    model = nn.Transformer(8, 2, 2, 1, 16, dropout=0.0, batch_first=True)
+    source, target = torch.randn(3, 6, 8), torch.randn(3, 5, 8)
+    padding = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None]
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+
+    def run():
+        return model(source, target, tgt_mask=causal, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+
+    def called():
+        """What a hook would tell; but torch's fast path is off where there are hooks."""
+        names, forward = [], s2s.nn.MultiheadAttention.forward
+        known = {id(module): name for name, module in model.named_modules()}
+
+        def spied(self, *args, **kwargs):
+            names.append(known[id(self)])
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(s2s.nn.MultiheadAttention, "forward", spied)
+        output = run()
+        monkeypatch.undo()
+        return output, names
+
+    expected = run()
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    report = s2s.patch(model)
+    encoder, decoder = (
+        [f"encoder.layers.{i}.self_attn" for i in range(2)],
+        ["decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn"],
+    )
+    assert [s.name for s in report.swapped] == encoder + decoder
+    assert [entry.name for entry in report.bypassed] == ["encoder.layers.0", "encoder.layers.1"]
+    assert "in evaluation without gradients its fast path never calls its self_attn" in str(report)
+    output, names = called()
+    torch.testing.assert_close(output, expected)
+    assert names == encoder + decoder
+    for a, b in zip(torch.autograd.grad(output.square().sum(), list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    model.eval()
+    with torch.no_grad():
+        output, names = called()
+    torch.testing.assert_close(output, expected)
+    assert names == decoder  # what the report says: the encoder's attention is bypassed
+    hooked = []
+    hook = model.encoder.layers[1].self_attn.register_forward_hook(lambda *call: hooked.append(call))
+    with torch.no_grad():  # a hook turns the fast path off, and the layer hands its attention a nested tensor
+        torch.testing.assert_close(run(), expected)
+    assert len(hooked) == 1 and hooked[0][1][0].is_nested
+    hook.remove()
+    assert s2s.patch(model).bypassed == report.bypassed
+    s2s.unpatch(model)
+    assert s2s.patch(model, only=nn.LSTM).bypassed == ()
+    torch.testing.assert_close(run(), expected)
 
 
 def test_converted_while_patched(model):
@@ -267,7 +336,14 @@ def with_another_forward():
     return layer
 
 
+def with_a_parametrised_projection():
+    layer = nn.MultiheadAttention(4, 2)
+    weight_norm(layer.out_proj)
+    return layer
+
+
 LEFT = {
+    "projection parametrised": (with_a_parametrised_projection, "out_proj.weight is no plain Parameter"),
     "subclass": (lambda: Subclass(4, 6), "subclass of torch.nn.LSTM"),
     "subclass of the base": (lambda: OwnBase("GRU", 4, 6), "subclass of torch.nn.RNNBase"),
     "parametrised": (
@@ -291,15 +367,16 @@ def test_left_with_a_reason(name):
     kind = type(odd)
     model = nn.ModuleDict({"odd": odd, "plain": nn.GRU(4, 6)})
     x = torch.randn(5, 3, 4) if name == "quantised" else torch.randn(5, 4)
+    inputs = (x, x, x) if isinstance(odd, nn.MultiheadAttention) else (x,)
     runs = kind is not OwnBase
-    expected = odd(x) if runs else None
+    expected = odd(*inputs) if runs else None
     report = s2s.patch(model)
     assert [s.name for s in report.swapped] == ["plain"]
     assert [(entry.name, entry.type) for entry in report.left] == [("odd", kind)]
     assert reason in report.left[0].reason and reason in str(report) and "left odd" in str(report)
     assert type(odd) is kind
     if runs:
-        for a, b in zip(outputs_of(odd(x)), outputs_of(expected), strict=True):
+        for a, b in zip(outputs_of(odd(*inputs)), outputs_of(expected), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert s2s.unpatch(model) == ("plain",) and type(odd) is kind
 

@@ -354,6 +354,37 @@ def test_lengths_equal_packed_sequences(kind, batch_first, dtype):
     same_function(by_packing, ours, (x, state), lengths=lengths)
 
 
+@given(
+    kind=st.sampled_from(KINDS),
+    num_layers=st.integers(1, 2),
+    batch_first=st.booleans(),
+    bidirectional=st.booleans(),
+    projected=st.booleans(),
+    given_state=st.booleans(),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    gap=st.integers(0, 2),
+)
+def test_lengths_and_packed_sequences_over_options(
+    kind, num_layers, batch_first, bidirectional, projected, given_state, lengths, gap
+):
+    draw = Draw(torch.float64)
+    options = {"proj_size": 2} if projected and kind == "LSTM" else {}
+    options |= {"batch_first": batch_first, "bidirectional": bidirectional}
+    theirs, ours = pair(kind, 3, 5, num_layers, **options)
+    batch, time, lengths = len(lengths), max(lengths) + gap, torch.tensor(lengths)
+    x = draw(batch, time, 3) if batch_first else draw(time, batch, 3)
+    state = state_of(theirs, batch, draw) if given_state else None
+    expected, final = theirs(packed(x, lengths, batch_first), state)
+    result, ours_final = ours(packed(x, lengths, batch_first), state)
+    same_packed(result, expected)
+    padded = packing.pad_packed_sequence(expected, batch_first, total_length=time)[0]
+    by_lengths, last = ours(x, state, lengths=lengths)
+    torch.testing.assert_close(by_lengths, padded)
+    for a, b, c in zip(outputs_of(ours_final), outputs_of(last), outputs_of(final), strict=True):
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(b, c)
+
+
 def test_a_sequence_of_length_0_and_what_lies_beyond_a_length():
     draw = Draw(torch.float64)
     layer = s2s.nn.GRU(4, 6, 2, batch_first=True, bidirectional=True, dtype=torch.float64)
