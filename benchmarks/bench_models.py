@@ -20,7 +20,7 @@ from .twins import from_built_ins
 QUICK = (32, 128, 512, 1024, 2048)
 TURNS = 8  # in which the families train, one after another
 HELD_OUT = 2**15  # tokens of an evaluation, at most
-# A rate at which each family learns well: the best of 1e-3, 2e-3, 4e-3 over a minute on the default text.
+# Among powers of two times 1e-3, where each family had learnt most after 80 steps on the default text.
 LEARNING_RATE = {"lstm": 4e-3, "tcn": 2e-3, "transformer": 2e-3}
 
 

@@ -23,14 +23,15 @@ class LSTMLanguageModel(nn.Module):
         self,
         vocabulary: int = 256,
         embedding_size: int = 128,
-        hidden_size: int = 232,
-        num_layers: int = 2,
+        hidden_size: int = 368,
+        num_layers: int = 1,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_size)
         self.dropout = nn.Dropout(dropout)
-        self.lstm = LSTM(embedding_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
+        between = dropout if num_layers > 1 else 0.0
+        self.lstm = LSTM(embedding_size, hidden_size, num_layers, batch_first=True, dropout=between)
         self.output = nn.Linear(hidden_size, vocabulary)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def test_counts_of_the_models_follow_their_layers():
 
     width, time = 128, 16
     amount = {name: work.language_model(name, 1, time, build()) for name, build in LANGUAGE_MODELS.items()}
-    assert amount["lstm"].flops == 8 * time * 232 * (128 + 232 + 2 * 232) + 2 * time * 232 * 256
+    assert amount["lstm"].flops == 8 * time * 368 * (128 + 368) + 2 * time * 368 * 256
     assert amount["tcn"].flops == time * (16 * 2 * 3 * width**2 + 2 * width * 256)
     attended = 4 * width * time * (time + 1) / 2
     assert amount["transformer"].flops == 4 * (24 * time * width**2 + attended) + 2 * time * width * 256

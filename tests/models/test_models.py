@@ -29,7 +29,7 @@ def count(model):
 
 def test_the_families_are_equal_in_parameters_within_a_tenth():
     counts = {name: count(build()) for name, build in LANGUAGE_MODELS.items()}
-    assert counts == {"lstm": 860800, "tcn": 856320, "transformer": 859136}
+    assert counts == {"lstm": 860288, "tcn": 856320, "transformer": 859136}
     assert max(counts.values()) <= 1.1 * min(counts.values())
 
 
