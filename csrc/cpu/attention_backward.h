@@ -274,7 +274,7 @@ struct AttentionBackward {
                                 int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads,
                                 Vec<T>& slope_sum) {
     for (int64_t c = 0; c < hull.begin; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
-    for (int64_t c = hull.end; c < attention_block; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
+    for (int64_t c = hull.end; c < row.valid; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     if (p.dropout)
       dropout_factors<T>(p.seed0, p.seed1, 0, (b * p.heads + h) * p.time + i, at + hull.begin, hull.end - hull.begin, p.threshold,
                          static_cast<T>(p.kept), m.factors + hull.begin);

@@ -483,4 +483,10 @@ def test_explains_its_choice():
     explanation = s2s.explain(s2s.attention, query, query, query, causal=True)
     assert explanation.backend == ("cpu" if dispatch.extension_missing is None else "reference")
     assert "no triton kernel" in explanation.reasons["triton"]
+    for options in (
+        {}, {"causal": True}, {"mask": draw.mask(4, 4)}, {"dropout_p": 0.5}, {"softcap": 1.0}, {"return_lse": True},
+    ):  # fmt: skip
+        reason = s2s.explain(s2s.attention, query, query, query, **options).reasons["torch"]
+        with s2s.use_backend("torch"), pytest.raises(NotImplementedError, match=reason):
+            s2s.attention(query, query, query, **options)
     assert s2s.explain(s2s.scaled_dot_product_attention, query, query, query).backend == explanation.backend

@@ -21,9 +21,29 @@ class Call:
 
     tensors: autograd.Tensors
     options: autograd.Options
+    with_lse: bool
 
 
-OPERATOR = dispatch.register("attention", cpu=lambda call: None)
+def _torch_gap(call: Call) -> str | None:
+    """Why torch's own kernels don't serve a call: they'd break the contract, or they are no faster."""
+    tensors, (left, right, _, dropout_p, _, softcap) = call.tensors, call.options
+    _, _, _, mask, bias, query_lengths, key_lengths, alibi_slopes = tensors
+    if mask is not None or bias is not None or query_lengths is not None or key_lengths is not None:
+        return "torch's kernel lets what is not finite in a hidden key reach the rows that don't see it"
+    if left is not None or right is not None:
+        return "torch's kernel has no windows and no bottom-right diagonal, and its causal mask skips only large blocks"
+    if alibi_slopes is not None or softcap is not None:
+        return "torch's kernel has no slopes and no softcap"
+    if dropout_p > 0:
+        return "torch's kernel draws another dropout mask than the other backends"
+    if call.with_lse:
+        return "torch's kernel has no differentiable lse"
+    return (
+        "torch's kernel has no second derivative, and was measured as no more than a few percent faster at any length"
+    )
+
+
+OPERATOR = dispatch.register("attention", cpu=lambda call: None, torch=_torch_gap)
 
 
 def attention(
@@ -114,7 +134,7 @@ def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool)
     """Chooses a backend for checked arguments, in the order of autograd.py less the seed, which is drawn here."""
     query = tensors[0]
     assert query is not None
-    backend = dispatch.choose(OPERATOR, query.device, Call(tensors, options))
+    backend = dispatch.choose(OPERATOR, query.device, Call(tensors, options, with_lse))
     seed = draw_seed(query.device) if options[3] > 0 else None
     tensors = (*tensors, seed)
     if backend == "reference" or dispatch.transformed(*tensors):

@@ -85,8 +85,7 @@ def attention(
     q = query.to(dtype)
     group = heads // kv_heads if kv_heads else 1  # query head h reads key head h // group
     k, v = (
-        x.to(dtype)[:, :, None].expand(batch, kv_heads, group, source, x.shape[3]).flatten(1, 2)
-        for x in (key, value)
+        x.to(dtype)[:, :, None].expand(batch, kv_heads, group, source, x.shape[3]).flatten(1, 2) for x in (key, value)
     )
     scores = _clean(q) @ _clean(k).transpose(2, 3) + torch.where(
         visible, _taint(q)[..., None] + _taint(k)[:, :, None], 0
