@@ -111,7 +111,7 @@ class Call {
     const int64_t rows = tile();
     return 5 * Workspace::bytes<C>(rows * table_stride()) + Workspace::bytes<int32_t>(rows * table_stride()) +
            2 * Workspace::bytes<C>(rows * scores_row()) + Workspace::bytes<C>(scores_row()) +
-           Workspace::bytes<C>(rows * std::max(p.width, p.values)) + Workspace::bytes<C>(p.width) +
+           Workspace::bytes<C>(rows * std::max(p.width, p.values)) + Workspace::bytes<C>(3 * p.width) +
            Workspace::bytes<C>(product_size(backward));
   }
 
@@ -128,7 +128,7 @@ class Call {
     s.queries.weighted_slope = take(queries), s.queries.weighted_offset = take(queries);
     s.scores_row = scores_row();
     s.scores = take(rows * s.scores_row), s.gradient = take(rows * s.scores_row), s.factors = take(s.scores_row);
-    s.rows = take(rows * std::max(p.width, p.values)), s.line = take(p.width), s.product = take(product_size(backward));
+    s.rows = take(rows * std::max(p.width, p.values)), s.line = take(3 * p.width), s.product = take(product_size(backward));
     s.queries.side = reinterpret_cast<int32_t*>(at);
     return s;
   }

@@ -69,7 +69,7 @@ struct AdditiveScratch {
   C *scores, *gradient;  // the second for backward only
   C* factors;            // (scores_row) of dropout
   C* rows;               // (query_rows, max(A, Dv))
-  C* line;               // (A), for backward only
+  C* line;               // (3 A), for backward only
   C* product;            // the workspace of gemm
 };
 

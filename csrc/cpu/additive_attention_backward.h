@@ -20,7 +20,7 @@ S2S_INLINE void reciprocals(const Vec<C> (&d)[V], Vec<C> (&u)[V]) {
 template <class C, int V>
 S2S_INLINE void gradient_vectors(int64_t rows, const C* table, const QueryTable<C>& q, int64_t at, const C* gradient, int64_t gradient_row,
                                  C* key, Vec<C>* query, Vec<C>& weight) {
-  Vec<C> to_key[V], to_weight = weight;
+  Vec<C> to_key[V], to_weight{};
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) to_key[v] = load(key + v * lanes<C>);
   for (int64_t i = 0; i < rows; ++i, at += q.stride) {
@@ -36,18 +36,20 @@ S2S_INLINE void gradient_vectors(int64_t rows, const C* table, const QueryTable<
       n[v] = fma(slope, p, offset);
     }
     reciprocals<C, V>(d, u);
+    Vec<C> of_row{};  // short sums first: a long one loses digits
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec<C> g = load(line + v * lanes<C>), t = n[v] * u[v], slack = fma(-t, t, broadcast(C(1)));
       to_key[v] = fma(g, slack, to_key[v]);
       to_query = fma(g, slack, to_query);
-      to_weight = fma(g, t, to_weight);
+      of_row = fma(g, t, of_row);
     }
+    to_weight = to_weight + of_row;
     query[i] = to_query;
   }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store(key + v * lanes<C>, to_key[v]);
-  weight = to_weight;
+  weight = weight + to_weight;
 }
 
 // A tile of rows against one block of the table. grad_key (A, key_block), grad_query (rows, A) and grad_weight (A) are added to; the first
@@ -144,18 +146,27 @@ void score_gradients(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
     flag_rows(p.query.at(b, begin), p.query.row, rows, p.width, apart);
     for (int64_t i = 0; i < rows; ++i) any |= apart[i] != 0;
   }
-  for (int64_t j = 0; j < n; ++j) {
-    const bool outlier = !p.table || p.outlier[b * p.keys + j];
-    if (!outlier && !any) continue;
-    for (int64_t a = 0; a < p.width; ++a) s.line[a] = C(0);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (!(outlier || apart[i]) || !visible(p, b, begin + i, j)) continue;
-      gradient_exactly(p.width, p.query.at(b, begin + i), p.key.at(b, j), s.gradient[i * s.scores_row + j], grad_query + i * p.width,
-                       s.line, grad_weight);
-      s.gradient[i * s.scores_row + j] = C(0);
+  C *const to_weight = s.line + p.width, *const of_block = to_weight + p.width;  // short sums first: a long one loses digits
+  for (int64_t at = 0; at * key_block < n; ++at) {
+    bool used = false;
+    for (int64_t j = at * key_block; j < min(n, (at + 1) * key_block); ++j) {
+      const bool outlier = !p.table || p.outlier[b * p.keys + j];
+      if (!outlier && !any) continue;
+      for (int64_t a = 0; a < (used ? 2 : 3) * p.width; ++a) s.line[a] = C(0);
+      used = true;
+      for (int64_t i = 0; i < rows; ++i) {
+        if (!(outlier || apart[i]) || !visible(p, b, begin + i, j)) continue;
+        gradient_exactly(p.width, p.query.at(b, begin + i), p.key.at(b, j), s.gradient[i * s.scores_row + j], grad_query + i * p.width,
+                         s.line, to_weight);
+        s.gradient[i * s.scores_row + j] = C(0);
+      }
+      C* const column = grad_key + at * p.width * key_block + j % key_block;
+      for (int64_t a = 0; a < p.width; ++a) {
+        column[a * key_block] += s.line[a];
+        of_block[a] += to_weight[a];
+      }
     }
-    C* const column = grad_key + j / key_block * p.width * key_block + j % key_block;
-    for (int64_t a = 0; a < p.width; ++a) column[a * key_block] += s.line[a];
+    for (int64_t a = 0; used && a < p.width; ++a) grad_weight[a] += of_block[a];
   }
   if (!p.table) return;
   for (int64_t i = 0; i < rows && any; ++i) {
