@@ -230,12 +230,12 @@ struct Needs {
 
 // Bias's gradient in bias's dtype from sums in the dtype of computation.
 template <class T>
-void convert_bias(FloatType type, const T* sums, int64_t n, int64_t parts, const Tensor& to) {
+void convert_bias(FloatType type, const T* sums, int64_t n, const Tensor& to) {
   const auto convert = [&](auto zero) {
     using B = decltype(zero);
     B* const out = mutable_data<B>(to);
     const auto add = S2S_SELECT(add_up<T, B>);
-    parallel(n, 1 << 14, [&](int64_t begin, int64_t end) { add(sums, n, parts, begin, end, out); });
+    parallel(n, 1 << 14, [&](int64_t begin, int64_t end) { add(sums, n, 1, begin, end, out); });
   };
   switch (type) {
     case FloatType::float64:
@@ -304,16 +304,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   const int64_t heads = over_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
   const int64_t blocks = (p.source + attention_block - 1) / attention_block, tasks = std::max<int64_t>(1, batches * heads);
   g.parts = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, blocks / 4));
-  Workspace bias_sums(needs.bias ? Workspace::bytes<T>(grad_bias.numel() * g.parts) : 0);
-  bool converts = false;
+  const bool converts = needs.bias && bias_type != scalar_type_of<T>;
+  Workspace bias_sums(converts ? Workspace::bytes<T>(grad_bias.numel()) : 0);
   if (needs.bias) {
-    const int64_t n = grad_bias.numel();
     for (int i = 0; i < 4; ++i) g.bias_stride[i] = grad_bias.size(i) == 1 ? 0 : grad_bias.stride(i);
-    const int64_t copies = g.bias_stride[3] == 0 ? g.parts : 1;
-    converts = copies > 1 || bias_type != scalar_type_of<T>;
-    g.bias_part = copies > 1 ? n : 0;
-    g.bias = converts ? bias_sums.take<T>(n * copies) : mutable_data<T>(grad_bias);
-    parallel(n * copies, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(g.bias + begin, g.bias + end, T(0)); });
+    g.bias = converts ? bias_sums.take<T>(grad_bias.numel()) : mutable_data<T>(grad_bias);
+    parallel(grad_bias.numel(), 1 << 16, [&](int64_t begin, int64_t end) { std::fill(g.bias + begin, g.bias + end, T(0)); });
   }
   const int64_t width = (p.width + 15) / 16 * 16, rows = p.batch * p.heads * p.time;
   const bool dealt = needs.query && g.parts > 1;
@@ -334,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
     const auto add = S2S_SELECT(AttentionBackward<S>::add_parts);
     parallel(rows, 64, [&](int64_t begin, int64_t end) { add(p, g, begin, end); });
   }
-  if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), g.bias_part ? g.parts : 1, grad_bias);
+  if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), grad_bias);
   if (needs.slopes) {
     const int64_t per_head = grad_slopes.dim() == 2 ? 1 : p.batch, n = grad_slopes.numel();
     S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));

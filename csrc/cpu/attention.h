@@ -57,7 +57,7 @@ struct AttentionGradients {
   int64_t query_stride[2], key_stride[2], value_stride[2];  // of the batch and the heads
   int64_t query_row, key_row, value_row;
   compute_t<S>* bias;  // sums, starting at 0, with bias's sizes and strides of 0 where it is broadcast
-  int64_t bias_stride[4], bias_part;
+  int64_t bias_stride[4];
   compute_t<S>* slopes;  // (parts, B, H)
   // The keys are dealt to parts, which share no result but the gradient of queries: of that each has sums of its own.
   int64_t parts;

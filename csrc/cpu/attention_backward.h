@@ -66,6 +66,16 @@ struct AttentionBackward {
         value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
     }
     const int64_t group = p.heads / p.kv_heads;
+    Ahead ahead;
+    if (p.key_stride[3] == 1 && p.value_stride[3] == 1 && p.query_stride[3] == 1 && g.grad_out_stride[3] == 1) {
+      const int64_t last = kv * group + group - 1;
+      ahead.add(p.query, p.query_stride, b, last, p.batch, p.heads, p.time, p.width);
+      ahead.add(g.grad_out, g.grad_out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      if (p.out) ahead.add(static_cast<const S*>(p.out), p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
+      ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
+    }
+    ahead.begin(group * span.queries / attention_rows * ((span.keys + attention_block - 1) / attention_block));
     AttentionGradients<S> wanted = g;
     bool spoilt = false;
     for (bool clean : {false, true}) {
@@ -74,9 +84,9 @@ struct AttentionBackward {
       bool finite = true;
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
-          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
         else
-          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt);
+          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
       }
       if (finite && (!g.key || all_finite(count, width, key_sums, width))) break;
       wanted.bias = nullptr;  // has been added to, and was right: hidden keys have no part in it
@@ -122,7 +132,7 @@ struct AttentionBackward {
   // `spoilt` becomes true where a result of forward is not finite.
   template <bool EXTRA>
   static bool head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt) {
+                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width), kv = h / (p.heads / p.kv_heads);
     const int64_t row_begin = b * p.lse_stride[0] + h * p.lse_stride[1] + span.query_begin;
@@ -131,8 +141,8 @@ struct AttentionBackward {
     const Rows<T> queries =
         prepare_rows(span.queries, p.width, p.query + b * p.query_stride[0] + h * p.query_stride[1] + span.query_begin * p.query_stride[2],
                      p.query_stride[2], p.query_stride[3], m.query_copies, flags);
-    const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, shares, p.wide_out, spoilt)
-                                     : upstream(p, g, m, b, h, shares, static_cast<const S*>(p.out), spoilt);
+    const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, part, shares, p.wide_out, spoilt)
+                                     : upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), spoilt);
     S* const grad_query = g.query ? g.query + b * g.query_stride[0] + h * g.query_stride[1] + span.query_begin * g.query_row : nullptr;
     T* query_sums = g.query_parts ? g.query_parts + ((part * p.batch + b) * p.heads + h) * p.time * width : m.query_sums;
     bool in_place = false;
@@ -159,7 +169,7 @@ struct AttentionBackward {
       row.valid = n;
       for (int64_t i = begin; i < end; i += queries_at_once)
         block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
-                     key_sums + local * width, value_sums + local * value_width, part, slope_sum);
+                     key_sums + local * width, value_sums + local * value_width, slope_sum, ahead);
     }
     if (g.slopes) g.slopes[(part * p.batch + b) * p.heads + h] = hsum(slope_sum);
     if (!g.query) return true;
@@ -170,8 +180,8 @@ struct AttentionBackward {
 
   // The incoming gradient, with nothing in the rows that see no key, and delta.
   template <class O>
-  static Rows<T> upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, const T* shares,
-                          const O* all_out, bool& spoilt) {
+  static Rows<T> upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                          const T* shares, const O* all_out, bool& spoilt) {
     const AttentionSpan& span = p.spans[b];
     const S* const from = g.grad_out + b * g.grad_out_stride[0] + h * g.grad_out_stride[1] + span.query_begin * g.grad_out_stride[2];
     Rows<T> grads = prepare_rows(span.queries, p.value_width, from, g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies);
@@ -185,8 +195,13 @@ struct AttentionBackward {
       if (c < p.value_width) sum = fma(load(grads.data + i * grads.row + c), load_partial(row + c, p.value_width - c), sum);
       T delta = hsum(sum);
       if (delta * T(0) != T(0)) (shares[i] == T(0) ? dead : spoilt) = true;
-      if (g.grad_lse)
-        delta -= g.grad_lse[b * g.grad_lse_stride[0] + h * g.grad_lse_stride[1] + (span.query_begin + i) * g.grad_lse_stride[2]];
+      const T grad_lse =
+          g.grad_lse ? g.grad_lse[b * g.grad_lse_stride[0] + h * g.grad_lse_stride[1] + (span.query_begin + i) * g.grad_lse_stride[2]]
+                     : T(0);
+      // A bias that is the same for all keys moves nothing but lse.
+      if (g.bias && !g.bias_stride[3] && part == 0 && shares[i] != T(0))
+        g.bias[b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2]] += delta * T(0) + grad_lse;
+      delta -= grad_lse;
       m.delta[i] = delta;
     }
     if (dead) {
@@ -201,7 +216,7 @@ struct AttentionBackward {
   template <bool EXTRA>
   static void block(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
                     int64_t first, int64_t n, const Rows<T>& queries, const Rows<T>& grads, const Rows<T>& keys, const T* peaks,
-                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, int64_t part, Vec<T>& slope_sum) {
+                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, Vec<T>& slope_sum, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
     Hull hulls[groups_at_once];
@@ -210,6 +225,7 @@ struct AttentionBackward {
       Hull& hull = hulls[q / attention_rows];
       hull = hull_of<T>(span, p.left, p.right, i, i + rows - 1, at);
       if (hull.empty()) continue;
+      ahead.step();
       T *const weights = m.weights + q * attention_block, *const slopes = m.grads + q * attention_block;
       const int64_t columns = hull.end - hull.begin;
       attention_product<T>(rows, columns,
@@ -226,7 +242,7 @@ struct AttentionBackward {
           m.extras.point(p, b, h, i + r, at, row);
         }
         differentiate<EXTRA>(p, g, m, b, h, i + r, at, row, hull, peaks[i + r], shares[i + r], m.delta[i + r],
-                             weights + r * attention_block, slopes + r * attention_block, part, slope_sum);
+                             weights + r * attention_block, slopes + r * attention_block, slope_sum);
       }
       if (g.query)
         attention_product<T>(rows, width,
@@ -256,7 +272,7 @@ struct AttentionBackward {
   template <bool EXTRA>
   S2S_INLINE void differentiate(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t i,
                                 int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads,
-                                int64_t part, Vec<T>& slope_sum) {
+                                Vec<T>& slope_sum) {
     for (int64_t c = 0; c < hull.begin; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     for (int64_t c = hull.end; c < attention_block; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     if (p.dropout)
@@ -265,13 +281,13 @@ struct AttentionBackward {
     const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
     T* bias = nullptr;
     if constexpr (EXTRA) {
-      if (g.bias)
-        bias = g.bias + part * g.bias_part + b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
-      if (bias && g.bias_stride[2] && g.bias_stride[3])
+      if (g.bias && g.bias_stride[3])
+        bias = g.bias + b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
+      if (bias && g.bias_stride[2])
         for (int64_t c = 0; c < attention_block; c += 64 / static_cast<int64_t>(sizeof(T)))
           __builtin_prefetch(bias + 6 * g.bias_stride[2] + c, 1);
     }
-    Vec<T> bias_sum = {}, row_slope_sum = {};
+    Vec<T> row_slope_sum = {};
     const T level = peak == -std::numeric_limits<T>::infinity() ? T(0) : peak;
     for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
       Vec<T> slowed;
@@ -287,24 +303,17 @@ struct AttentionBackward {
       grad = select(s == hidden, Vec<T>{}, weight * (grad - delta));
       if constexpr (EXTRA) {
         if (bias) {
-          if (g.bias_stride[3]) {
-            if (c + lanes<T> <= row.valid)
-              store(bias + c, load(bias + c) + grad);
-            else
-              store_partial(bias + c, load_partial(bias + c, row.valid - c) + grad, row.valid - c);
-          } else {
-            bias_sum = bias_sum + grad;
-          }
+          if (c + lanes<T> <= row.valid)
+            store(bias + c, load(bias + c) + grad);
+          else
+            store_partial(bias + c, load_partial(bias + c, row.valid - c) + grad, row.valid - c);
         }
         if (g.slopes) row_slope_sum = row_slope_sum - grad * vabs(iota<T>() + (row.distance + static_cast<T>(c)));
         if (row.capped) grad = select(s == hidden, Vec<T>{}, grad * (T(1) - slowed * slowed));
       }
       store(grads + c, grad * row.scale);
     }
-    if constexpr (EXTRA) {
-      if (bias && !g.bias_stride[3]) *bias += hsum(bias_sum);
-      slope_sum = slope_sum + row_slope_sum;
-    }
+    slope_sum = slope_sum + row_slope_sum;
   }
 };
 

@@ -23,7 +23,7 @@ struct AttentionForward {
     m.query_copies = pieces.take<T>(queries_at_once * width);
     m.key_copies = pieces.take<T>(attention_block * width);
     m.out = pieces.take<T>(queries_at_once * value_width);
-    m.sums = pieces.take<T>(queries_at_once * lanes<T>);
+    m.sums = pieces.take<T>(queries_at_once * (lanes<T> + 1) + lanes<T>);
     m.peaks = pieces.take<T>(queries_at_once);
     m.scores = pieces.take<T>(attention_rows * attention_block);
     m.factors = pieces.take<T>(attention_block);
@@ -63,15 +63,22 @@ struct AttentionForward {
     prepare_values(p, m, b, kv, block_begin, block_end, false);
     bool cleaned = false;
     const int64_t group = p.heads / p.kv_heads;
+    Ahead ahead;
+    if (p.key_stride[3] == 1 && p.value_stride[3] == 1 && p.query_stride[3] == 1) {
+      ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
+      ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
+      ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
+    }
+    ahead.begin(group * (present - query_begin) / attention_rows * (block_end - block_begin));
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
         const int64_t n = min(queries_at_once, query_end - i), some = max(int64_t{0}, min(n, present - i));
-        queries(p, m, b, h, i, some, block_begin, block_end);
+        queries(p, m, b, h, i, some, block_begin, block_end, ahead);
         const int64_t value_width = whole_vectors<T>(p.value_width);
         if (!cleaned && !all_finite(some, value_width, m.out, value_width)) {
           prepare_values(p, m, b, kv, block_begin, block_end, true);
           cleaned = true;
-          queries(p, m, b, h, i, some, block_begin, block_end);
+          queries(p, m, b, h, i, some, block_begin, block_end, ahead);
         }
         finish(p, m, b, h, i, n, some);
       }
@@ -91,16 +98,16 @@ struct AttentionForward {
   }
 
   static void queries(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
-                      int64_t block_end) {
+                      int64_t block_end, Ahead& ahead) {
     if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
-      queries_of<!plain<S>>(p, m, b, h, first, n, block_begin, block_end);
+      queries_of<!plain<S>>(p, m, b, h, first, n, block_begin, block_end, ahead);
     else
-      queries_of<true>(p, m, b, h, first, n, block_begin, block_end);
+      queries_of<true>(p, m, b, h, first, n, block_begin, block_end, ahead);
   }
 
   template <bool EXTRA>
   static void queries_of(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
-                         int64_t block_end) {
+                         int64_t block_end, Ahead& ahead) {
     if (n <= 0) return;
     const AttentionSpan& span = p.spans[b];
     const int64_t value_width = whole_vectors<T>(p.value_width);
@@ -118,6 +125,7 @@ struct AttentionForward {
         const int64_t rows = min(attention_rows, n - g);
         const Hull hull = hull_of<T>(span, p.left, p.right, first + g, first + g + rows - 1, at);
         if (hull.empty()) continue;
+        ahead.step();
         attention_product<T>(rows, hull.end - hull.begin,
                              {p.width, queries.data + g * queries.row, queries.row, 1, m.transposed + at * p.width + hull.begin,
                               attention_block, m.scores + hull.begin, attention_block, false});
@@ -189,15 +197,19 @@ struct AttentionForward {
     const int64_t value_width = whole_vectors<T>(p.value_width), row_begin = p.spans[b].query_begin + first;
     T* const lse = p.lse + b * p.lse_stride[0] + h * p.lse_stride[1] + row_begin;
     S* const out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + row_begin * p.out_stride[2];
+    T* const logarithms = m.sums + queries_at_once * lanes<T>;
+    for (int64_t i = 0; i < whole_vectors<T>(n); ++i) logarithms[i] = i < present ? hsum(load(m.sums + i * lanes<T>)) : T(0);
+    for (int64_t i = 0; i < n; ++i) m.sums[i] = logarithms[i];
+    for (int64_t i = 0; i < n; i += lanes<T>) store(logarithms + i, vlog(load(logarithms + i)));
     for (int64_t i = 0; i < n; ++i)
-      finish_row(p, m.out + i * value_width, i < present ? hsum(load(m.sums + i * lanes<T>)) : T(0), i < present ? m.peaks[i] : T(0),
-                 i < present && m.spoilt[i], out + i * p.out_stride[2], lse + i);
+      finish_row(p, m.out + i * value_width, m.sums[i], logarithms[i], i < present ? m.peaks[i] : T(0), i < present && m.spoilt[i],
+                 out + i * p.out_stride[2], lse + i);
   }
 
  public:
-  static void finish_row(const AttentionCall<S>& p, const T* sums, T total, T peak, bool spoilt, S* out, T* lse) {
+  static void finish_row(const AttentionCall<S>& p, const T* sums, T total, T logarithm, T peak, bool spoilt, S* out, T* lse) {
     const bool none = total == T(0);
-    *lse = none ? -std::numeric_limits<T>::infinity() : peak + vlog(total);
+    *lse = none ? -std::numeric_limits<T>::infinity() : peak + logarithm;
     const T share = none ? T(0) : T(1) / total, factor = spoilt ? std::numeric_limits<T>::quiet_NaN() : share;
     if (p.peaks) p.peaks[lse - p.lse] = peak, p.shares[lse - p.lse] = share;
     write(p.value_width, sums, none, factor, out);

@@ -159,6 +159,31 @@ void transpose_rows(int64_t n, int64_t width, const Rows<T>& rows, T* transposed
   copy_transposed(n, width, rows.data, rows.row, int64_t{1}, transposed, attention_block);
 }
 
+// Brings in, a little at a time, what the task after this one will read first: short sequences spend their time waiting for memory.
+struct Ahead {
+  const char* at[5];
+  int64_t left[5];
+  int streams = 0;
+  int64_t lines = 0, share = 0;
+
+  // The rows of the head after (b, h), if they are dense and few.
+  template <class S>
+  void add(const S* data, const int64_t* stride, int64_t b, int64_t h, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
+    if (stride[2] != width || rows * width * static_cast<int64_t>(sizeof(S)) > (1 << 15)) return;
+    const int64_t next = b * heads + h + 1;
+    if (next >= batch * heads) return;
+    at[streams] = reinterpret_cast<const char*>(data + next / heads * stride[0] + next % heads * stride[1]);
+    left[streams] = (rows * width * static_cast<int64_t>(sizeof(S)) + 63) / 64;
+    lines += left[streams++];
+  }
+  void begin(int64_t steps) { share = steps > 0 ? (lines + steps - 1) / steps : 0; }
+  void step() {
+    int64_t n = share;
+    for (int s = 0; s < streams && n; ++s)
+      for (; left[s] && n; --left[s], --n, at[s] += 64) __builtin_prefetch(at[s], 0, 2);
+  }
+};
+
 // Memory of one thread, handed out in pieces that begin at cache lines. With no memory it measures.
 struct Pieces {
   char* base;

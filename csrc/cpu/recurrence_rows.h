@@ -221,8 +221,8 @@ struct RecurrenceProducts {
     Vec<C> sum[4] = {}, left[4] = {}, squares[4] = {};
     each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = sum[v] + at.get(from + j); });
     const C about = total<C>(sum) / size;
-    each_vector<C>(
-        n, S2S_LAMBDA(auto at, int64_t j) {
+    each_vector_by_four<C>(
+        n, S2S_LAMBDA(auto at, int64_t j, int v) {
           const Vec<C> d = at.get(from + j) - at.only(broadcast(about));
           left[v] = left[v] + d;
           squares[v] = fma(d, d, squares[v]);
@@ -245,11 +245,11 @@ struct RecurrenceProducts {
     Vec<C> sum[4] = {}, left[4] = {}, product[4] = {};
     each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = fma(at.get(grad + j), at.get(weight + j), sum[v]); });
     const C about = total<C>(sum) / size;
-    each_vector<C>(
-        n, S2S_LAMBDA(auto at, int64_t j) {
+    each_vector_by_four<C>(
+        n, S2S_LAMBDA(auto at, int64_t j, int v) {
           const Vec<C> g = at.get(grad + j) * at.get(weight + j);
-          left = left + (g - at.only(broadcast(about)));
-          product = fma(g, at.get(normed + j), product);
+          left[v] = left[v] + (g - at.only(broadcast(about)));
+          product[v] = fma(g, at.get(normed + j), product[v]);
         });
     const C mean = about + total<C>(left) / size, slope = total<C>(product) / size;
     each_vector<C>(

@@ -79,7 +79,7 @@ def additive_attention(
     *,
     mask: torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # not 0.0, which torch.compile would trace as an input, in a second compilation
     return_weights: bool = False,
 ) -> Any:
     """Additive attention (Bahdanau et al. 2014, section A.1.2): score(i, j) = weight . tanh(query_i + key_j), softmax

@@ -83,9 +83,9 @@ def attention(
     )  # fmt: skip
     visible = visible.expand(batch, heads, time, source)
     q = query.to(dtype)
-    # Query head h reads key head h // (H / Hkv).
+    group = heads // kv_heads if kv_heads else 1  # query head h reads key head h // group
     k, v = (
-        x.to(dtype)[:, :, None].expand(batch, kv_heads, heads // kv_heads, source, x.shape[3]).flatten(1, 2)
+        x.to(dtype)[:, :, None].expand(batch, kv_heads, group, source, x.shape[3]).flatten(1, 2)
         for x in (key, value)
     )
     scores = _clean(q) @ _clean(k).transpose(2, 3) + torch.where(

@@ -1,0 +1,486 @@
+"""Attention: torch's own numbers, what hides what, gradients in every shape, and what is special to its kernels."""
+
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import s2s_kernels as s2s
+from s2s_kernels import dispatch
+from s2s_kernels.ops.random import keep_mask
+from s2s_kernels.testing import Draw, compare
+
+needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+INF, NAN = float("inf"), float("nan")
+
+
+def gradients(function, *leaves):
+    return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+
+def weights_of(query, key, **options):
+    """What each query gives each key: the values are an identity."""
+    batch, _, source, _ = key.shape
+    identity = torch.eye(source, dtype=key.dtype).expand(batch, key.shape[1], source, source)
+    return s2s.attention(query, key, identity, **options)
+
+
+def seen(time, source, batch=1, **options):
+    """Which query sees which key, as nested lists of 0 and 1."""
+    weights = weights_of(torch.zeros(batch, 1, time, 1), torch.zeros(batch, 1, source, 1), **options)
+    return weights.gt(0).int()[:, 0].tolist()
+
+
+# Literal values
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_literal_values(backend):
+    query = torch.tensor([[[[0.0], [math.log(3.0)]]]])
+    key = torch.tensor([[[[0.0], [1.0]]]])
+    value = torch.tensor([[[[4.0, 0.0], [8.0, 1.0]]]])
+    with s2s.use_backend(backend):
+        out, lse = s2s.attention(query, key, value, return_lse=True)
+        torch.testing.assert_close(out, torch.tensor([[[[6.0, 0.5], [7.0, 0.75]]]]))
+        torch.testing.assert_close(lse, torch.tensor([[[math.log(2.0), math.log(4.0)]]]))
+        out = s2s.attention(query, key, value, scale=0.0, bias=torch.tensor([0.0, math.log(3.0)]))
+        torch.testing.assert_close(out, torch.tensor([[[[7.0, 0.75], [7.0, 0.75]]]]))
+        out = s2s.attention(query, key, value, causal=True)
+        torch.testing.assert_close(out, torch.tensor([[[[4.0, 0.0], [7.0, 0.75]]]]))
+        slopes = torch.tensor([math.log(3.0)])
+        out = s2s.attention(torch.zeros_like(query), key, value, alibi_slopes=slopes)
+        torch.testing.assert_close(out, torch.tensor([[[[5.0, 0.25], [7.0, 0.75]]]]))
+        weights = weights_of(torch.full((1, 1, 1, 1), 1e6), key, softcap=math.log(3.0))
+        torch.testing.assert_close(weights, torch.tensor([[[[0.25, 0.75]]]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_diagonals(backend):
+    """Row 19: T < S, T > S with rows that see nothing, and lengths."""
+    with s2s.use_backend(backend):
+        assert seen(2, 4, causal=True) == [[[1, 0, 0, 0], [1, 1, 0, 0]]]
+        assert seen(2, 4, causal="bottom-right") == [[[1, 1, 1, 0], [1, 1, 1, 1]]]
+        assert seen(3, 2, causal=True) == [[[1, 0], [1, 1], [1, 1]]]
+        assert seen(3, 2, causal="bottom-right") == [[[0, 0], [1, 0], [1, 1]]]
+        lengths = {"query_lengths": torch.tensor([2, 3]), "key_lengths": torch.tensor([3, 1])}
+        assert seen(3, 4, 2, causal="bottom-right", **lengths) == [
+            [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]],
+            [[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]],
+        ]
+        assert seen(2, 4, causal="bottom-right", key_lengths=torch.tensor([3])) == [[[1, 1, 0, 0], [1, 1, 1, 0]]]
+        assert seen(3, 4, causal="bottom-right", query_lengths=torch.tensor([1])) == [
+            [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+        ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows(backend):
+    with s2s.use_backend(backend):
+        assert seen(3, 4, window=(0, 1)) == [[[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]]
+        assert seen(3, 4, window=(1, None)) == [[[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]]
+        assert seen(3, 4, window=(None, 0)) == seen(3, 4, causal=True)
+        assert seen(3, 4, window=(1, 3), causal=True) == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]]
+        assert seen(2, 4, window=(1, 0), causal="bottom-right") == [[[0, 1, 1, 0], [0, 0, 1, 1]]]
+        assert seen(2, 2, window=(2**62, 2**62)) == [[[1, 1], [1, 1]]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slopes_count_from_the_diagonal(backend):
+    slopes = torch.tensor([math.log(2.0)])
+    with s2s.use_backend(backend):
+        weights = weights_of(
+            torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 3, 1), alibi_slopes=slopes, causal="bottom-right"
+        )
+        torch.testing.assert_close(weights, torch.tensor([[[[1.0, 2.0, 4.0]]]]) / 7)
+
+
+# Against torch
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("time, source", [(1, 7), (7, 1), (33, 65), (64, 64), (129, 70)])
+@pytest.mark.parametrize("width", [1, 7, 65, 129])
+def test_equals_torch(backend, time, source, width):
+    """Row 12."""
+    draw = Draw(torch.float64)
+    leaves = [draw(2, 3, time, width), draw(2, 3, source, width), draw(2, 3, source, width)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    keep = draw.mask(2, 1, time, source, p=0.7) | (torch.arange(source) == 0)
+    for options in ({}, {"attn_mask": keep}, {"attn_mask": draw(time, source)}, {"is_causal": True, "scale": 0.3}):
+        with s2s.use_backend(backend):
+            ours = s2s.scaled_dot_product_attention(*leaves, **options)
+            grads = torch.autograd.grad(ours.square().sum(), leaves)
+        theirs = F.scaled_dot_product_attention(*leaves, **options)
+        torch.testing.assert_close(ours, theirs)
+        for a, b in zip(grads, torch.autograd.grad(theirs.square().sum(), leaves), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_signature_is_torchs():
+    ours = inspect.signature(s2s.scaled_dot_product_attention).parameters.values()
+    assert [(p.name, p.default) for p in ours] == [
+        ("query", inspect.Parameter.empty), ("key", inspect.Parameter.empty), ("value", inspect.Parameter.empty),
+        ("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shapes, mask, gqa",
+    [
+        (((5, 4), (6, 4), (6, 3)), (5, 6), False),
+        (((2, 5, 4), (6, 4), (1, 6, 3)), (6,), False),
+        (((2, 1, 5, 4), (1, 3, 6, 4), (2, 3, 6, 3)), (2, 1, 1, 6), False),
+        (((2, 1, 3, 5, 4), (4, 1, 6, 4), (1, 3, 6, 3)), (4, 1, 5, 6), False),
+        (((4, 5, 4), (2, 6, 4), (2, 6, 3)), (4, 1, 6), True),
+        (((2, 3, 4, 5, 4), (2, 3, 2, 6, 4), (2, 3, 2, 6, 3)), (3, 1, 5, 6), True),
+    ],
+)
+def test_any_rank_broadcasts_as_torch(backend, shapes, mask, gqa):
+    draw = Draw(torch.float64)
+    query, key, value = (draw(*shape) for shape in shapes)
+    for attn_mask in (None, draw.mask(*mask) | (torch.arange(6) == 0), draw(*mask)):
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=gqa)
+        with s2s.use_backend(backend):
+            ours = s2s.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=gqa)
+        torch.testing.assert_close(ours, expected)
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_beside_causal_is_anded(backend):
+    """Row 18."""
+    draw = Draw()
+    query, key, value = draw(1, 2, 6, 4), draw(1, 2, 6, 4), draw(1, 2, 6, 4)
+    keep = draw.mask(6, 6, p=0.8) | torch.eye(6, dtype=torch.bool)
+    both = F.scaled_dot_product_attention(query, key, value, keep & torch.ones(6, 6).tril().bool())
+    with s2s.use_backend(backend):
+        torch.testing.assert_close(s2s.scaled_dot_product_attention(query, key, value, keep, is_causal=True), both)
+        hides = torch.zeros(6, 6).masked_fill(~keep, -INF)
+        torch.testing.assert_close(s2s.scaled_dot_product_attention(query, key, value, hides, is_causal=True), both)
+
+
+# What hides never leaks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("time", [9, 70, 150])
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_what_is_hidden_never_leaks(backend, time, poison):
+    """Row 14: a NaN in a future key or value stays in the future, in results and in gradients."""
+    at = time // 2
+    query, key, value = (Draw(seed=i)(1, 2, time, 16) for i in range(3))
+    for place in range(3):
+        leaves = [t.clone() for t in (query, key, value)]
+        leaves[place][0, 0, at, 3] = poison
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        clean = [t.clone().requires_grad_() for t in (query, key, value)]
+        with s2s.use_backend(backend):
+            out = s2s.attention(*leaves, causal=True)
+            expected = s2s.attention(*clean, causal=True)
+            # Only rows that don't see the poison take part.
+            rows = torch.arange(time) != at if place == 0 else torch.arange(time) < at
+            grads = torch.autograd.grad(out[:, :, rows].sum(), leaves, retain_graph=True)
+            wanted = torch.autograd.grad(expected[:, :, rows].sum(), clean)
+        torch.testing.assert_close(out[:, :, rows], expected[:, :, rows])
+        torch.testing.assert_close(out[:, 1], expected[:, 1])
+        assert out[0, 0, ~rows].isnan().all()
+        if place:
+            torch.testing.assert_close(grads[0][:, :, rows], wanted[0][:, :, rows])
+            for grad, want in zip(grads, wanted, strict=True):
+                torch.testing.assert_close(grad[:, 1], want[:, 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("time", [1, 5, 70])
+@pytest.mark.parametrize("by", ["mask", "bias"])
+def test_a_masked_key_that_other_rows_see(backend, time, by):
+    source = 80
+    keep = torch.ones(time, source, dtype=torch.bool)
+    keep[: (time + 1) // 2, 7] = False
+    options = {by: keep if by == "mask" else torch.zeros(time, source).masked_fill(~keep, -INF)}
+    query, key, value = (Draw(seed=i)(2, 3, n, 8) for i, n in enumerate((time, source, source)))
+    poisoned = [t.clone() for t in (query, key, value)]
+    poisoned[1][:, :, 7] = NAN
+    poisoned[2][:, :, 7] = INF
+    poisoned = [t.requires_grad_() for t in poisoned]
+    clean = [t.clone().requires_grad_() for t in (query, key, value)]
+    half = (time + 1) // 2
+    with s2s.use_backend(backend):
+        out, expected = s2s.attention(*poisoned, **options), s2s.attention(*clean, **options)
+        torch.testing.assert_close(out[:, :, :half], expected[:, :, :half])
+        assert out[:, :, half:].isnan().all()
+        (grad,) = torch.autograd.grad(out[:, :, :half].sum(), poisoned[0])
+        (wanted,) = torch.autograd.grad(expected[:, :, :half].sum(), clean[0])
+        torch.testing.assert_close(grad[:, :, :half], wanted[:, :, :half])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing(backend):
+    """Rows 11 and 15: results of 0, gradients of 0, lse of -infinity, whatever comes from above."""
+    draw = Draw()
+    leaves = [draw(3, 2, 5, 4), draw(3, 2, 6, 4), draw(3, 2, 6, 4), draw(3, 1, 5, 6)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    mask = torch.ones(3, 1, 5, 6, dtype=torch.bool)
+    mask[0, :, 2] = False
+    with s2s.use_backend(backend):
+        out, lse = s2s.attention(
+            *leaves[:3], bias=leaves[3], mask=mask, key_lengths=torch.tensor([6, 0, 3]), return_lse=True
+        )
+        assert out[0, :, 2].eq(0).all() and out[1].eq(0).all()
+        assert lse[0, :, 2].eq(-INF).all() and lse[1].eq(-INF).all() and lse[2].isfinite().all()
+        upstream = torch.ones_like(out)
+        upstream[0, :, 2] = NAN
+        upstream[1] = INF
+        grads = torch.autograd.grad([out, lse], leaves, [upstream, upstream[..., 0]])
+    for grad in grads:
+        assert grad.isfinite().all() and grad[1].eq(0).all()
+    assert grads[0][0, :, 2].eq(0).all() and grads[2][2, :, 3:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_bias_of_least_number_and_infinity(backend, dtype):
+    """Rows 16 and 17: of any dtype, whole rows included."""
+    draw = Draw()
+    query, key, value = draw(1, 1, 3, 4), draw(1, 1, 5, 4), draw(1, 1, 5, 4)
+    bias = torch.zeros(3, 5, dtype=dtype)
+    bias[0], bias[1], bias[2, 1:] = torch.finfo(dtype).min, -INF, torch.finfo(dtype).min
+    with s2s.use_backend(backend):
+        out = s2s.attention(query, key, value, bias=bias)
+    if dtype in (torch.bfloat16, torch.float32, torch.float64):  # so low that scores vanish beside it
+        torch.testing.assert_close(out[0, 0, 0], value[0, 0].mean(0))
+    assert out[0, 0, 1].eq(0).all()
+    torch.testing.assert_close(out[0, 0, 2], value[0, 0, 0])
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 70, 90), (1, 4, 70, 90), (2, 1, 70, 90), (70, 90), (4, 1, 90), (2, 1, 70, 1), (1, 1), (90,), (2, 4, 1, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_a_bias_has_its_shape(backend, shape, dtype):
+    draw = Draw(dtype)
+    query, key, value, bias = draw(2, 4, 70, 8), draw(2, 2, 90, 8), draw(2, 2, 90, 8), draw(*shape)
+    arguments = ((query, key, value), {"bias": bias, "causal": "bottom-right", "enable_gqa": True})
+    broken = {name: by for name, by in compare(s2s.attention, arguments, backend).items() if by > 1e-14}
+    assert not broken, broken
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_lse(backend):
+    draw = Draw(torch.float64)
+    query, key, value = draw(1, 2, 5, 4), draw(1, 2, 6, 4), draw(1, 2, 6, 4)
+    leaves = [query.requires_grad_(), key.requires_grad_()]
+    with s2s.use_backend(backend):
+        _, lse = s2s.attention(query, key, value, causal=True, return_lse=True)
+        ours = torch.autograd.grad(lse.square().sum(), leaves)
+    scores = (query @ key.mT / 2).masked_fill(torch.ones(5, 6).triu(1).bool(), -INF)
+    expected = torch.logsumexp(scores, -1)
+    torch.testing.assert_close(lse, expected)
+    for a, b in zip(ours, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_extension
+def test_strongly_negative_scores():
+    """Row 20: S % 128 == 64."""
+    query, key = torch.full((1, 1, 8, 4), 40.0), torch.full((1, 1, 192, 4), -40.0)
+    leaves = [query.requires_grad_(), key.requires_grad_(), Draw()(1, 1, 192, 4).requires_grad_()]
+    for grad in gradients(s2s.attention, *leaves):
+        assert grad.isfinite().all()
+
+
+@needs_extension
+def test_a_broadcast_is_not_copied():
+    """Row 3: expanded keys, values, masks and biases of 2^40 elements."""
+    draw = Draw()
+    heads, time = 4, 8
+    query = draw(1, 1, time, 4).expand(3, heads, time, 4)
+    key = draw(1, 1, 16, 4).expand(3, heads, 16, 4)
+    mask, bias = draw.mask(1, 1, 1, 16).expand(3, heads, time, 16), draw(1, 1, time, 1).expand(3, heads, time, 16)
+    arguments = ((query, key, key), {"mask": mask, "bias": bias})
+    assert all(by <= 0 for by in compare(s2s.attention, arguments, "cpu").values())
+
+
+# Dropout
+
+
+@needs_extension
+@pytest.mark.parametrize("time, source", [(3, 5), (1, 200), (70, 150)])
+def test_dropout_drops_the_same_on_every_backend(time, source):
+    draw = Draw()
+    query, key = draw(2, 3, time, 4), draw(2, 3, source, 4)
+    with s2s.use_backend("cpu"):
+        torch.manual_seed(3)
+        ours = weights_of(query, key, dropout_p=0.3)
+    torch.manual_seed(3)
+    keep = keep_mask(torch.randint(0, 2**63 - 1, (2,)), (2, 3, time, source), 0.3)
+    torch.testing.assert_close(ours, torch.where(keep, weights_of(query, key) / 0.7, 0))
+    assert 0.6 < keep.float().mean() < 0.8 or keep.numel() < 100
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_of_nothing_and_of_all(backend):
+    """Row 23."""
+    draw = Draw()
+    leaves = [draw(1, 2, 5, 4).requires_grad_() for _ in range(3)]
+    with s2s.use_backend(backend):
+        torch.testing.assert_close(s2s.attention(*leaves, dropout_p=0.0), s2s.attention(*leaves), rtol=0, atol=0)
+        assert s2s.attention(*leaves, dropout_p=1.0).eq(0).all()
+        for grad in gradients(lambda *t: s2s.attention(*t, dropout_p=1.0), *leaves):
+            assert grad.eq(0).all()
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch, heads, time, source", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)])
+def test_empty(backend, batch, heads, time, source):
+    """Row 10."""
+    leaves = [torch.ones(batch, heads, n, 4, requires_grad=True) for n in (time, source, source)]
+    bias = torch.ones(1, 1, time, source, requires_grad=True)
+    with s2s.use_backend(backend):
+        out, lse = s2s.attention(*leaves, bias=bias, causal="bottom-right", return_lse=True)
+        grads = torch.autograd.grad(out.sum(), [*leaves, bias])
+    assert out.shape == (batch, heads, time, 4) and out.eq(0).all() and lse.eq(-INF).all()
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+@needs_extension
+def test_more_heads_than_a_grid_has_blocks():
+    """Row 8."""
+    draw = Draw()
+    leaves = [draw(600, 120, 2, 2).requires_grad_() for _ in range(3)]
+    ours = s2s.attention(*leaves, causal=True)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(*leaves, is_causal=True))
+    assert all(grad.isfinite().all() for grad in gradients(s2s.attention, *leaves))
+
+
+@needs_extension
+def test_a_long_cache_of_grouped_heads():
+    draw = Draw()
+    query, key, value = draw(2, 12, 1, 40), draw(2, 2, 3000, 40), draw(2, 2, 3000, 24)
+    lengths = torch.tensor([3000, 1500])
+    options = {"key_lengths": lengths, "enable_gqa": True, "return_lse": True}
+    for more in ({}, {"causal": "bottom-right", "window": (700, None)}, {"mask": draw.mask(2, 1, 1, 3000)}):
+        assert all(by <= 0 for by in compare(s2s.attention, ((query, key, value), options | more), "cpu").values())
+
+
+@st.composite
+def calls(draw):
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
+    time, source = draw(st.integers(0, 150)), draw(st.integers(0, 150))
+    batch = draw(st.integers(1, 3))
+    side = st.one_of(st.none(), st.integers(0, 160))
+    shape = st.tuples(*(st.sampled_from([1, n]) for n in (batch, heads, time, source)))
+    lengths = [
+        draw(st.one_of(st.none(), st.lists(st.integers(0, n), min_size=batch, max_size=batch))) for n in (time, source)
+    ]
+    return {
+        "sizes": (batch, heads, kv_heads, time, source),
+        "widths": draw(st.sampled_from([(1, 1), (8, 8), (16, 5), (33, 64), (7, 20)])),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
+        "layout": draw(st.sampled_from(["dense", "heads inside", "columns apart", "expanded"])),
+        "mask": draw(st.one_of(st.none(), shape)),
+        "bias": draw(st.one_of(st.none(), shape)),
+        "bias_dtype": draw(st.sampled_from([None, torch.float32, torch.bfloat16])),
+        "lengths": lengths,
+        "slopes": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1000)),
+        "options": {
+            "causal": draw(st.sampled_from([False, True, "bottom-right"])),
+            "window": draw(st.one_of(st.none(), st.tuples(side, side))),
+            "softcap": draw(st.sampled_from([None, None, 3.0])),
+            "scale": draw(st.sampled_from([None, 0.2])),
+            "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.25])),
+            "return_lse": draw(st.booleans()),
+            "enable_gqa": True,
+        },
+    }
+
+
+def laid_out(tensor, layout):
+    if layout == "heads inside":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "columns apart":
+        return tensor.mT.contiguous().mT
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+@needs_extension
+@given(calls())
+def test_any_call_equals_the_definition(made):
+    draw = Draw(made["dtype"], seed=made["seed"])
+    batch, heads, kv_heads, time, source = made["sizes"]
+    width, value_width = made["widths"]
+    shapes = ((batch, heads, time, width), (batch, kv_heads, source, width), (batch, kv_heads, source, value_width))
+    tensors = [laid_out(draw(*shape), made["layout"]) for shape in shapes]
+    options = dict(made["options"])
+    if made["mask"]:
+        options["mask"] = draw.mask(*made["mask"], p=0.7)
+    if made["bias"]:
+        options["bias"] = draw(*made["bias"], dtype=made["bias_dtype"])
+    if made["slopes"]:
+        options["alibi_slopes"] = draw(heads).abs() * 0.1
+    for name, lengths in zip(("query_lengths", "key_lengths"), made["lengths"], strict=True):
+        if lengths is not None:
+            options[name] = torch.tensor(lengths)
+    broken = {name: by for name, by in compare(s2s.attention, (tuple(tensors), options), "cpu").items() if by > 0}
+    assert not broken, broken
+
+
+@needs_extension
+@pytest.mark.parametrize("bias", [None, (1, 4, 300, 300), (2, 1, 300, 1)])
+def test_the_same_bits_on_any_number_of_threads(bias):
+    draw = Draw()
+    leaves = [draw(2, 4, 300, 16), draw(2, 2, 300, 16), draw(2, 2, 300, 16)]
+    options = {} if bias is None else {"bias": draw(*bias).requires_grad_()}
+
+    def run():
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        torch.manual_seed(0)
+        out = s2s.attention(*inputs, **options, causal=True, dropout_p=0.2, enable_gqa=True)
+        return [out, *torch.autograd.grad(out.square().sum(), [*inputs, *options.values()])]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_extension
+def test_nothing_of_the_size_of_all_pairs_is_kept():
+    """What autograd keeps beside the inputs: the result, and three numbers a row."""
+    leaves = [torch.zeros(1, 2, 1000, 8, requires_grad=True) for _ in range(3)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        s2s.attention(*leaves, causal=True, dropout_p=0.1)
+    assert max(kept) <= 2 * 1000 * 8
+
+
+def test_explains_its_choice():
+    draw = Draw()
+    query = draw(2, 3, 4, 5)
+    explanation = s2s.explain(s2s.attention, query, query, query, causal=True)
+    assert explanation.backend == ("cpu" if dispatch.extension_missing is None else "reference")
+    assert "no triton kernel" in explanation.reasons["triton"]
+    assert s2s.explain(s2s.scaled_dot_product_attention, query, query, query).backend == explanation.backend
