@@ -19,6 +19,10 @@ from .harness import FORWARD, Case, Grid, Measured, Refused
 from .work import with_backward
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What this run keeps: its cases by name and direction, their number, the machine's limits.
+CASES = pytest.StashKey[dict[tuple[str, str], Case]]()
+TOTAL = pytest.StashKey[int]()
+LIMITS = pytest.StashKey[limits.Limits]()
 
 
 class Replay:
@@ -79,12 +83,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     grid = grid_of(metafunc.config)
     rows = []
     for case in grid.chosen(metafunc.module.cases(grid)):
-        metafunc.config.stash.setdefault(CASES, {})[case.name] = case
-        rows += [(case.name, direction, name) for direction in case.directions for name in case.entrants]
+        for direction in case.directions:
+            metafunc.config.stash.setdefault(CASES, {})[case.name, direction] = case
+            rows += [(case.name, direction, name) for name in case.entrants]
     metafunc.parametrize("case, direction, entrant", rows, ids=["-".join(row) for row in rows])
-
-
-CASES = pytest.StashKey[dict[str, Case]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,9 +98,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     raced = [item for item in session.items if "race" in getattr(item, "fixturenames", ())]
     session.config.stash[TOTAL] = len({item.name.rpartition("-")[0] for item in raced})
-
-
-TOTAL = pytest.StashKey[int]()
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -202,15 +201,12 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     torch.set_num_threads(before)
 
 
-LIMITS = pytest.StashKey[limits.Limits]()
-
-
 @pytest.fixture
 def race(benchmark: Any, arena: Arena, request: pytest.FixtureRequest) -> Any:
     """race(case, direction, entrant): this entrant's times, measured beside the others', go to pytest-benchmark."""
 
     def run(name: str, direction: str, entrant: str) -> None:
-        case = request.config.stash[CASES][name]
+        case = request.config.stash[CASES][name, direction]
         results = arena.results(case, direction)
         record(benchmark, arena, case, direction, entrant, results[entrant])
 
