@@ -23,6 +23,7 @@ help:
 	@echo "make format  let ruff and clang-format rewrite the files"
 	@echo "make gpu     everything that needs a CUDA device: build, tests, compute-sanitizer, benchmarks, facts"
 	@echo "make clean   remove what was built"
+	@echo "OPTIONS='--any-load --text FILE' goes to make bench; python -m benchmarks.run --help lists what there is"
 	@echo "TORCH='torch==X.Y.Z' chooses the torch that is installed where none is (now: $(TORCH))"
 
 .venv/bin/python:
@@ -59,10 +60,13 @@ format: $(STAMPS)/lint
 	PATH="$(dir $(PYTHON)):$$PATH" clang-format -i $(CLANG_FORMATTED)
 
 bench: $(STAMPS)/build $(STAMPS)/bench
-	$(PYTHON) -m benchmarks.run --quick
+	$(PYTHON) -m benchmarks.run --quick $(OPTIONS)
 
-gpu: $(STAMPS)/build
+# Nothing is built or installed where there is no CUDA device.
+gpu:
+	@$(PYTHON3) benchmarks/gpu.py --present
+	$(MAKE) $(STAMPS)/build $(STAMPS)/test $(STAMPS)/bench
 	$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf build dist .venv *.egg-info s2s_kernels/*.so
+	rm -rf build dist out .venv *.egg-info s2s_kernels/*.so

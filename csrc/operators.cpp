@@ -4,6 +4,24 @@
 
 STABLE_TORCH_LIBRARY(s2s, m) {
   // recurrence
+  m.def(
+      "recurrence_forward(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? "
+      "weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? "
+      "reset, "
+      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool save) -> "
+      "Tensor[]");
+  m.def(
+      "recurrence_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? h0, "
+      "Tensor? c0, Tensor? weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? "
+      "lengths, Tensor? reset, Tensor? seed, Tensor? gates, Tensor? extra, Tensor? hidden, Tensor? normed, int cell, bool reverse, float "
+      "zoneout_h, float zoneout_c, bool training, float weight_dropout, int needs) -> Tensor[]");
+  m.def(
+      "recurrence_stack_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int "
+      "directions, bool bias, bool projected, bool normed, float zoneout_h, float zoneout_c, bool time_first, bool save) -> Tensor[]");
+  m.def(
+      "recurrence_stack_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
+      "Tensor? lengths, Tensor? reset, Tensor output, Tensor[] saved, int cell, int directions, bool bias, bool projected, bool normed, "
+      "float zoneout_h, float zoneout_c, bool time_first, int[] needs) -> Tensor[]");
 
   // convolution
   m.def(
@@ -36,6 +54,18 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "bool need_bias, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // additive attention
+  m.def("additive_attention_prepare(Tensor key, Tensor? key_lengths) -> (Tensor, Tensor)");
+  m.def(
+      "additive_attention_forward(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? mask, Tensor? key_lengths, Tensor? seed, "
+      "Tensor? table, Tensor? outliers, float dropout_p, bool return_weights, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "additive_attention_backward(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor key, Tensor value, Tensor weight, "
+      "Tensor statistics, Tensor? mask, Tensor? key_lengths, Tensor? seed, Tensor? table, Tensor? outliers, float dropout_p, bool "
+      "need_query, bool need_key, bool need_value, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_pool_forward(Tensor x, Tensor weight, Tensor bias, Tensor context, Tensor? lengths) -> (Tensor, Tensor)");
+  m.def(
+      "attention_pool_backward(Tensor? grad_pooled, Tensor? grad_weights, Tensor x, Tensor weight, Tensor bias, Tensor context, Tensor "
+      "weights, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {

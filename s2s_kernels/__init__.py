@@ -2,18 +2,30 @@
 
 from . import nn
 from .dispatch import Explanation, explain, use_backend
+from .nn.patch import PatchReport, patch, unpatch
+from .ops.additive_attention import additive_attention, attention_pool, prepare_additive_keys
 from .ops.attention import attention, scaled_dot_product_attention
 from .ops.convolution import causal_conv1d, causal_conv1d_step
+from .ops.recurrence import gru, lstm, rnn
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "PatchReport",
+    "additive_attention",
     "attention",
+    "attention_pool",
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
+    "gru",
+    "lstm",
     "nn",
+    "patch",
+    "prepare_additive_keys",
+    "rnn",
     "scaled_dot_product_attention",
+    "unpatch",
     "use_backend",
 ]

@@ -1,6 +1,7 @@
 """Facts and measured limits of this machine, for `info`, the benchmarks and their reports."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 try:
@@ -42,17 +43,25 @@ def peak_flops(threads: int = 1, seconds: float = 0.1) -> float:
     return _machine.fma_rate_float32(threads, seconds)
 
 
-def bandwidths(seconds: float = 0.1) -> list[tuple[str, float, float]]:
-    """What one thread reads from each level of memory: (name, bytes that fit in it, bytes a second), nearest first.
+def bandwidths(seconds: float = 0.1, threads: int = 1) -> list[tuple[str, float, float]]:
+    """What so many threads together read from each level of memory: (name, bytes that fit in it, bytes a second),
+    nearest first.
 
-    Each level is probed with a buffer of half its size, memory with four times the last cache (at least 64 MiB).
+    Each level is probed with a buffer of half its size, memory with four times the last cache (at least 64 MiB). Each
+    thread reads a buffer of its own; those in the last cache and in memory share that size.
     """
     sizes = cache_sizes() or {"L2": 2**19, "L3": 2**24}
-    levels = [
-        (name, float(size), _machine.read_bandwidth(size // 2, seconds)) for name, size in sizes.items() if name != "L1"
-    ]
-    beyond = max(2**26, 4 * max(sizes.values()))
-    return [*levels, ("DRAM", float("inf"), _machine.read_bandwidth(beyond, seconds))]
+    last = max(sizes.values())
+    beyond = max(2**26, 4 * last)
+    probes = [(name, float(size), size // 2) for name, size in sizes.items() if name != "L1"]
+    probes.append(("DRAM", float("inf"), beyond))
+    levels = []
+    with ThreadPoolExecutor(threads) as pool:
+        for name, size, buffer in probes:
+            each = buffer // threads if size >= last else buffer
+            rates = pool.map(lambda _, each=each: _machine.read_bandwidth(each, seconds), range(threads))
+            levels.append((name, size, sum(rates)))
+    return levels
 
 
 def processor() -> str:

@@ -297,7 +297,12 @@ class Backward {
       if (weights) weight_gradients(first, count, grad, x, weight_sum, bias_sum);
     }
     const auto narrow = S2S_SELECT(ConvolutionGradientKernels<S>::narrow);
-    if (needs_.weight) narrow(weight_sum, mutable_data<S>(grad_weight_), wide_weight);
+    if (needs_.weight) {
+      const int64_t rows = s_.outputs * weight_.size[1];
+      S* to = mutable_data<S>(grad_weight_);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = 0; k < s_.taps; ++k) to[row * s_.taps + k] = from_compute<S>(weight_sum[k * rows + row]);
+    }
     if (needs_.bias) narrow(bias_sum, mutable_data<S>(grad_bias_), s_.outputs);
     return {grad_x_, grad_weight_, grad_bias_, grad_state_, grad_condition_};
   }
@@ -371,8 +376,47 @@ class Backward {
     p.high = high_.data() + first;
     p.grad = grad, p.x = x;
     p.grad_weight = weight_sum, p.grad_bias = needs_.bias ? bias_sum : nullptr;
+    if (needs_.weight && s_.channels / s_.groups >= 16)
+      weight_products(p);
+    else
+      weight_rows(p);
+  }
+
+  // Channels fill vectors: a matrix product for each tap.
+  void weight_products(const WeightGradient<C>& p) {
+    const int64_t columns = S2S_SELECT(ConvolutionGradientKernels<S>::panel_columns);
+    const int64_t left_row = S2S_SELECT(ConvolutionGradientKernels<S>::left_row);
+    const auto pack = S2S_SELECT(ConvolutionGradientKernels<S>::pack_input);
+    const auto products = S2S_SELECT(ConvolutionGradientKernels<S>::weight_products);
+    const int64_t channels = s_.channels / s_.groups, outputs = s_.outputs / s_.groups;
+    const int64_t panels = (channels + columns - 1) / columns, panel_stride = (s_.time - p.low) * columns;
+    // Rows of a task: as many as share a panel well, few enough that every thread has some. They don't show in the bits.
+    const int64_t share = (s_.outputs + thread_count() - 1) / thread_count(), rows = std::clamp<int64_t>((share + 11) / 12 * 12, 12, 48);
+    const int64_t blocks = (outputs + rows - 1) / rows, tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
+    const int64_t left_elements = (rows * left_row + 15) / 16 * 16;
+    Workspace workspace(Workspace::bytes<C>(s_.groups * panels * panel_stride) + Workspace::bytes<C>(threads * left_elements));
+    C* packed = workspace.take<C>(s_.groups * panels * panel_stride);
+    C* lefts = workspace.take<C>(threads * left_elements);
+    const int64_t work = rows * s_.time * channels * s_.taps + 1;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      parallel(s_.groups * panels, 1 + (1 << 15) / (panel_stride + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) pack(p, b, task / panels, task % panels, packed + task * panel_stride);
+      });
+      std::atomic<int64_t> next{0};
+      parallel(tasks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
+        C* left = lefts + next.fetch_add(1) * left_elements;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t group = task / blocks, at = task % blocks * rows;
+          products(p, b, group, at, std::min(rows, outputs - at), packed + group * panels * panel_stride, panel_stride, left);
+        }
+      });
+    }
+  }
+
+  // Few channels: outputs by channels, over positions.
+  void weight_rows(const WeightGradient<C>& p) {
     const int64_t outputs = s_.outputs / s_.groups, blocks = (outputs + 3) / 4;
-    const int64_t work = 4 * count * s_.time * (s_.channels / s_.groups) * s_.taps + 1;
+    const int64_t work = 4 * p.batch * s_.time * (s_.channels / s_.groups) * s_.taps + 1;
     const auto rows = S2S_SELECT(ConvolutionGradientKernels<S>::weight_rows);
     parallel(s_.groups * blocks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {

@@ -45,7 +45,7 @@ struct Convolution {
   int64_t low() const { return before.data ? -span : 0; }
 };
 
-// grad_weight[o][c][k] = sum_b sum_t grad[b][o][t] x[b][c][t + origin + k * dilation], over the positions of x within [low, lengths[b]) and
+// grad_weight[k][o][c] = sum_b sum_t grad[b][o][t] x[b][c][t + origin + k * dilation], over the positions of x within [low, lengths[b]) and
 // t < lengths[b]; added to what is there.
 template <class C>
 struct WeightGradient {
@@ -53,7 +53,7 @@ struct WeightGradient {
   int64_t origin, dilation, low;
   const int64_t* high;      // (batch)
   Signal<const C> grad, x;  // unit stride over time
-  C* grad_weight;           // (outputs, channels / groups, taps)
+  C* grad_weight;           // (taps, outputs, channels / groups)
   C* grad_bias;             // (outputs), or null
 };
 

@@ -108,12 +108,25 @@ void add_product_columns(const C* grad, int64_t grad_stride, const C* x, int64_t
   if (channels - c == 1) add_products<R, 1>(grad, grad_stride, x + c * x_stride, x_stride, n, sum + c * sum_column, sum_row, sum_column);
 }
 
-// The rows [first, first + count), count <= 4, of a group: a fixed order over the batch, stretches of time, taps and channels.
+// grad_bias[output + r] += the sum of row r over n positions.
+template <class C>
+void add_row_sums(const C* grad, int64_t grad_stride, int64_t count, int64_t n, C* grad_bias) {
+  for (int64_t r = 0; r < count; ++r) {
+    Vec<C> part{};
+    const C* row = grad + r * grad_stride;
+    int64_t i = 0;
+    for (; i + lanes<C> <= n; i += lanes<C>) part = part + load(row + i);
+    if (i < n) part = part + load_partial(row + i, n - i);
+    grad_bias[r] += hsum(part);
+  }
+}
+
+// The rows [first, first + count), count <= 4, of a group of few channels: a fixed order over the batch, stretches of time, taps and
+// channels.
 template <class C>
 void weight_gradient_rows(const WeightGradient<C>& p, int64_t group, int64_t first, int64_t count) {
   constexpr int64_t stretch = 512;
   const int64_t channels = p.channels / p.groups, output = group * (p.outputs / p.groups) + first;
-  C* grad_weight = p.grad_weight + output * channels * p.taps;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t high = p.high[b];
     const C* grad = p.grad.data + b * p.grad.batch + output * p.grad.channel;
@@ -126,36 +139,59 @@ void weight_gradient_rows(const WeightGradient<C>& p, int64_t group, int64_t fir
         if (from >= to) continue;
         const C* rows = grad + from;
         const C* columns = x + from + shift;
-        C* sum = grad_weight + k;
-        const int64_t row = channels * p.taps, n = to - from;
+        C* sum = p.grad_weight + (k * p.outputs + output) * channels;
+        const int64_t n = to - from;
         if (count == 1 && channels == 1) {
           *sum += dot(rows, columns, n);
           continue;
         }
         switch (count) {
           case 1:
-            add_product_columns<1>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            add_product_columns<1>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, channels, 1);
             break;
           case 2:
-            add_product_columns<2>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            add_product_columns<2>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, channels, 1);
             break;
           case 3:
-            add_product_columns<3>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            add_product_columns<3>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, channels, 1);
             break;
           default:
-            add_product_columns<4>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, row, p.taps);
+            add_product_columns<4>(rows, p.grad.channel, columns, p.x.channel, channels, n, sum, channels, 1);
         }
       }
-      if (!p.grad_bias) continue;
-      for (int64_t r = 0; r < count; ++r) {
-        Vec<C> part{};
-        const C* row = grad + r * p.grad.channel;
-        int64_t i = t;
-        for (; i + lanes<C> <= until; i += lanes<C>) part = part + load(row + i);
-        if (i < until) part = part + load_partial(row + i, until - i);
-        p.grad_bias[output + r] += hsum(part);
-      }
+      if (p.grad_bias) add_row_sums(grad + t, p.grad.channel, count, until - t, p.grad_bias + output);
     }
+  }
+}
+
+// ---- many channels: a matrix product for each tap, positions being what is summed over ----
+// The channels of one panel of row b of the batch, positions in rows: panel[(t - low) * gemm_nr + c]. A tap is then an offset into it.
+template <class C>
+void pack_input_panel(const WeightGradient<C>& p, int64_t b, int64_t group, int64_t index, C* panel) {
+  const int64_t channels = p.channels / p.groups, first = index * gemm_nr<C>, depth = p.high[b] - p.low;
+  const C* x = p.x.data + b * p.x.batch + (group * channels + first) * p.x.channel + p.low;
+  pack_panels(depth, min(channels - first, gemm_nr<C>), x, 1, p.x.channel, panel, depth * gemm_nr<C>);
+}
+
+// The rows [first, first + count) of a group, for row b of the batch. `panels` are those of the group, panel_stride apart; `left` holds
+// count (gemm_kc + gemm_row_pad).
+template <class C>
+void weight_gradient_products(const WeightGradient<C>& p, int64_t b, int64_t group, int64_t first, int64_t count, const C* panels,
+                              int64_t panel_stride, C* left) {
+  constexpr int64_t left_row = gemm_kc + gemm_row_pad;
+  const int64_t channels = p.channels / p.groups, output = group * (p.outputs / p.groups) + first, high = p.high[b];
+  const C* grad = p.grad.data + b * p.grad.batch + output * p.grad.channel;
+  for (int64_t t = 0; t < high; t += gemm_kc) {
+    const int64_t until = min(t + gemm_kc, high);
+    copy_rows(count, until - t, grad + t, p.grad.channel, left, left_row);
+    for (int64_t k = 0; k < p.taps; ++k) {
+      const int64_t shift = p.origin + k * p.dilation;
+      const int64_t from = max(t, p.low - shift), to = min(until, high - shift);
+      if (from >= to) continue;
+      gemm_block<C>(count, channels, to - from, left + (from - t), left_row, panels + (from + shift - p.low) * gemm_nr<C>, panel_stride,
+                    gemm_nr<C>, p.grad_weight + (k * p.outputs + output) * channels, channels, true);
+    }
+    if (p.grad_bias) add_row_sums(left, left_row, count, until - t, p.grad_bias + output);
   }
 }
 
@@ -187,4 +223,7 @@ struct ConvolutionGradientKernels {
   static constexpr auto activation = &activation_gradient<S>;
   static constexpr auto activation_from_output = &activation_gradient_from_output<S>;
   static constexpr auto weight_rows = &weight_gradient_rows<compute_t<S>>;
+  static constexpr int64_t panel_columns = gemm_nr<compute_t<S>>, left_row = gemm_kc + gemm_row_pad;
+  static constexpr auto pack_input = &pack_input_panel<compute_t<S>>;
+  static constexpr auto weight_products = &weight_gradient_products<compute_t<S>>;
 };

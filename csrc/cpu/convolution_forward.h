@@ -23,6 +23,9 @@ S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 32
   if constexpr (sizeof(C) == 4) return _mm256_maskload_ps(x, (__m256i)present);
   if constexpr (sizeof(C) == 8) return _mm256_maskload_pd(x, (__m256i)present);
+#elif defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  if constexpr (sizeof(C) == 4) return _mm512_maskz_loadu_ps(_mm512_movepi32_mask((__m512i)present), x);
+  if constexpr (sizeof(C) == 8) return _mm512_maskz_loadu_pd(_mm512_movepi64_mask((__m512i)present), x);
 #endif
   Vec<C> v{};
   for (int64_t i = max<int64_t>(0, from); i < min(to, lanes<C>); ++i) v[i] = x[i];
@@ -80,7 +83,7 @@ void accumulate_lanes(const Tap<C>* taps, int64_t count, const C* weights, const
 template <int R, class C>
 void accumulate_rows(const Tap<C>* taps, int64_t count, const C* weights, const C* start, int64_t channels, int64_t width, C* u,
                      int64_t u_stride) {
-  constexpr int V = R <= 2 ? 4 : 2;
+  constexpr int V = S2S_VECTOR_BYTES == 64 || R <= 2 ? 4 : 2;  // as many accumulators as registers allow
   int64_t at = 0;
   for (; at + V * lanes<C> <= width; at += V * lanes<C>) accumulate_lanes<R, V>(taps, count, weights, start, channels, at, u, u_stride);
   for (; at < width; at += lanes<C>) accumulate_lanes<R, 1>(taps, count, weights, start, channels, at, u, u_stride);

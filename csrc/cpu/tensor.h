@@ -89,19 +89,25 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
 // A size of -1 stands for any.
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
-  std::ostringstream expected;
-  expected << '(';
   int64_t i = 0;
   for (const int64_t size : sizes) {
     if (equal && size >= 0 && tensor.size(i) != size) equal = false;
-    if (i++) expected << ", ";
+    ++i;
+  }
+  if (equal) return;  // a stream costs half a microsecond, and a small call makes many of these checks
+  std::ostringstream expected;
+  expected << '(';
+  const char* separator = "";
+  for (const int64_t size : sizes) {
+    expected << separator;
+    separator = ", ";
     if (size < 0)
       expected << '*';
     else
       expected << size;
   }
   expected << ')';
-  STD_TORCH_CHECK(equal, op, ": ", name, " must have shape ", expected.str(), ", got ", shape_text(tensor));
+  STD_TORCH_CHECK(false, op, ": ", name, " must have shape ", expected.str(), ", got ", shape_text(tensor));
 }
 
 // On the CPU, of this dtype and shape; an absent optional passes.

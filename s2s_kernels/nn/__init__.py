@@ -1,6 +1,26 @@
 """Layers."""
 
+from .additive_attention import AdditiveAttention, AttentionPool, LuongAttention
+from .attention import MultiheadAttention
+from .cells import GRUCell, LSTMCell, RNNCell
 from .convolution import CausalConv1d, GatedCausalConv1d, WaveNetStack
+from .recurrence import GRU, LSTM, RNN
 from .state import ConvStackState, ConvState
 
-__all__ = ["CausalConv1d", "ConvStackState", "ConvState", "GatedCausalConv1d", "WaveNetStack"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "AdditiveAttention",
+    "AttentionPool",
+    "CausalConv1d",
+    "ConvStackState",
+    "ConvState",
+    "GRUCell",
+    "GatedCausalConv1d",
+    "LSTMCell",
+    "LuongAttention",
+    "MultiheadAttention",
+    "RNNCell",
+    "WaveNetStack",
+]

@@ -9,6 +9,8 @@ class Layer(nn.Module):
     """A module whose forward calls operators that TorchScript can't compile: `torch.jit.script` is refused with
     advice."""
 
+    _patched_from: type[nn.Module] | None = None  # torch's class, of a module that `patch` has swapped
+
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(
             f"torch.jit.script can't compile {type(self).__module__}.{type(self).__name__}: "

@@ -4,7 +4,7 @@ The tests, `python -m s2s_kernels check` and the benchmarks all use these. An op
 `CASES`; the samples of a stem are in the file of that name.
 """
 
-from . import attention, convolution
+from . import additive_attention, attention, convolution, recurrence, recurrent_layers
 from .rule import (
     Call,
     Draw,
@@ -23,7 +23,13 @@ from .rule import (
     to_device,
 )
 
-CASES: dict[str, OperatorCase] = {**convolution.CASES, **attention.CASES}
+CASES: dict[str, OperatorCase] = {
+    **recurrence.CASES,
+    **recurrent_layers.CASES,
+    **convolution.CASES,
+    **attention.CASES,
+    **additive_attention.CASES,
+}
 
 __all__ = [
     "CASES",

@@ -216,6 +216,22 @@ CASES = {
             convolution_sample("tails", 2, 7, 65, 129, 2, dilation=64, smooth=False),
             convolution_sample("tails, gated", 1, 65, 14, 33, 3, dilation=5, activation="gated_tanh", smooth=False),
             convolution_sample("tails, depthwise", 2, 65, 65, 129, 4, groups=65, dilation=8, smooth=False),
+            convolution_sample(
+                "many channels",
+                2,
+                34,
+                26,
+                300,
+                2,
+                groups=2,
+                dilation=5,
+                lengths=(300, 17),
+                initial_state=True,
+                smooth=False,
+            ),
+            convolution_sample(
+                "many channels, centred", 2, 18, 30, 270, 2, lengths=(3, 261), causal=False, smooth=False
+            ),
             convolution_sample("single channel", 1, 1, 1, 7, 7, smooth=False),
             convolution_sample("nine taps", 2, 5, 13, 150, 9, dilation=16, activation="relu", smooth=False),
             convolution_sample("several tiles", 1, 3, 5, 1100, 3, dilation=7, smooth=False),

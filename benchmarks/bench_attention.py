@@ -1,0 +1,231 @@
+"""Attention against torch's scaled_dot_product_attention and the naive form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import s2s_kernels as s2s
+
+from . import work
+from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
+from .peers import naive_attention
+
+sdpa = F.scaled_dot_product_attention
+NAIVE = 1024  # longest T of the form that writes the matrix of scores out
+CUDA_BACKENDS = {
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def heads(inputs: Inputs, batch: int, heads: int, time: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Query, key and value (B, H, T, D)."""
+    query, key, value = (inputs.noise(batch, heads, time, width) for _ in range(3))
+    return query, key, value
+
+
+def on_backend(backend: SDPBackend, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return call()
+
+    return run
+
+
+def serves(backend: SDPBackend, causal: bool, dtype: torch.dtype) -> bool:
+    """Whether this GPU has torch's backend for such a call."""
+    query = torch.randn(1, 8, 64, 64, device="cuda", dtype=dtype)
+    try:
+        on_backend(backend, lambda: sdpa(query, query, query, is_causal=causal))()
+    except RuntimeError:
+        return False
+    return True
+
+
+def dense(
+    grid: Grid, batch: int, causal: bool, quick: tuple[int, ...] = (), lengths: list[int] | None = None
+) -> list[Case]:
+    """8 heads of width 64 over T = S, all pairs or causal."""
+    count, width = 8, 64
+
+    def case(time: int) -> Case:
+        backends = (
+            [name for name, backend in CUDA_BACKENDS.items() if serves(backend, causal, grid.dtype)]
+            if grid.device == "cuda"
+            else []
+        )
+        with_naive = time <= NAIVE and not causal
+
+        def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+            query, key, value = leaves = heads(inputs, batch, count, time, width)
+
+            def theirs() -> torch.Tensor:
+                return sdpa(query, key, value, is_causal=causal)
+
+            entrants = {
+                "ours": Entrant(lambda: s2s.attention(query, key, value, causal=causal), leaves),
+                "sdpa": Entrant(theirs, leaves),
+            }
+            if with_naive:
+                entrants["naive"] = Entrant(lambda: naive_attention(query, key, value), leaves)
+            for name in backends:
+                entrants[name] = Entrant(on_backend(CUDA_BACKENDS[name], theirs), leaves)
+            return entrants
+
+        def amount(t: int) -> work.Work:
+            share = (t + 1) / (2 * t) if causal else 1.0
+            return work.attention(batch, count, t, t, width, share=share)
+
+        return Case(
+            f"{'causal ' if causal else ''}attention B{batch} H{count} D{width}",
+            time,
+            batch * time,
+            build,
+            amount,
+            ("ours", "sdpa", *(["naive"] if with_naive else []), *backends),
+            quick=time in quick,
+        )
+
+    return [case(time) for time in (lengths or grid.lengths())]
+
+
+def padded(batch: int = 8, time: int = 256) -> Case:
+    """Keys of unequal length, half of S on average, against a padding mask."""
+    count, width = 8, 64
+
+    def lengths_of(time: int) -> torch.Tensor:
+        share = torch.rand(batch, generator=torch.Generator().manual_seed(11))
+        return (share * time).long() + 1
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        query, key, value = leaves = heads(inputs, batch, count, time, width)
+        lengths = lengths_of(time).to(inputs.device)
+        keep = (torch.arange(time, device=inputs.device) < lengths[:, None])[:, None, None]
+        return {
+            "ours": Entrant(lambda: s2s.attention(query, key, value, key_lengths=lengths), leaves),
+            "sdpa mask": Entrant(lambda: sdpa(query, key, value, attn_mask=keep), leaves),
+        }
+
+    def amount(t: int) -> work.Work:
+        share = lengths_of(t).double().mean().item() / t
+        return work.attention(batch, count, t, t, width, share=share, present=share)
+
+    row = f"key lengths attention B{batch} H{count} D{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", "sdpa mask"), quick=True)
+
+
+def banded(time: int = 2048, window: int = 256) -> Case:
+    """A causal window, against a band mask."""
+    batch, count, width = 1, 8, 64
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        query, key, value = leaves = heads(inputs, batch, count, time, width)
+        i = torch.arange(time, device=inputs.device)
+        band = (i[:, None] >= i) & (i[:, None] - i <= window)
+        return {
+            "ours": Entrant(lambda: s2s.attention(query, key, value, causal=True, window=(window, 0)), leaves),
+            "sdpa mask": Entrant(lambda: sdpa(query, key, value, attn_mask=band), leaves),
+        }
+
+    def amount(t: int) -> work.Work:
+        inside = min(window + 1, t)
+        pairs = t * inside - inside * (inside - 1) / 2
+        return work.attention(batch, count, t, t, width, share=pairs / t**2)
+
+    row = f"window {window} attention B{batch} H{count} D{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", "sdpa mask"), quick=True)
+
+
+def dropped(time: int, quick: bool) -> Case:
+    batch, count, width = 2, 8, 64
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        query, key, value = leaves = heads(inputs, batch, count, time, width)
+        return {
+            "ours": Entrant(lambda: s2s.attention(query, key, value, dropout_p=0.1), leaves),
+            "sdpa": Entrant(lambda: sdpa(query, key, value, dropout_p=0.1), leaves),
+        }
+
+    return Case(
+        f"dropout attention B{batch} H{count} D{width}",
+        time,
+        batch * time,
+        build,
+        lambda t: work.attention(batch, count, t, t, width),
+        ("ours", "sdpa"),
+        (TRAINING,),
+        quick,
+        agree=False,
+    )
+
+
+def biased(time: int, quick: bool) -> Case:
+    """A learned bias (1, H, T, S) with its gradient."""
+    batch, count, width = 2, 8, 64
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        query, key, value = heads(inputs, batch, count, time, width)
+        bias = inputs.noise(1, count, time, time)
+        leaves = (query, key, value, bias)
+        return {
+            "ours": Entrant(lambda: s2s.attention(query, key, value, bias=bias), leaves),
+            "sdpa mask": Entrant(lambda: sdpa(query, key, value, attn_mask=bias), leaves),
+        }
+
+    def amount(t: int) -> work.Work:
+        table = count * t * t
+        return work.chain([work.attention(batch, count, t, t, width), work.simple(batch * table, table, path=0)])
+
+    row = f"learned bias attention B{batch} H{count} D{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", "sdpa mask"), (TRAINING,), quick)
+
+
+def decoding(label: str, count: int, kv_heads: int, width: int, cached: int, dtype: torch.dtype | None = None) -> Case:
+    """One query against a cache; T counts the cached keys."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        def cast(*shape: int) -> torch.Tensor:
+            tensor = inputs.noise(*shape, grad=False)
+            if dtype is None:
+                return tensor
+            inputs.touched[-1] = tensor.to(dtype)
+            return inputs.touched[-1]
+
+        query, key, value = cast(1, count, 1, width), cast(1, kv_heads, time, width), cast(1, kv_heads, time, width)
+        grouped = count != kv_heads
+        return {
+            "ours": Entrant(lambda: s2s.attention(query, key, value, enable_gqa=grouped)),
+            "sdpa": Entrant(lambda: sdpa(query, key, value, enable_gqa=grouped)),
+        }
+
+    def amount(t: int) -> work.Work:
+        amount = work.attention(1, count, 1, t, width, kv_heads=kv_heads)
+        return amount if dtype is None else amount.scaled(dtype.itemsize)
+
+    row = f"decode {label} H{count} D{width}"
+    return Case(row, cached, 1, build, amount, ("ours", "sdpa"), (FORWARD,), quick=True)
+
+
+def cases(grid: Grid) -> list[Case]:
+    return [
+        *dense(grid, 32, False, quick=(32, 64), lengths=[32, 64]),
+        *dense(grid, 8, True, quick=(256,), lengths=[128, 256, 512]),
+        *dense(grid, 1, True, quick=(32, 128, 512, 2048)),
+        *dense(grid, 1, False, quick=(1024,)),
+        padded(),
+        banded(),
+        dropped(256, quick=True),
+        dropped(1024, quick=False),
+        biased(256, quick=True),
+        biased(1024, quick=False),
+        decoding("32 over 8 heads", 32, 8, 128, 2048),
+        decoding("bfloat16", 8, 8, 64, 4096, torch.bfloat16),
+    ]
+
+
+def test_attention(case: str, direction: str, entrant: str, race: Any) -> None:
+    race(case, direction, entrant)

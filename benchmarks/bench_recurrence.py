@@ -1,0 +1,193 @@
+"""LSTM, GRU and RNN layers against torch's and against loops over time."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import s2s_kernels as s2s
+
+from . import onnx_peer, work
+from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
+from .peers import cell_loop, layer_norm_lstm_loop
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+LOOPED = 512  # longest T of a loop over time: it costs milliseconds a step
+
+
+def pair(inputs: Inputs, kind: str, width: int, **options: Any) -> tuple[Any, Any]:
+    """Ours and torch's layer with the same weights, hidden size as input size."""
+    theirs = inputs.module(getattr(nn, kind)(width, width, batch_first=True, **options))
+    return inputs.module(getattr(s2s.nn, kind)(width, width, batch_first=True, **options), like=theirs), theirs
+
+
+def layer(grid: Grid, kind: str, batch: int, width: int, quick: tuple[int, ...] = ()) -> list[Case]:
+    """One layer over T."""
+
+    def case(time: int, direction: str) -> Case:
+        looped = time <= LOOPED and not grid.quick
+        with_onnx = direction == FORWARD and kind != "RNN" and grid.device == "cpu" and onnx_peer.available()
+        names = ["ours", "torch", *(["loop"] if looped else []), *(["onnxruntime"] if with_onnx else [])]
+
+        def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+            ours, theirs = pair(inputs, kind, width)
+            x = inputs.noise(batch, time, width)
+            entrants = {
+                "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
+                "torch": Entrant(lambda: theirs(x)[0], (x, *theirs.parameters())),
+            }
+            if looped:
+                entrants["loop"] = Entrant(lambda: cell_loop(kind, x, theirs), (x, *theirs.parameters()))
+            if with_onnx:
+                entrants["onnxruntime"] = Entrant(onnx_peer.recurrence(kind, theirs, x))
+            return entrants
+
+        return Case(
+            f"{kind} B{batch} H{width}",
+            time,
+            batch * time,
+            build,
+            lambda t: work.recurrence(GATES[kind], batch, t, width, width, t),
+            tuple(names),
+            (direction,),
+            time in quick,
+        )
+
+    return [case(time, direction) for time in grid.lengths() for direction in (FORWARD, TRAINING)]
+
+
+def some_lengths(batch: int, time: int) -> torch.Tensor:
+    """Between 1 and T, half of it on average; the same for every call."""
+    share = torch.rand(batch, generator=torch.Generator().manual_seed(7))
+    return (share * time).long() + 1
+
+
+def with_lengths(kind: str, batch: int = 32, time: int = 256, width: int = 256) -> Case:
+    """Sequences of unequal length, against a PackedSequence."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        ours, theirs = pair(inputs, kind, width)
+        x, lengths = inputs.noise(batch, time, width), some_lengths(batch, time)
+
+        def packed() -> torch.Tensor:
+            p = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return pad_packed_sequence(theirs(p)[0], batch_first=True, total_length=time)[0]
+
+        return {
+            "ours": Entrant(lambda: ours(x, lengths=lengths)[0], (x, *ours.parameters())),
+            "torch packed": Entrant(packed, (x, *theirs.parameters())),
+        }
+
+    def amount(t: int) -> work.Work:
+        lengths = some_lengths(batch, t)
+        return work.recurrence(GATES[kind], 1, int(lengths.sum()), width, width, int(lengths.max()))
+
+    row = f"{kind} lengths B{batch} H{width}"
+    tokens = int(some_lengths(batch, time).sum())
+    return Case(row, time, tokens, build, amount, ("ours", "torch packed"), (TRAINING,), quick=True)
+
+
+def layer_norm(batch: int, width: int, time: int = 512) -> Case:
+    """Layer-normalised LSTM against a loop over time."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        ours = inputs.module(s2s.nn.LSTM(width, width, batch_first=True, layer_norm=True))
+        x = inputs.noise(batch, time, width)
+        p = dict(ours.named_parameters())
+
+        def loop() -> torch.Tensor:
+            bias = p["bias_ih_l0"] + p["bias_hh_l0"]
+            norms = (p["ln_ih_weight_l0"], p["ln_hh_weight_l0"], p["ln_c_weight_l0"], p["ln_c_bias_l0"])
+            return layer_norm_lstm_loop(x, p["weight_ih_l0"], p["weight_hh_l0"], bias, *norms)
+
+        leaves = (x, *ours.parameters())
+        return {"ours": Entrant(lambda: ours(x)[0], leaves), "loop": Entrant(loop, leaves)}
+
+    return Case(
+        f"layer-norm LSTM B{batch} H{width}",
+        time,
+        batch * time,
+        build,
+        lambda t: work.recurrence(4, batch, t, width, width, t),
+        ("ours", "loop"),
+        (TRAINING,),
+        quick=True,
+        compared=32,  # normalised gates make the state chaotic: a last bit grows to the state's own size in 500 steps
+    )
+
+
+def regularised(label: str, batch: int = 16, time: int = 256, width: int = 256, **options: Any) -> Case:
+    """What a regulariser costs beside our plain layer."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        plain = inputs.module(s2s.nn.LSTM(width, width, batch_first=True))
+        ours = inputs.module(s2s.nn.LSTM(width, width, batch_first=True, **options), like=plain)
+        x = inputs.noise(batch, time, width)
+        return {
+            "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
+            "ours plain": Entrant(lambda: plain(x)[0], (x, *plain.parameters())),
+        }
+
+    return Case(
+        f"LSTM {label} B{batch} H{width}",
+        time,
+        batch * time,
+        build,
+        lambda t: work.recurrence(4, batch, t, width, width, t),
+        ("ours", "ours plain"),
+        (TRAINING,),
+        agree=False,
+    )
+
+
+def tiny(batch: int = 5, time: int = 3, width: int = 16) -> Case:
+    """Three bidirectional layers over three positions: the cost of a call."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        ours, theirs = pair(inputs, "LSTM", width, num_layers=3, bidirectional=True)
+        x = inputs.noise(batch, time, width)
+        return {
+            "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
+            "torch": Entrant(lambda: theirs(x)[0], (x, *theirs.parameters())),
+        }
+
+    def amount(t: int) -> work.Work:
+        first, other = (work.recurrence(4, batch, t, size, width, t) for size in (width, 2 * width))
+        return work.chain([first] * 2 + [other] * 4)
+
+    return Case(
+        f"3-layer bidirectional LSTM B{batch} H{width}",
+        time,
+        batch * time,
+        build,
+        amount,
+        ("ours", "torch"),
+        quick=True,
+        varied=False,
+    )
+
+
+def cases(grid: Grid) -> list[Case]:
+    return [
+        *layer(grid, "LSTM", 1, 256, quick=(32, 128, 512, 1024)),
+        *layer(grid, "LSTM", 8, 256, quick=(512,)),
+        *layer(grid, "LSTM", 32, 256, quick=(64,)),
+        *layer(grid, "GRU", 1, 256, quick=(32, 128, 512)),
+        *layer(grid, "GRU", 8, 256),
+        *layer(grid, "GRU", 1, 128, quick=(64,)),
+        *layer(grid, "RNN", 1, 256, quick=(512,)),
+        *layer(grid, "RNN", 8, 256),
+        with_lengths("LSTM"),
+        with_lengths("GRU"),
+        layer_norm(8, 256),
+        layer_norm(1, 128),
+        regularised("weight drop", weight_dropout=0.5),
+        regularised("recurrent dropout", recurrent_dropout=0.3),
+        regularised("zoneout", zoneout=0.1),
+        tiny(),
+    ]
+
+
+def test_recurrence(case: str, direction: str, entrant: str, race: Any) -> None:
+    race(case, direction, entrant)

@@ -1,0 +1,46 @@
+"""The language models of `s2s_kernels.models` rebuilt from torch's own layers: their rivals."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s2s_kernels.models.tcn import ResidualBlock
+from s2s_kernels.models.transformer import TransformerBlock
+
+from .peers import padded_conv1d
+
+
+class TorchResidualBlock(ResidualBlock):
+    """The TCN's block from `F.pad` and `F.conv1d`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = x
+        for conv in (self.conv1, self.conv2):
+            hidden = F.relu(padded_conv1d(hidden, conv.weight, conv.bias, conv.dilation))
+        match = self.match
+        return F.relu(hidden + (x if isinstance(match, nn.Identity) else F.conv1d(x, match.weight, match.bias)))
+
+
+class TorchTransformerBlock(TransformerBlock):
+    """The Transformer's block with torch's attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.projection(mixed.transpose(1, 2).flatten(2))
+        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
+
+
+def from_built_ins(model: nn.Module) -> nn.Module:
+    """Rebuilds a freshly made language model of `s2s_kernels.models` in place, from torch's own layers: the same
+    parameters under the same names. For dropout 0."""
+    for name, module in list(model.named_modules()):
+        if type(module) is ResidualBlock:
+            module.__class__ = TorchResidualBlock
+        elif type(module) is TransformerBlock:
+            module.__class__ = TorchTransformerBlock
+        elif name == "lstm":
+            theirs = nn.LSTM(module.input_size, module.hidden_size, module.num_layers, batch_first=True)
+            theirs.load_state_dict(module.state_dict(), strict=True)
+            model.lstm = theirs
+    return model

@@ -1,0 +1,114 @@
+// What the binding of the recurrences and their kernels (one copy per instruction set) say to each other. No torch.
+#pragma once
+#include <cstdint>
+
+#include "storage.h"
+
+namespace s2s {
+
+enum class Cell : int64_t { lstm, gru, rnn_tanh, rnn_relu };
+
+constexpr int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+
+// Which random numbers of the call's seed each mask takes.
+enum Stream : uint32_t { stream_h = 0, stream_c = 1, stream_weight = 2 };
+
+// Rows of any storage type, read as C. Kernels are compiled for C alone; the functions know the storage type.
+template <class C>
+struct Source {
+  const void* data = nullptr;
+  int64_t batch = 0, time = 0, unit = 0;  // strides in elements
+  void (*read)(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) = nullptr;
+  void (*add)(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) = nullptr;
+};
+template <class C>
+struct Target {
+  void* data = nullptr;
+  int64_t batch = 0, time = 0;  // unit stride over units
+  void (*write)(void* data, int64_t offset, int64_t n, const C* from) = nullptr;
+};
+
+// DropConnect: which elements of the recurrent weights are zeroed, and how the others are scaled.
+struct WeightDropout {
+  int64_t seed0, seed1;
+  uint64_t threshold;
+  double scale;
+};
+
+// The rows of a batch, sorted by length, longest first: at time t the first count[t] of them are present, and take the slots offset[t],
+// offset[t] + 1, ... of a buffer that holds the present positions only, time by time.
+struct Schedule {
+  int64_t batch, time;
+  bool reverse;
+  const int64_t* order;   // (batch): the row of each rank
+  const int64_t* length;  // (batch): of each row
+  const int64_t* count;   // (time)
+  const int64_t* offset;  // (time + 1)
+  const bool* reset;      // or null
+  int64_t reset_batch, reset_time;
+
+  // Whether the state is zeroed between the step before, in the direction of the run, and this one.
+  bool starts(int64_t b, int64_t t) const {
+    if (!reset) return false;
+    if (!reverse) return reset[b * reset_batch + t * reset_time];
+    return t + 1 < length[b] && reset[b * reset_batch + (t + 1) * reset_time];
+  }
+  bool is_first(int64_t b, int64_t t) const { return t == (reverse ? length[b] - 1 : 0); }
+};
+
+// Group g of `groups` has the ranks g, g + groups, g + 2 groups, ...: every group gets short rows and long ones.
+struct Group {
+  int64_t index, groups;
+  int64_t rows(int64_t ranks) const { return ranks > index ? (ranks - index + groups - 1) / groups : 0; }
+  int64_t rank(int64_t row) const { return index + row * groups; }
+};
+
+struct Zoneout {
+  double h = 0, c = 0;
+  bool training = false;
+  uint64_t threshold_h = 0, threshold_c = 0;
+  int64_t seed0 = 0, seed1 = 0;
+};
+
+// What both directions know. Shapes: P is `width`, G H `gate_units`.
+template <class C>
+struct Recurrence {
+  Schedule schedule;
+  Cell cell;
+  int64_t inputs, hidden, width, gate_units;
+  const C *h0, *c0;                              // (B, P), (B, H) or null
+  const C* mask;                                 // (B, P) or null: multiplies h in the recurrent product
+  const C *norm_ih, *norm_hh, *norm_c, *norm_b;  // or null
+  Zoneout zoneout;
+  // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation; extra (N, H): an LSTM's cell state, a
+  // GRU's W_hn h + b_hn; normed (N, 2 G H + 2): both products normalised, and their reciprocal deviations.
+  C *gates, *extra, *normed;
+  C* hidden_exact;  // (B, T, P): the output before it is rounded to storage; in forward null where the output itself is as wide
+
+  int64_t normed_row() const { return 2 * gate_units + 2; }
+};
+
+template <class C>
+struct RecurrenceForward : Recurrence<C> {
+  const C *weight_ih, *weight_hh, *weight_hr;  // packed: (I, G H), (P, G H), (H, P) or null
+  const C *bias, *bias_hn;                     // (G H): all that is added to the gates; (H): a GRU's b_hn, which r multiplies
+  Source<C> x;
+  const C* x_rows;  // x as rows of unit stride in the order of the slots, x_row apart; null: they are gathered
+  int64_t x_row;
+  int64_t block_rows;  // rows of the input product made at once, and used while they are in the cache
+  Target<C> output, h_n, c_n;
+};
+
+template <class C>
+struct RecurrenceBackward : Recurrence<C> {
+  const C *weight_hh, *weight_hr;  // packed: (G H, P), (P, H) or null
+  Source<C> grad_output, grad_h, grad_c;
+  // By slot: the gradients of the gates before their activation (N, G H), as the input part and the recurrent part see them (one buffer
+  // where they are equal).
+  C *grad_in, *grad_rec;
+  C *grad_projected, *unprojected;  // (N, P), (N, H) or null
+  C *grad_norm_c, *normed_c;        // (N, H) or null
+  Target<C> grad_h0, grad_c0, grad_mask;
+};
+
+}  // namespace s2s

@@ -1,0 +1,56 @@
+// What the bindings of one recurrence and of a stack of them share: a call of one layer and direction.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "tensor.h"
+
+namespace s2s {
+
+// The tensors that forward and backward share.
+struct __attribute__((visibility("hidden"))) RecurrenceArguments {
+  const Tensor &x, &weight_ih, &weight_hh;
+  const OptionalTensor &h0, &c0, &weight_hr, &mask, &norm_ih, &norm_hh, &norm_c, &norm_b, &lengths, &reset, &seed;
+  int64_t cell;
+  bool reverse;
+  double zoneout_h, zoneout_c;
+  bool training;
+  double weight_dropout;
+};
+
+// Where forward puts its results, contiguous but for the output, whose strides are given in elements; null: not kept.
+struct RecurrencePlaces {
+  void* output;  // (B, T, P)
+  int64_t output_batch, output_time;
+  void *h_n, *c_n;                        // (B, P), (B, H)
+  void *gates, *extra, *hidden, *normed;  // what backward needs, in the compute type
+};
+
+// What forward kept, and what reaches its results.
+struct __attribute__((visibility("hidden"))) RecurrenceKept {
+  const OptionalTensor &grad_output, &grad_h, &grad_c;
+  const OptionalTensor &gates, &extra, &hidden, &normed;
+};
+
+// The gradients that backward can be asked for, in the order of the arguments; a bit each.
+enum Wanted {
+  want_x,
+  want_ih,
+  want_hh,
+  want_bias_ih,
+  want_bias_hh,
+  want_h0,
+  want_c0,
+  want_hr,
+  want_mask,
+  want_norm_ih,
+  want_norm_hh,
+  want_norm_c,
+  want_norm_b,
+  wanted_count
+};
+
+void run_recurrence(const RecurrenceArguments& a, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const RecurrencePlaces& to);
+std::vector<Tensor> run_recurrence_backward(const RecurrenceArguments& a, const RecurrenceKept& kept, int64_t needs);
+
+}  // namespace s2s

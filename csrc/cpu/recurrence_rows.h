@@ -1,0 +1,299 @@
+// Pieces that work on one row or one matrix: conversions, packing, products of few rows, layer normalisation, zoneout, sums of columns.
+
+// Vectors of a row: whole ones, and the part of one at its end.
+template <class T>
+struct WholeVector {
+  S2S_INLINE Vec<T> get(const T* from) { return load(from); }
+  S2S_INLINE void put(T* to, Vec<T> v) { store(to, v); }
+  S2S_INLINE Vec<T> only(Vec<T> v) { return v; }  // 0 where there is no element
+};
+template <class T>
+struct PartVector {
+  int64_t n;
+  inline __attribute__((always_inline)) Vec<T> get(const T* from) const { return load_partial(from, n); }
+  inline __attribute__((always_inline)) void put(T* to, Vec<T> v) const { store_partial(to, v, n); }
+  inline __attribute__((always_inline)) Vec<T> only(Vec<T> v) const {
+    return select(iota<T>() < broadcast(static_cast<T>(n)), v, Vec<T>{});
+  }
+};
+
+#define S2S_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
+
+template <class T, class F>
+S2S_INLINE void each_vector(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + lanes<T> <= n; j += lanes<T>) f(WholeVector<T>{}, j);
+  if (j < n) f(PartVector<T>{n - j}, j);
+}
+
+// As each_vector, for sums: f also gets which of four accumulators takes this vector, so that additions needn't wait for one another.
+template <class T, class F>
+S2S_INLINE void each_vector_by_four(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 * lanes<T> <= n; j += 4 * lanes<T>) {
+    f(WholeVector<T>{}, j, 0);
+    f(WholeVector<T>{}, j + lanes<T>, 1);
+    f(WholeVector<T>{}, j + 2 * lanes<T>, 2);
+    f(WholeVector<T>{}, j + 3 * lanes<T>, 3);
+  }
+  for (; j + lanes<T> <= n; j += lanes<T>) f(WholeVector<T>{}, j, 0);
+  if (j < n) f(PartVector<T>{n - j}, j, 1);
+}
+
+template <class T>
+S2S_INLINE T total(const Vec<T> (&part)[4]) {
+  return hsum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+template <class S>
+struct RowKernels {
+  using C = compute_t<S>;
+
+  template <bool Add>
+  static void take(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) {
+    const S* from = static_cast<const S*>(data) + offset;
+    if (stride == 1) {
+      int64_t j = 0;
+      for (; j + lanes<C> <= n; j += lanes<C>) store(to + j, Add ? load(to + j) + load(from + j) : load(from + j));
+      for (; j < n; ++j) to[j] = Add ? to[j] + to_compute(from[j]) : to_compute(from[j]);
+    } else {
+      for (int64_t j = 0; j < n; ++j) to[j] = Add ? to[j] + to_compute(from[j * stride]) : to_compute(from[j * stride]);
+    }
+  }
+  static void read(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) { take<false>(data, offset, stride, n, to); }
+  static void add(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) { take<true>(data, offset, stride, n, to); }
+
+  static void write(void* data, int64_t offset, int64_t n, const C* from) {
+    S* to = static_cast<S*>(data) + offset;
+    int64_t j = 0;
+    for (; j + lanes<C> <= n; j += lanes<C>) store(to + j, load(from + j));
+    for (; j < n; ++j) to[j] = from_compute<S>(from[j]);
+  }
+};
+
+template <class T>
+void multiply(int64_t n, const T* factor, T* row) {
+  each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) * at.get(factor + j)); });
+}
+
+template <class C>
+struct RecurrenceProducts {
+  // Scratch for either packing.
+  static int64_t pack_workspace(int64_t columns) { return (gemm_nr<C> + 1) * (columns + lanes<C>); }
+
+  // W (rows, columns), of any storage type, as the right factor of v W^T: columns are summed over.
+  static void pack_transposed(int64_t rows, int64_t columns, const Source<C>& w, const WeightDropout* dropout, C* packed, C* workspace) {
+    constexpr int64_t nr = gemm_nr<C>;
+    C* const factor = workspace + nr * columns;
+    for (int64_t panel = 0; panel < rows; panel += nr, packed += nr * columns) {
+      const int64_t here = gemm_min(nr, rows - panel);
+      for (int64_t i = 0; i < here; ++i) {
+        w.read(w.data, (panel + i) * w.batch, w.unit, columns, workspace + i * columns);
+        if (dropout) drop(*dropout, panel + i, columns, factor, workspace + i * columns);
+      }
+      for (int64_t i = here; i < nr; ++i)
+        for (int64_t j = 0; j < columns; ++j) workspace[i * columns + j] = C(0);
+      copy_transposed(nr, columns, workspace, columns, int64_t{1}, packed, nr);
+    }
+  }
+
+  // The same as the right factor of v W: rows are summed over.
+  static void pack(int64_t rows, int64_t columns, const Source<C>& w, const WeightDropout* dropout, C* packed, C* workspace) {
+    constexpr int64_t nr = gemm_nr<C>;
+    C* const factor = workspace + columns + lanes<C>;
+    for (int64_t i = 0; i < rows; ++i) {
+      w.read(w.data, i * w.batch, w.unit, columns, workspace);
+      if (dropout) drop(*dropout, i, columns, factor, workspace);
+      C* to = packed + i * nr;
+      for (int64_t j = 0; j < columns; j += nr, to += rows * nr) {
+        const int64_t here = gemm_min(nr, columns - j);
+        for (int64_t l = 0; l < here; ++l) to[l] = workspace[j + l];
+        for (int64_t l = here; l < nr; ++l) to[l] = C(0);
+      }
+    }
+  }
+
+  static void drop(const WeightDropout& dropout, int64_t row, int64_t columns, C* factor, C* values) {
+    dropout_factors(dropout.seed0, dropout.seed1, stream_weight, row, 0, columns, dropout.threshold, static_cast<C>(dropout.scale), factor);
+    multiply(columns, factor, values);
+  }
+
+  static int64_t packed_size(int64_t n, int64_t k) { return packed_b_size<C>(n, k); }
+
+  // C (m, n) = or += A (m, k) times packed B. A recurrence passes `backwards` on every second step: walking the panels to and fro, it finds
+  // those of the turning point still in the second-level cache where the whole does not fit.
+  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add,
+                     bool backwards) {
+    if (m == 1) return few<1>(n, k, a, a_row, b, c, c_row, add, backwards);
+    if (m == 2) return few<2>(n, k, a, a_row, b, c, c_row, add, backwards);
+    if (m == 3) return few<3>(n, k, a, a_row, b, c, c_row, add, backwards);
+    constexpr int64_t at_once = gemm_wide(1);
+    const int64_t panels = (n + gemm_nr<C> - 1) / gemm_nr<C>, parts = (panels + at_once - 1) / at_once;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t part = backwards ? parts - 1 - i : i;
+      gemm_packed_panels(m, n, k, a, a_row, b, c, c_row, add, part * at_once, gemm_min(panels, (part + 1) * at_once));
+    }
+  }
+
+  // Few rows of A. The panels are dealt evenly to tiles: a tile of one panel would wait for its multiply-adds.
+  template <int Rows>
+  static void few(int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add, bool backwards) {
+    constexpr int64_t nr = gemm_nr<C>, most = gemm_wide(Rows);
+    const int64_t panels = (n + nr - 1) / nr, tiles = (panels + most - 1) / most;
+    for (int64_t i = 0; k <= 0 && !add && i < Rows; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * c_row + j] = C(0);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t tile = backwards ? tiles - 1 - i : i;
+      const int64_t begin = gemm_group(panels, tiles, tile), count = gemm_group(panels, tiles, tile + 1) - begin;
+      const int64_t last = gemm_min(n - begin * nr, count * nr) - (count - 1) * nr;
+      for (int64_t k0 = 0; k0 < k; k0 += gemm_kc)
+        tile_of<Rows, most>(count, gemm_min(k - k0, gemm_kc), a + k0, a_row, b + begin * nr * k + k0 * nr, k * nr, c + begin * nr, c_row,
+                            add || k0 > 0, last);
+    }
+  }
+
+  template <int Rows, int Panels>
+  static void tile_of(int64_t count, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t panel, C* c, int64_t c_row, bool add,
+                      int64_t last) {
+    if (count == Panels)
+      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, panel, gemm_nr<C>, c, c_row, add, last);
+    else if constexpr (Panels > 1)
+      tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, panel, c, c_row, add, last);
+  }
+
+  // As packed, for many rows of A, which are copied block by block: rows of a power of two would share few sets of the caches.
+  static int64_t many_workspace(int64_t m) { return m * (gemm_kc + gemm_row_pad); }
+  static void many(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, C* workspace) {
+    for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {
+      const int64_t depth = gemm_min(k - k0, gemm_kc), row = depth + gemm_row_pad;
+      copy_rows(m, depth, a + k0, a_row, workspace, row);
+      gemm_block<C>(m, n, depth, workspace, row, b + k0 * gemm_nr<C>, k * gemm_nr<C>, gemm_nr<C>, c, c_row, k0 > 0);
+    }
+  }
+
+  static int64_t product_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
+
+  // C (m, n) = or += A^T B with A (k, m), B (k, n) of unit column stride.
+  static void transposed_product(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_row, C* c, int64_t c_row,
+                                 bool add, C* workspace) {
+    gemm<C, C, C>(m, n, k, a, 1, a_row, b, b_row, 1, c, c_row, add, workspace);
+  }
+
+  // to[j] = sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; 256 rows at a time, so that many rows
+  // lose no more than few.
+  static void sum_columns(int64_t rows, int64_t begin, int64_t end, const C* a, int64_t a_row, const C* b, int64_t b_row, const C* c,
+                          int64_t c_row, C* to) {
+    // Several vectors of a row together, so that memory is read by the line.
+    int64_t j = begin;
+    for (; j + 8 * lanes<C> <= end; j += 8 * lanes<C>)
+      sum_vectors<8>(WholeVector<C>{}, rows, a + j, a_row, b ? b + j : nullptr, b_row, c ? c + j : nullptr, c_row, to + j);
+    for (; j + lanes<C> <= end; j += lanes<C>)
+      sum_vectors<1>(WholeVector<C>{}, rows, a + j, a_row, b ? b + j : nullptr, b_row, c ? c + j : nullptr, c_row, to + j);
+    if (j < end) sum_vectors<1>(PartVector<C>{end - j}, rows, a + j, a_row, b ? b + j : nullptr, b_row, c ? c + j : nullptr, c_row, to + j);
+  }
+
+  template <int Count, class At>
+  static void sum_vectors(At at, int64_t rows, const C* a, int64_t a_row, const C* b, int64_t b_row, const C* c, int64_t c_row, C* to) {
+    Vec<C> total[Count] = {};
+    for (int64_t first = 0; first < rows; first += 256) {
+      Vec<C> sum[Count] = {};
+      for (int64_t i = first; i < gemm_min(first + 256, rows); ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Count; ++v) {
+          Vec<C> value = at.get(a + i * a_row + v * lanes<C>);
+          if (b) value = value * at.get(b + i * b_row + v * lanes<C>);
+          if (c) value = value * at.get(c + i * c_row + v * lanes<C>);
+          sum[v] = sum[v] + value;
+        }
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < Count; ++v) total[v] = total[v] + sum[v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < Count; ++v) at.put(to + v * lanes<C>, total[v]);
+  }
+
+  // to = (from - mean) / deviation * weight, and the same without weight to `normed`; returns 1 / deviation. No weight: 1; normed may be
+  // null, to may be from. The mean is corrected by the mean of what is left: equal elements have their own value as mean, not one next to
+  // it, whose difference a small deviation would blow up.
+  static C normalise(int64_t n, const C* from, const C* weight, C* normed, C* to) {
+    const C size = static_cast<C>(n);
+    Vec<C> sum[4] = {}, left[4] = {}, squares[4] = {};
+    each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = sum[v] + at.get(from + j); });
+    const C about = total<C>(sum) / size;
+    each_vector_by_four<C>(
+        n, S2S_LAMBDA(auto at, int64_t j, int v) {
+          const Vec<C> d = at.get(from + j) - at.only(broadcast(about));
+          left[v] = left[v] + d;
+          squares[v] = fma(d, d, squares[v]);
+        });
+    const C correction = total<C>(left) / size, mean = about + correction;
+    const C variance = max(C(0), total<C>(squares) / size - correction * correction);
+    const C scale = C(1) / vsqrt(broadcast(variance + static_cast<C>(1e-5)))[0];
+    each_vector<C>(
+        n, S2S_LAMBDA(auto at, int64_t j) {
+          const Vec<C> value = (at.get(from + j) - mean) * scale;
+          if (normed) at.put(normed + j, value);
+          at.put(to + j, weight ? value * at.get(weight + j) : value);
+        });
+    return scale;
+  }
+
+  // The gradient of the row before normalise from that of normed * weight: scale (g - mean(g) - normed mean(g normed)), g = grad weight.
+  static void normalise_gradient(int64_t n, const C* grad, const C* weight, const C* normed, C scale, C* to) {
+    const C size = static_cast<C>(n);
+    Vec<C> sum[4] = {}, left[4] = {}, product[4] = {};
+    each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = fma(at.get(grad + j), at.get(weight + j), sum[v]); });
+    const C about = total<C>(sum) / size;
+    each_vector_by_four<C>(
+        n, S2S_LAMBDA(auto at, int64_t j, int v) {
+          const Vec<C> g = at.get(grad + j) * at.get(weight + j);
+          left[v] = left[v] + (g - at.only(broadcast(about)));
+          product[v] = fma(g, at.get(normed + j), product[v]);
+        });
+    const C mean = about + total<C>(left) / size, slope = total<C>(product) / size;
+    each_vector<C>(
+        n, S2S_LAMBDA(auto at, int64_t j) {
+          const Vec<C> g = at.get(grad + j) * at.get(weight + j);
+          at.put(to + j, (g - mean - at.get(normed + j) * slope) * scale);
+        });
+  }
+};
+
+// The share of its new value that each unit takes under zoneout: 0 or 1 in training.
+template <class T>
+struct Zones {
+  const Zoneout& zoneout;
+  T* share;  // scratch (n)
+
+  const T* h(int64_t row, int64_t n) const { return draw(zoneout.h, zoneout.threshold_h, stream_h, row, n); }
+  const T* c(int64_t row, int64_t n) const { return draw(zoneout.c, zoneout.threshold_c, stream_c, row, n); }
+  const T* draw(double p, uint64_t threshold, uint32_t stream, int64_t row, int64_t n) const {
+    if (zoneout.training)
+      dropout_factors(zoneout.seed0, zoneout.seed1, stream, row, 0, n, threshold, T(1), share);
+    else
+      for (int64_t j = 0; j < n; ++j) share[j] = static_cast<T>(1 - p);
+    return share;
+  }
+};
+
+// now becomes its share of itself and the rest of before. A share of 0 or 1 hides the other value, infinite ones too.
+template <class T>
+void blend(int64_t n, const T* share, const T* before, T* now) {
+  each_vector<T>(
+      n, S2S_LAMBDA(auto at, int64_t j) {
+        const Vec<T> u = at.get(share + j), a = at.get(now + j), b = at.get(before + j), one = broadcast(T(1));
+        at.put(now + j, select(u == one, a, select(u == Vec<T>{}, b, fma(one - u, b, u * a))));
+      });
+}
+
+// taken becomes share * grad, left the rest of it; left may be grad.
+template <class T>
+void part(int64_t n, const T* share, const T* grad, T* taken, T* left) {
+  each_vector<T>(
+      n, S2S_LAMBDA(auto at, int64_t j) {
+        const Vec<T> u = at.get(share + j), g = at.get(grad + j);
+        at.put(taken + j, u * g);
+        at.put(left + j, (T(1) - u) * g);
+      });
+}

@@ -1,0 +1,210 @@
+// One call of a recurrence as its binding sees it: arguments checked, the schedule of its batch, access to any storage type. Included by
+// recurrence.cpp after each_isa.h, since it names kernels.
+#pragma once
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "pool.h"
+#include "recurrence.h"
+#include "recurrence_call.h"
+#include "tensor.h"
+
+namespace s2s {
+namespace {
+
+using Arguments = RecurrenceArguments;
+
+struct Sizes {
+  int64_t batch, time, inputs, hidden, width, gate_units;
+  Cell cell;
+};
+
+Sizes checked(const char* op, const Arguments& a) {
+  Sizes s{};
+  STD_TORCH_CHECK(a.cell >= 0 && a.cell <= static_cast<int64_t>(Cell::rnn_relu), op, ": cell must be in [0, 3], got ", a.cell);
+  s.cell = static_cast<Cell>(a.cell);
+  const int64_t gates = gates_of(s.cell);
+  const ScalarType type = a.x.scalar_type();
+  check_cpu(op, "x", a.x);
+  check_dim(op, "x", a.x, 3);
+  check_dim(op, "weight_ih", a.weight_ih, 2);
+  s.batch = a.x.size(0), s.time = a.x.size(1), s.inputs = a.x.size(2);
+  s.gate_units = a.weight_ih.size(0);
+  STD_TORCH_CHECK(s.gate_units > 0 && s.gate_units % gates == 0, op, ": weight_ih must have ", gates, " rows a unit, got ",
+                  shape_text(a.weight_ih));
+  s.hidden = s.gate_units / gates;
+  check_argument(op, "weight_ih", a.weight_ih, type, {s.gate_units, s.inputs});
+  s.width = s.hidden;
+  if (a.weight_hr) {
+    STD_TORCH_CHECK(s.cell == Cell::lstm, op, ": weight_hr must be absent, only an LSTM projects");
+    check_argument(op, "weight_hr", a.weight_hr, type, {-1, s.hidden});
+    s.width = a.weight_hr->size(0);
+    STD_TORCH_CHECK(s.width > 0, op, ": weight_hr must have a row");
+  }
+  check_argument(op, "weight_hh", a.weight_hh, type, {s.gate_units, s.width});
+  check_argument(op, "h0", a.h0, type, {s.batch, s.width});
+  STD_TORCH_CHECK(!a.c0 || s.cell == Cell::lstm, op, ": c0 must be absent, only an LSTM has a cell");
+  check_argument(op, "c0", a.c0, type, {s.batch, s.hidden});
+  check_argument(op, "recurrent_mask", a.mask, type, {s.batch, s.width});
+  const bool normed = a.norm_ih.has_value(), cell_normed = normed && s.cell == Cell::lstm;
+  STD_TORCH_CHECK(a.norm_hh.has_value() == normed && a.norm_c.has_value() == cell_normed && a.norm_b.has_value() == cell_normed, op,
+                  ": layer_norm must be whole");
+  check_argument(op, "norm_ih", a.norm_ih, type, {s.gate_units});
+  check_argument(op, "norm_hh", a.norm_hh, type, {s.gate_units});
+  check_argument(op, "norm_c", a.norm_c, type, {s.hidden});
+  check_argument(op, "norm_b", a.norm_b, type, {s.hidden});
+  check_argument(op, "lengths", a.lengths, ScalarType::Long, {s.batch});
+  check_argument(op, "reset", a.reset, ScalarType::Bool, {s.batch, s.time});
+  for (const double p : {a.zoneout_h, a.zoneout_c, a.weight_dropout})
+    STD_TORCH_CHECK(p >= 0 && p <= 1, op, ": zoneout and weight_dropout must be in [0, 1], got ", p);
+  STD_TORCH_CHECK(a.zoneout_c == 0 || s.cell == Cell::lstm, op, ": zoneout of the cell must be 0, only an LSTM has one");
+  const bool random = a.weight_dropout > 0 || (a.training && (a.zoneout_h > 0 || a.zoneout_c > 0));
+  STD_TORCH_CHECK(!random || a.seed, op, ": seed must be given");
+  return s;
+}
+
+// The schedule of a batch, with the memory it points into.
+class Plan {
+ public:
+  Plan(const char* op, const Arguments& a, const Sizes& s)
+      : order_(s.batch), length_(s.batch, s.time), count_(s.time), offset_(s.time + 1) {
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    if (a.lengths) {
+      const int64_t* from = data<int64_t>(*a.lengths);
+      for (int64_t b = 0; b < s.batch; ++b) {
+        length_[b] = from[b * a.lengths->stride(0)];
+        STD_TORCH_CHECK(length_[b] >= 0 && length_[b] <= s.time, op, ": lengths must be in [0, T] = [0, ", s.time, "], got ", length_[b]);
+      }
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t i, int64_t j) { return length_[i] > length_[j]; });
+    }
+    int64_t present = s.batch;
+    for (int64_t t = 0; t < s.time; ++t) {
+      while (present > 0 && length_[order_[present - 1]] <= t) --present;
+      count_[t] = present;
+      offset_[t + 1] = offset_[t] + present;
+    }
+    schedule = {s.batch, s.time, a.reverse, order_.data(), length_.data(), count_.data(), offset_.data(), nullptr, 0, 0};
+    if (a.reset) {
+      schedule.reset = data<bool>(*a.reset);
+      schedule.reset_batch = a.reset->stride(0), schedule.reset_time = a.reset->stride(1);
+    }
+  }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  int64_t slots() const { return offset_.back(); }
+  bool sorted_as_given() const { return std::is_sorted(order_.begin(), order_.end()); }
+  bool every_row_whole() const { return slots() == schedule.batch * schedule.time; }
+  int64_t time_of_slot(int64_t slot) const { return std::upper_bound(offset_.begin(), offset_.end(), slot) - offset_.begin() - 1; }
+
+  Schedule schedule;
+
+ private:
+  std::vector<int64_t> order_, length_, count_, offset_;
+};
+
+template <class S>
+Source<compute_t<S>> source(const OptionalTensor& tensor) {
+  if (!tensor) return {};
+  const int64_t rank = tensor->dim();
+  return {data<S>(*tensor),         rank > 1 ? tensor->stride(0) : 0, rank > 2 ? tensor->stride(1) : 0,
+          tensor->stride(rank - 1), S2S_SELECT(RowKernels<S>::read),  S2S_SELECT(RowKernels<S>::add)};
+}
+
+template <class S>
+Target<compute_t<S>> target(const Tensor& tensor) {
+  const int64_t rank = tensor.dim();
+  return {mutable_data<S>(tensor), tensor.stride(0), rank > 2 ? tensor.stride(1) : 0, S2S_SELECT(RowKernels<S>::write)};
+}
+
+// What both directions do with their arguments.
+template <class S>
+class Runner {
+ protected:
+  using C = compute_t<S>;
+
+  Runner(const char* op, const Arguments& a) : a_(a), s_(checked(op, a)), plan_(op, a, s_), type_(a.x.scalar_type()) {
+    if (a.seed) seed_ = seed_words(op, "seed", *a.seed);
+    if (a.weight_dropout > 0) {
+      const double kept = 1 - a.weight_dropout;
+      dropout_ = {seed_[0], seed_[1], S2S_SELECT(philox_threshold)(a.weight_dropout), kept > 0 ? 1 / kept : 0};
+    }
+  }
+
+  // The tensor in the compute type, contiguous: its own memory where that is so already.
+  const C* wide(const OptionalTensor& tensor) {
+    if (!tensor) return nullptr;
+    if constexpr (std::is_same_v<S, C>)
+      if (tensor->is_contiguous()) return data<S>(*tensor);
+    const Source<C> from = source<S>(tensor);
+    const int64_t columns = tensor->size(tensor->dim() - 1), rows = tensor->dim() > 1 ? tensor->size(0) : 1;
+    copies_.emplace_back(rows * columns + 1);
+    for (int64_t i = 0; i < rows; ++i) from.read(from.data, i * from.batch, from.unit, columns, copies_.back().data() + i * columns);
+    return copies_.back().data();
+  }
+
+  void fill(Recurrence<C>& p) {
+    p.schedule = plan_.schedule;
+    p.cell = s_.cell;
+    p.inputs = s_.inputs, p.hidden = s_.hidden, p.width = s_.width, p.gate_units = s_.gate_units;
+    p.h0 = wide(a_.h0), p.c0 = wide(a_.c0), p.mask = wide(a_.mask);
+    p.norm_ih = wide(a_.norm_ih), p.norm_hh = wide(a_.norm_hh), p.norm_c = wide(a_.norm_c), p.norm_b = wide(a_.norm_b);
+    const auto threshold = S2S_SELECT(philox_threshold);
+    p.zoneout = {a_.zoneout_h, a_.zoneout_c, a_.training, threshold(a_.zoneout_h), threshold(a_.zoneout_c), seed_[0], seed_[1]};
+  }
+
+  // x as rows in the order of the slots, where it lies so already.
+  const C* rows_of_x(int64_t& row) const {
+    if constexpr (std::is_same_v<S, C>) {
+      const Tensor& x = a_.x;
+      const bool ordered = s_.batch == 1 || (plan_.sorted_as_given() && plan_.every_row_whole());
+      if (!ordered || (x.stride(2) != 1 && s_.inputs != 1)) return nullptr;
+      if (s_.batch != 1 && s_.time != 1 && x.stride(1) != s_.batch * x.stride(0)) return nullptr;
+      row = s_.batch == 1 ? x.stride(1) : x.stride(0);
+      return data<S>(x);
+    }
+    return nullptr;
+  }
+
+  int64_t packed_size(int64_t n, int64_t k) const { return S2S_SELECT(RecurrenceProducts<C>::packed_size)(n, k); }
+
+  // Rows through time alone, one group a thread.
+  int64_t groups() const {
+    const int64_t work = plan_.slots() * s_.gate_units * (s_.inputs + s_.width);
+    return work < (1 << 18) ? 1 : std::max<int64_t>(1, std::min(thread_count(), s_.batch));
+  }
+
+  template <class P, class F>
+  void run_groups(const P& p, int64_t groups, int64_t elements, const F& run) {
+    Workspace workspace(groups * Workspace::bytes<C>(elements));
+    std::vector<C*> scratch;
+    for (int64_t g = 0; g < groups; ++g) scratch.push_back(workspace.template take<C>(elements));
+    parallel(groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) run(p, Group{g, groups}, scratch[g]);
+    });
+  }
+
+  // Zeros the positions of a (B, T, n) result that are absent; its strides in elements.
+  template <class X>
+  void clear_absent(X* to, int64_t n, int64_t batch, int64_t time) const {
+    const Schedule& s = plan_.schedule;
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t t = s.length[b]; t < s.time; ++t) std::fill_n(to + b * batch + t * time, n, from_compute<X>(compute_t<X>(0)));
+  }
+  template <class X>
+  void clear_absent(X* to, int64_t n) const {
+    clear_absent(to, n, plan_.schedule.time * n, n);
+  }
+
+  const Arguments& a_;
+  const Sizes s_;
+  const Plan plan_;
+  const ScalarType type_;
+  std::array<int64_t, 2> seed_{};
+  WeightDropout dropout_{};
+  std::vector<std::vector<C>> copies_;
+};
+
+}  // namespace
+}  // namespace s2s

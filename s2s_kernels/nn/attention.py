@@ -1,0 +1,322 @@
+"""Multi-head attention as a layer: torch's interface over this package's attention."""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops.attention import attention
+from .layer import Layer
+
+
+class MultiheadAttention(Layer):
+    """`torch.nn.MultiheadAttention` (Vaswani et al. 2017, section 3.2.2): same constructor, forward, parameters and
+    numbers.
+
+    Three things differ. A row whose keys are all masked attends to nothing, and its attention is 0, where torch's is
+    NaN. Returned weights are those before dropout. And this is no subclass of torch's layer: `isinstance` tells them
+    apart.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
+            torch's; embed_dim / num_heads may be up to 1024.
+
+    Parameters: in_proj_weight (3E, E), or q_proj_weight (E, E), k_proj_weight (E, kdim) and v_proj_weight (E, vdim)
+    where kdim or vdim isn't E; in_proj_bias (3E,), bias_k and bias_v (1, 1, E), out_proj.weight (E, E), out_proj.bias
+    (E,).
+    """
+
+    # What an instance of torch's has of its own after its class was changed to this one; older pickles lack some.
+    batch_first: bool = False
+    _qkv_same_embed_dim: bool = True
+    in_proj_weight: torch.Tensor | None
+    q_proj_weight: torch.Tensor
+    k_proj_weight: torch.Tensor
+    v_proj_weight: torch.Tensor
+    in_proj_bias: torch.Tensor | None
+    bias_k: torch.Tensor | None
+    bias_v: torch.Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if size <= 0:
+                raise ValueError(f"MultiheadAttention: {name} must be at least 1, got {size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"MultiheadAttention: num_heads must divide embed_dim = {embed_dim}, got {num_heads}")
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
+        # torch's own layer draws the weights, so one seed gives the same ones here and there.
+        like = nn.MultiheadAttention(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self._qkv_same_embed_dim = like._qkv_same_embed_dim
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_weight", "in_proj_bias"):
+            self.register_parameter(name, getattr(like, name))
+        self.bias_k, self.bias_v = like.bias_k, like.bias_v
+        self.out_proj = like.out_proj
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As torch's.
+
+        Args:
+            query: (T, B, E), or (B, T, E) under batch_first, or (T, E) of a single sequence.
+            key, value: (S, B, kdim), (S, B, vdim), laid out as query.
+            key_padding_mask: (B, S), or (S,) of a single sequence: True hides a key, a floating one is added to the
+                scores.
+            need_weights: also return the weights, of B T S elements: an additional product; leave it out in training.
+            attn_mask: (T, S) or (B H, T, S): True hides, a floating one is added to the scores.
+            average_attn_weights: return their mean over heads.
+            is_causal: says that attn_mask, which must be given too, is the causal mask.
+
+        Returns:
+            out (as query) and the weights, (B, T, S) or (B, H, T, S), without B of a single sequence; None unless
+            need_weights.
+        """
+        if isinstance(query, torch.Tensor) and query.is_nested and query is key and key is value:
+            return self._forward_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+        batched = self._checked(query, key, value, key_padding_mask, attn_mask)
+        if is_causal and attn_mask is None:
+            raise ValueError("MultiheadAttention: attn_mask must be given beside is_causal, got None")
+        if not batched:
+            self_attention, same = query is key, key is value
+            query = query[None]
+            key = query if self_attention else key[None]
+            value = key if same else value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        batch_second = batched and not self.batch_first
+        q, k, v = (self._heads(x, batch_second) for x in self._project(query, key, value))  # (B, H, T or S, D)
+        batch = q.shape[0]
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask, bias = _restrictions(None if causal else attn_mask, key_padding_mask, batch, self.num_heads)
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self._repeated(self.bias_k, k)], 2)
+            v = torch.cat([v, self._repeated(self.bias_v, v)], 2)
+            mask, bias = _one_more_key(mask, bias)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            mask, bias = _one_more_key(mask, bias)
+        dropout = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "dropout_p": dropout}
+        weights = None
+        if need_weights:
+            out, lse = attention(q, k, v, **options, return_lse=True)
+            weights = attention_weights(q, k, lse, mask, bias, self.head_dim**-0.5)
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out = attention(q, k, v, **options)
+        # (B, H, T, D) to the layout of query
+        joined = out.permute(2, 0, 1, 3) if batch_second else out.transpose(1, 2)
+        result = F.linear(joined.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            result, weights = result[0], None if weights is None else weights[0]
+        return result, weights
+
+    def _forward_nested(
+        self,
+        x: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        need_weights: bool,
+        attn_mask: torch.Tensor | None,
+        average_attn_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Self-attention over a nested tensor, into which `nn.TransformerEncoder` makes a padded batch in evaluation,
+        by way of the padded one; the weights are padded."""
+        for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if given is not None:
+                raise ValueError(f"MultiheadAttention: {name} must be None beside a nested query, got a tensor")
+        lengths = [sequence.shape[0] for sequence in x.unbind()]
+        padded = x.to_padded_tensor(0.0)
+        absent = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
+        if not self.batch_first:
+            raise ValueError("MultiheadAttention: batch_first must be True for a nested query, got False")
+        out, weights = self.forward(
+            padded, padded, padded, absent, need_weights, average_attn_weights=average_attn_weights
+        )
+        sequences = [row[:length] for row, length in zip(out, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(sequences, layout=x.layout), weights
+
+    def merge_masks(
+        self, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, query: torch.Tensor
+    ) -> tuple[torch.Tensor | None, int | None]:
+        """The masks in one, and which kind it is (0: of attention, 1: of padding, 2: both or either, expanded to
+        (B, H, T, T)): what `nn.TransformerEncoderLayer` asks of its attention on its fast path."""
+        if attn_mask is None:
+            return key_padding_mask, None if key_padding_mask is None else 1
+        batch, time, _ = query.shape
+        merged = attn_mask.view(batch, -1, time, time) if attn_mask.dim() == 3 else attn_mask
+        merged = merged.expand(batch, self.num_heads, time, time)
+        if key_padding_mask is not None:
+            merged = merged + key_padding_mask.view(batch, 1, 1, time)
+        return merged, 2
+
+    def _checked(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        attn_mask: torch.Tensor | None,
+    ) -> bool:
+        """Whether the input has a batch dimension."""
+
+        def refuse(name: str, expected: str, given: Any) -> None:
+            raise ValueError(f"MultiheadAttention: {name} must be {expected}, got {given}")
+
+        for name, x, size in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            if not isinstance(x, torch.Tensor) or x.is_nested:
+                raise TypeError(
+                    f"MultiheadAttention: {name} must be a tensor that isn't nested, got {type(x).__name__}"
+                )
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                refuse(name, "(T, B, E), (B, T, E) or (T, E), like the others", tuple(x.shape))
+            if x.shape[-1] != size:
+                refuse(name, f"of width {size}", tuple(x.shape))
+        if key.shape[:-1] != value.shape[:-1]:
+            refuse("value", f"of as many positions as key, {tuple(key.shape[:-1])}", tuple(value.shape[:-1]))
+        batched = query.dim() == 3
+        of_batch, of_time = (0, 1) if self.batch_first and batched else (1, 0)
+        if batched and query.shape[of_batch] != key.shape[of_batch]:
+            refuse("key", f"of batch size {query.shape[of_batch]}", tuple(key.shape))
+        batch = query.shape[of_batch] if batched else 1
+        time, source = query.shape[of_time], key.shape[of_time]
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"MultiheadAttention: {name} must be boolean or floating, got {mask.dtype}")
+        if key_padding_mask is not None:
+            wanted: tuple[int, ...] = (batch, source) if batched else (source,)
+            if tuple(key_padding_mask.shape) != wanted:
+                refuse("key_padding_mask", f"of shape {wanted}", tuple(key_padding_mask.shape))
+        if attn_mask is not None:
+            wanted = (time, source) if attn_mask.dim() == 2 else (batch * self.num_heads, time, source)
+            if tuple(attn_mask.shape) != wanted:
+                refuse("attn_mask", f"of shape (T, S) or (B H, T, S), here {wanted}", tuple(attn_mask.shape))
+        return batched
+
+    def _project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, in one product where they come from the same tensor."""
+        width, bias = self.embed_dim, self.in_proj_bias
+        if self._qkv_same_embed_dim:
+            weight = self.in_proj_weight
+            assert weight is not None
+            if query is key and key is value:
+                return F.linear(query, weight, bias).split(width, -1)  # type: ignore[return-value]
+            of_query, rest = weight[:width], weight[width:]
+            bias_query, bias_rest = (None, None) if bias is None else (bias[:width], bias[width:])
+            q = F.linear(query, of_query, bias_query)
+            if key is value:
+                return q, *F.linear(key, rest, bias_rest).split(width, -1)
+            weights = (rest[:width], rest[width:])
+        else:
+            q = F.linear(query, self.q_proj_weight, None if bias is None else bias[:width])
+            weights = (self.k_proj_weight, self.v_proj_weight)
+        bias_key, bias_value = (None, None) if bias is None else (bias[width : 2 * width], bias[2 * width :])
+        return q, F.linear(key, weights[0], bias_key), F.linear(value, weights[1], bias_value)
+
+    def _heads(self, x: torch.Tensor, batch_second: bool) -> torch.Tensor:
+        """(B, T, E), or (T, B, E), seen as (B, H, T, D)."""
+        heads = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.permute(1, 2, 0, 3) if batch_second else heads.transpose(1, 2)
+
+    def _repeated(self, bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A learned key or value (1, 1, E) as (B, H, 1, D)."""
+        heads = bias.to(like.dtype).view(1, self.num_heads, 1, self.head_dim)
+        return heads.expand(like.shape[0], -1, -1, -1)
+
+
+def _restrictions(
+    attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, batch: int, heads: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """torch's masks as this package's: a boolean mask in which True attends, and a bias, broadcastable to
+    (B, H, T, S)."""
+    mask = bias = None
+    if attn_mask is not None:
+        attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[:, None, None]
+    for given in (attn_mask, key_padding_mask):
+        if given is None:
+            continue
+        if given.dtype == torch.bool:
+            mask = ~given if mask is None else mask & ~given
+        else:
+            bias = given if bias is None else bias + given
+    return mask, bias
+
+
+def _one_more_key(
+    mask: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The restrictions with a key at the end that every row sees."""
+    return (
+        None if mask is None else F.pad(mask, (0, 1), value=True),
+        None if bias is None else F.pad(bias, (0, 1)),
+    )
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The weights (B, H, T, S) whose sums of exponentials `attention` returned, in query's dtype, by plain operations:
+    exp(scale q . k + bias - lse). What is hidden gives 0, whatever it holds; a row that sees a NaN has it in its lse.
+
+    Args:
+        query, key: (B, H, T, D), (B, H, S, D).
+        lse: (B, H, T).
+        mask, bias: broadcastable to (B, H, T, S).
+    """
+    wide = lse.dtype
+    # In a product even a factor of 0 makes NaN of what isn't finite.
+    q, k = (x.to(wide).nan_to_num(0.0, 0.0, 0.0) for x in (query, key))
+    with _autocast_off(query.device.type):
+        scores = (q @ k.mT) * scale
+    visible = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask
+    if bias is not None:
+        visible = visible & (bias != -torch.inf)
+        scores = scores + torch.where(visible, bias, 0).to(wide)
+    alive = lse != -torch.inf
+    exponents = scores - torch.where(alive, lse, 0)[..., None]
+    return torch.where(visible & alive[..., None], exponents, -torch.inf).exp().to(query.dtype)
+
+
+def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

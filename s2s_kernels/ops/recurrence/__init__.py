@@ -1,0 +1,306 @@
+"""Recurrent layers over a whole sequence: LSTM, GRU and the plain RNN, one layer and direction a call."""
+
+from typing import Any
+
+import torch
+
+from ... import checks, dispatch
+from ..random import draw_seed
+from . import autograd
+from .reference import GATES
+
+__all__ = ["gru", "lstm", "rnn"]
+
+
+# Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
+OPERATORS = {name: dispatch.register(name, cpu=lambda call: None) for name in ("lstm", "gru", "rnn")}
+
+
+def lstm(
+    x: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    h0: torch.Tensor | None = None,
+    c0: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    reset: torch.Tensor | None = None,
+    reverse: bool = False,
+    weight_hr: torch.Tensor | None = None,
+    recurrent_mask: torch.Tensor | None = None,
+    zoneout: float | tuple[float, float] = 0,
+    training: bool = False,
+    layer_norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000).
+
+        i, f, g, o = W_ih x + b_ih + W_hh h + b_hh
+        c' = sigmoid(f) * c + sigmoid(i) * tanh(g);   h' = sigmoid(o) * tanh(c')
+
+    Args:
+        x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
+        weight_ih, weight_hh: (4H, I) and (4H, P or H), gates in torch's order i, f, g, o.
+        bias_ih, bias_hh: (4H,).
+        h0, c0: state before the first step, (B, P or H) and (B, H); zeros if none.
+        lengths: (B,) int32 or int64, on the CPU or beside x, unsorted. Positions at or past it never matter, and the
+            output is 0 there.
+        reset: (B, T) bool: a sequence starts at t, no state crosses between t-1 and t in either direction.
+        reverse: run from the last present position to position 0; each output stays at its own t.
+        weight_hr: (P, H), projects h (Sak et al. 2014).
+        recurrent_mask: (B, P or H), multiplies h in the recurrent product only (variational dropout, Gal and
+            Ghahramani 2016); already scaled.
+        zoneout: p or (p of h, p of c): in training each unit keeps its previous value with probability p, in
+            evaluation the expectation of that (Krueger et al. 2017).
+        training: what zoneout does.
+        layer_norm: (w_ih (4H,), w_hh (4H,), w_c (H,), b_c (H,)): both products and the cell under its tanh are
+            normalised, eps 1e-5 (Ba et al. 2016).
+
+    Returns:
+        output (B, T, P or H), h_n (B, P or H), c_n (B, H): contiguous, in x's dtype. h_n and c_n are the state after
+        the last step that was made, h0 and c0 where the length is 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Equivalent to: one layer and direction of ``torch.nn.LSTM(batch_first=True)``.
+    """
+    output, h_n, c_n = run(
+        "lstm",
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        c0,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        weight_hr=weight_hr,
+        recurrent_mask=recurrent_mask,
+        zoneout=zoneout,
+        training=training,
+        layer_norm=layer_norm,
+    )
+    assert c_n is not None
+    return output, h_n, c_n
+
+
+def gru(
+    x: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    h0: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    reset: torch.Tensor | None = None,
+    reverse: bool = False,
+    recurrent_mask: torch.Tensor | None = None,
+    zoneout: float = 0,
+    training: bool = False,
+    layer_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated recurrent unit (Cho et al. 2014), in torch's form, which resets after the product.
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr);   z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn));   h' = (1 - z) * n + z * h
+
+    Args:
+        x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
+        weight_ih, weight_hh: (3H, I) and (3H, H), gates in torch's order r, z, n.
+        bias_ih, bias_hh: (3H,).
+        h0, lengths, reset, reverse, recurrent_mask, training: as `lstm`.
+        zoneout: the probability p of a unit to keep its previous value, as `lstm`.
+        layer_norm: (w_ih (3H,), w_hh (3H,)), as `lstm`.
+
+    Returns:
+        output (B, T, H), h_n (B, H): contiguous, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Equivalent to: one layer and direction of ``torch.nn.GRU(batch_first=True)``.
+    """
+    output, h_n, _ = run(
+        "gru",
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        recurrent_mask=recurrent_mask,
+        zoneout=zoneout,
+        training=training,
+        layer_norm=layer_norm,
+    )
+    return output, h_n
+
+
+def rnn(
+    x: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    h0: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    reset: torch.Tensor | None = None,
+    reverse: bool = False,
+    recurrent_mask: torch.Tensor | None = None,
+    zoneout: float = 0,
+    training: bool = False,
+    layer_norm: tuple[torch.Tensor, torch.Tensor] | None = None,
+    nonlinearity: str = "tanh",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain recurrence (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Args:
+        x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
+        weight_ih, weight_hh: (H, I) and (H, H).
+        bias_ih, bias_hh: (H,).
+        h0, lengths, reset, reverse, recurrent_mask, training: as `lstm`.
+        zoneout: the probability p of a unit to keep its previous value, as `lstm`.
+        layer_norm: (w_ih (H,), w_hh (H,)), as `lstm`.
+        nonlinearity: "tanh" or "relu".
+
+    Returns:
+        output (B, T, H), h_n (B, H): contiguous, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Equivalent to: one layer and direction of ``torch.nn.RNN(batch_first=True)``.
+    """
+    checks.choice("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
+    output, h_n, _ = run(
+        f"rnn_{nonlinearity}",
+        x,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        h0,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        recurrent_mask=recurrent_mask,
+        zoneout=zoneout,
+        training=training,
+        layer_norm=layer_norm,
+    )
+    return output, h_n
+
+
+def run(
+    cell: str,
+    x: torch.Tensor,
+    weight_ih: torch.Tensor,
+    weight_hh: torch.Tensor,
+    bias_ih: torch.Tensor | None = None,
+    bias_hh: torch.Tensor | None = None,
+    h0: torch.Tensor | None = None,
+    c0: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    reset: torch.Tensor | None = None,
+    reverse: bool = False,
+    weight_hr: torch.Tensor | None = None,
+    recurrent_mask: torch.Tensor | None = None,
+    zoneout: float | tuple[float, float] = 0,
+    training: bool = False,
+    layer_norm: tuple[torch.Tensor, ...] | None = None,
+    weight_dropout: float = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What `lstm`, `gru` and `rnn` are made of, and what the layers call: checks, then dispatches.
+
+    Args:
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        c0, weight_hr: of an LSTM only.
+        weight_dropout: p: each element of weight_hh is dropped with probability p for the whole call, the others are
+            scaled by 1 / (1 - p) (DropConnect, Wan et al. 2013; Merity et al. 2018). Applied whenever > 0; the layers
+            pass 0 in evaluation.
+        the others: as `lstm`.
+
+    Returns:
+        output, h_n, and c_n of an LSTM, else None.
+    """
+    name, gates = cell.partition("_")[0], GATES[cell]
+    checks.tensor(name, "x", x)
+    norms = _layer_norm(name, layer_norm)
+    floating = (weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms)
+    x, *cast = checks.autocast(x, *floating)  # type: ignore[assignment]
+    checks.data(name, "x", x, 3, "(B, T, I)")
+    batch, time, inputs = x.shape
+    weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms = cast  # type: ignore[assignment]
+
+    rows, suffix = (f"{gates}H", "P or H" if name == "lstm" else "H") if gates > 1 else ("H", "H")
+    checks.tensor(name, "weight_ih", weight_ih)
+    if weight_ih.dim() != 2 or weight_ih.shape[0] % gates or weight_ih.shape[0] == 0:
+        checks.wrong_value(name, "weight_ih", f"({rows}, I)", tuple(weight_ih.shape))
+    hidden = weight_ih.shape[0] // gates
+    checks.like(name, "weight_ih", weight_ih, x, "x", (gates * hidden, inputs), f"({rows}, I)")
+    projected = hidden
+    if weight_hr is not None:
+        checks.tensor(name, "weight_hr", weight_hr)
+        if weight_hr.dim() != 2 or weight_hr.shape[0] == 0:
+            checks.wrong_value(name, "weight_hr", "(P, H)", tuple(weight_hr.shape))
+        projected = weight_hr.shape[0]
+        checks.like(name, "weight_hr", weight_hr, x, "x", (projected, hidden), "(P, H)")
+    checks.tensor(name, "weight_hh", weight_hh)
+    checks.like(name, "weight_hh", weight_hh, x, "x", (gates * hidden, projected), f"({rows}, {suffix})")
+    checks.like(name, "bias_ih", bias_ih, x, "x", (gates * hidden,), f"({rows},)")
+    checks.like(name, "bias_hh", bias_hh, x, "x", (gates * hidden,), f"({rows},)")
+    checks.like(name, "h0", h0, x, "x", (batch, projected), f"(B, {suffix})")
+    checks.like(name, "c0", c0, x, "x", (batch, hidden), "(B, H)")
+    checks.like(name, "recurrent_mask", recurrent_mask, x, "x", (batch, projected), f"(B, {suffix})")
+    for norm, size in zip(norms, (gates * hidden, gates * hidden, hidden, hidden), strict=True):
+        checks.like(name, "layer_norm", norm, x, "x", (size,), f"({rows},), ({rows},), then (H,), (H,) of an LSTM")
+    checks.boolean(name, "reset", reset, x, "x")
+    if reset is not None and tuple(reset.shape) != (batch, time):
+        checks.wrong_value(name, "reset", f"(B, T) = ({batch}, {time})", tuple(reset.shape))
+    lengths = checks.lengths(name, "lengths", lengths, x, batch, time)
+    zoneout_h, zoneout_c = _zoneout(name, zoneout)
+    checks.probability(name, "weight_dropout", weight_dropout)
+
+    random = weight_dropout > 0 or (training and (zoneout_h > 0 or zoneout_c > 0))
+    seed = draw_seed(x.device) if random else None
+    tensors = (
+        x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
+    )  # fmt: skip
+    options = (cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout))
+    backend = dispatch.choose(OPERATORS[name], x.device, None)
+    if backend == "reference" or dispatch.transformed(*tensors):
+        return autograd.reference_of(tensors, options)  # type: ignore[return-value]
+    return autograd.kernel(tensors, options)  # type: ignore[return-value]
+
+
+def _layer_norm(name: str, layer_norm: Any) -> tuple[torch.Tensor | None, ...]:
+    """The four of an LSTM; the two of the others and two None."""
+    if layer_norm is None:
+        return (None,) * 4
+    count = 4 if name == "lstm" else 2
+    if not isinstance(layer_norm, (tuple, list)) or not all(isinstance(v, torch.Tensor) for v in layer_norm):
+        checks.wrong_type(name, "layer_norm", f"a tuple of {count} tensors", type(layer_norm).__name__)
+    if len(layer_norm) != count:
+        checks.wrong_value(name, "layer_norm", f"a tuple of {count} tensors", f"{len(layer_norm)}")
+    return (*layer_norm, *(None,) * (4 - count))
+
+
+def _zoneout(name: str, zoneout: Any) -> tuple[float, float]:
+    """The probabilities of h and of c."""
+    pair = zoneout if name == "lstm" and isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if len(pair) != 2 or not all(isinstance(p, (int, float)) for p in pair):
+        expected = "a probability or a pair of them" if name == "lstm" else "a probability"
+        checks.wrong_type(name, "zoneout", expected, repr(zoneout))
+    for p in pair:
+        checks.probability(name, "zoneout", p)
+    return float(pair[0]), float(pair[1]) if name == "lstm" else 0.0

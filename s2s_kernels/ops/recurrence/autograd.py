@@ -1,0 +1,128 @@
+"""Fake kernels of the recurrences, and the function that differentiates them."""
+
+import contextlib
+
+import torch
+
+from ... import dispatch
+from ..differentiation import Options, Tensors, differentiable
+from ..random import keep_mask
+from . import reference
+
+# Which random numbers of the call's seed each mask takes.
+STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
+
+# tensors: x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, four of layer_norm, lengths,
+# reset, seed. options: cell, reverse, zoneout of h, zoneout of c, whether in training, weight_dropout.
+
+CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
+
+
+if dispatch.extension_missing is None:
+
+    @torch.library.register_fake("s2s::recurrence_forward")
+    def _(
+        x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh, norm_c, norm_b,
+        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, save,
+    ):  # fmt: skip
+        batch, time, _ = x.shape
+        rows, width = weight_hh.shape
+        name = CELLS[cell]
+        hidden = rows // reference.GATES[name]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        lstm = [x.new_empty(batch, hidden)] if name == "lstm" else []
+        kept = (
+            (save, rows),
+            (save and name in ("lstm", "gru"), hidden),
+            (save and wide != x.dtype, width),
+            (save and norm_ih is not None, 2 * rows + 2),
+        )
+        saved = [x.new_empty(batch, time, size, dtype=wide) for wanted, size in kept if wanted]
+        return [x.new_empty(batch, time, width), x.new_empty(batch, width), *lstm, *saved]
+
+    @torch.library.register_fake("s2s::recurrence_backward")
+    def _(
+        grad_output, grad_h, grad_c, x, weight_ih, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh,
+        norm_c, norm_b, lengths, reset, seed, gates, extra, hidden, normed, cell, reverse, zoneout_h, zoneout_c,
+        training, weight_dropout, needs,
+    ):  # fmt: skip
+        (batch, time, inputs), (rows, width) = x.shape, weight_hh.shape
+        units = rows // reference.GATES[CELLS[cell]]
+        shapes = (
+            (batch, time, inputs), (rows, inputs), (rows, width), (rows,), (rows,), (batch, width), (batch, units),
+            (width, units), (batch, width), (rows,), (rows,), (units,), (units,),
+        )  # fmt: skip
+        return [x.new_empty(shape) for place, shape in enumerate(shapes) if needs >> place & 1]
+
+
+def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
+    cell, *rest = options
+    results = iter(torch.ops.s2s.recurrence_forward(*tensors, CELLS.index(cell), *rest, save))
+    output, h_n = next(results), next(results)
+    c_n = next(results) if cell == "lstm" else None
+    if not save:
+        return (output, h_n, c_n), ()
+    x, norm_ih = tensors[0], tensors[9]
+    assert x is not None
+    gates = next(results)
+    extra = next(results) if cell in ("lstm", "gru") else None
+    # As wide as the computation, the output serves backward itself.
+    hidden = output if x.dtype in (torch.float64, torch.float32) else next(results)
+    return (output, h_n, c_n), (gates, extra, hidden, None if norm_ih is None else next(results))
+
+
+def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:
+    if all(grad is None for grad in grads):
+        return (None,) * len(tensors)
+    cell, *rest = options
+    wanted = sum(need << place for place, need in enumerate(needs[:13]))
+    results = iter(
+        torch.ops.s2s.recurrence_backward(*grads, *tensors[:3], *tensors[5:], *saved, CELLS.index(cell), *rest, wanted)
+    )
+    return tuple(next(results) if need else None for need in needs)
+
+
+def reference_of(tensors: Tensors, options: Options) -> Tensors:
+    """The definition under the kernels' calling convention."""
+    x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask = tensors[:9]
+    layer_norm, (lengths, reset, seed) = tensors[9:13], tensors[13:]
+    cell, reverse, zoneout_h, zoneout_c, training, weight_dropout = options
+    assert x is not None and weight_ih is not None and weight_hh is not None
+    (batch, time, _), hidden = x.shape, weight_ih.shape[0] // reference.GATES[cell]
+    update_h = update_c = factors = None
+    if training and zoneout_h > 0:
+        assert seed is not None
+        update_h = keep_mask(seed, (batch, time, weight_hh.shape[1]), zoneout_h, STREAM_H)
+    if training and zoneout_c > 0:
+        assert seed is not None
+        update_c = keep_mask(seed, (batch, time, hidden), zoneout_c, STREAM_C)
+    if weight_dropout > 0:
+        assert seed is not None
+        factors = keep_mask(seed, tuple(weight_hh.shape), weight_dropout, STREAM_WEIGHT).to(torch.float64)
+        factors = factors / (1 - weight_dropout if weight_dropout < 1 else 1)
+    # The arguments have been cast already; what is made of them here is wider on purpose.
+    device = x.device.type
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else None
+    with plain or contextlib.nullcontext():
+        return reference.recurrence(
+            cell,
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            h0,
+            c0,
+            lengths=lengths,
+            reset=reset,
+            reverse=reverse,
+            weight_hr=weight_hr,
+            recurrent_mask=recurrent_mask,
+            zoneout=(zoneout_h, zoneout_c),
+            update=(update_h, update_c),
+            layer_norm=layer_norm,
+            weight_factors=factors,
+        )
+
+
+kernel = differentiable("recurrence", forward=_forward, backward=_backward, reference=reference_of)
