@@ -44,6 +44,8 @@ def _torch_gap(call: Call) -> str | None:
 
 
 OPERATOR = dispatch.register("attention", cpu=lambda call: None, torch=_torch_gap)
+# The same kernels under torch's signature, which passes its calls on.
+dispatch.register("scaled_dot_product_attention", **OPERATOR.gaps)
 
 
 def attention(
