@@ -3,10 +3,10 @@
 // For q <= 0, with A = exp(2q) <= 1 and p = expm1(2k), exp(2(q + k)) = A p + A, so
 //     tanh(q + k) = n / d,   n = A p + expm1(2q),   d = A p + (A + 1),
 // and for q > 0 it is the negative of the same at -q, -k. The exponentials are per row of queries or keys; what is left per element is two
-// fused multiply-adds and a reciprocal, of which two elements share one. n doesn't cancel beyond what q + k itself cancels: |A p| and
-// |expm1(2q)| stay within max(1, exp(2(q + k))). p is the only factor that can overflow, so keys beyond a limit ("outliers") take tanh
-// itself; with |k| <= limit the product of two denominators is finite, and no query is out of range. What a lane computes depends on its
-// own key alone.
+// fused multiply-adds and a reciprocal, of which two elements share one. The two terms of n stay within max(1, exp(2(q + k))), so that
+// cancellation costs n at most a rounding of that, and small q and k keep their digits. p is the only factor that can overflow, so keys
+// beyond a limit ("outliers") take tanh itself; with |k| <= limit the product of two denominators is finite, and no query is out of range.
+// What a lane computes depends on its own key alone.
 
 template <class C>
 inline constexpr C key_limit = sizeof(C) == 4 ? C(20) : C(100);
