@@ -154,7 +154,8 @@ def test_counts_of_the_models_follow_their_layers():
     assert amount["tcn"].flops == time * (16 * 2 * 3 * width**2 + 2 * width * 256)
     attended = 4 * width * time * (time + 1) / 2
     assert amount["transformer"].flops == 4 * (24 * time * width**2 + attended) + 2 * time * width * 256
-    assert amount["lstm"].path > amount["tcn"].path
+    # A step for each position or each layer, and one for the logits.
+    assert [amount[name].path for name in ("lstm", "tcn", "transformer")] == [time + 1, 16 + 1, 4 * 5 + 1]
 
 
 def test_the_limit_takes_the_slower_of_arithmetic_and_memory():
