@@ -1,5 +1,6 @@
 """Argument validation, in one wording for every operator: "operator: argument must be ..., got ..."."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -121,17 +122,24 @@ def choice(operator: str, name: str, value: Any, allowed: Sequence[Any]) -> None
         wrong_value(operator, name, f"one of {', '.join(map(repr, allowed))}", repr(value))
 
 
+def autocasts(value: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    device = value.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(value: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Keeps autocast out of what is computed of `value`: arguments have been cast already, and what is made of them is
+    wider on purpose."""
+    return torch.autocast(value.device.type, enabled=False) if autocasts(value) else contextlib.nullcontext()
+
+
 def autocast(first: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Every floating tensor in the autocast dtype of the first one's device; unchanged where autocast is off."""
     values = (first, *others)
-    device = first.device.type
-    if not (
-        isinstance(first, torch.Tensor)
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
+    if not autocasts(first):
         return values
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
 
 

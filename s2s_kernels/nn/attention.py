@@ -1,12 +1,12 @@
 """Multi-head attention as a layer: torch's interface over this package's attention."""
 
-import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import checks
 from ..ops.attention import attention
 from .layer import Layer
 
@@ -305,7 +305,7 @@ def attention_weights(
     wide = lse.dtype
     # In a product even a factor of 0 makes NaN of what isn't finite.
     q, k = (x.to(wide).nan_to_num(0.0, 0.0, 0.0) for x in (query, key))
-    with _autocast_off(query.device.type):
+    with checks.without_autocast(query):
         scores = (q @ k.mT) * scale
     visible = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask
     if bias is not None:
@@ -314,9 +314,3 @@ def attention_weights(
     alive = lse != -torch.inf
     exponents = scores - torch.where(alive, lse, 0)[..., None]
     return torch.where(visible & alive[..., None], exponents, -torch.inf).exp().to(query.dtype)
-
-
-def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

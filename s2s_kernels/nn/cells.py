@@ -235,7 +235,7 @@ def checked_zoneout(name: str, zoneout: Any, states: int) -> Zoneout:
 
 
 def check_input(name: str, argument: str, value: torch.Tensor, width: int, weight: torch.Tensor) -> None:
-    if value.dtype != weight.dtype and not _autocasts(value):
+    if value.dtype != weight.dtype and not checks.autocasts(value):
         raise ValueError(
             f"{name}: {argument} dtype ({value.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({value.dtype})"
@@ -258,11 +258,6 @@ def given_states(name: str, hx: Any, names: tuple[str, ...]) -> tuple[torch.Tens
 
 
 def check_kind(name: str, argument: str, state: torch.Tensor, x: torch.Tensor) -> None:
-    if state.dtype != x.dtype and not _autocasts(x):
+    if state.dtype != x.dtype and not checks.autocasts(x):
         checks.wrong_type(name, argument, f"{x.dtype} like input", state.dtype)
     checks.beside(name, argument, state, x, "input")
-
-
-def _autocasts(value: torch.Tensor) -> bool:
-    device = value.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

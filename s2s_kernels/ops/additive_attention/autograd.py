@@ -2,7 +2,7 @@
 
 import torch
 
-from ... import dispatch
+from ... import checks, dispatch
 from .. import random
 from ..differentiation import Options, Tensors, differentiable
 from . import reference
@@ -74,7 +74,8 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     assert query is not None and key is not None and value is not None and weight is not None
     visible = reference.visible_positions(query, key, mask, key_lengths)
     keep = None if seed is None else random.keep_mask(seed, tuple(visible.shape), dropout_p)
-    context, weights = reference.additive_attention(query, key, value, weight, visible, keep, dropout_p)
+    with checks.without_autocast(query):
+        context, weights = reference.additive_attention(query, key, value, weight, visible, keep, dropout_p)
     return (context, weights) if return_weights else (context,)
 
 
@@ -104,12 +105,7 @@ def pool_reference_of(tensors: Tensors, options: Options) -> Tensors:
     """The definition of the pooling under the kernels' calling convention."""
     x, weight, bias, context, lengths = tensors
     assert x is not None and weight is not None and bias is not None and context is not None
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # Autocast has cast the arguments; it would round the definition's products too.
-        with torch.autocast(device, enabled=False):
-            pooled, weights = reference.attention_pool(x, weight, bias, context, lengths)
-    else:
+    with checks.without_autocast(x):
         pooled, weights = reference.attention_pool(x, weight, bias, context, lengths)
     return (pooled, weights) if options[0] else (pooled,)
 

@@ -1,10 +1,8 @@
 """Fake kernels of attention, and the functions that differentiate it."""
 
-import contextlib
-
 import torch
 
-from ... import dispatch
+from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
 from ..random import keep_mask
 from . import reference
@@ -80,9 +78,7 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     keep = None
     if seed is not None:
         keep = keep_mask(seed, (*query.shape[:3], key.shape[2]), dropout_p)
-    # Autocast would round inside; the arguments have been cast already.
-    device = query.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
+    with checks.without_autocast(query):
         return reference.attention(
             query,
             key,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ... import dispatch
+from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
 from . import reference
 
@@ -114,19 +114,20 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     x, weight, bias, residual, lengths, initial_state, condition = tensors
     dilation, groups, activation, causal = options
     assert x is not None and weight is not None
-    y = reference.causal_conv1d(
-        x,
-        weight,
-        bias,
-        dilation=dilation,
-        groups=groups,
-        activation=activation,
-        residual=residual,
-        lengths=lengths,
-        initial_state=initial_state,
-        causal=causal,
-        condition=condition,
-    )
+    with checks.without_autocast(x):
+        y = reference.causal_conv1d(
+            x,
+            weight,
+            bias,
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+            residual=residual,
+            lengths=lengths,
+            initial_state=initial_state,
+            causal=causal,
+            condition=condition,
+        )
     return (y,)
 
 

@@ -1,10 +1,8 @@
 """Fake kernels of the recurrences, and the function that differentiates them."""
 
-import contextlib
-
 import torch
 
-from ... import dispatch
+from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
 from ..random import keep_mask
 from . import reference
@@ -100,10 +98,7 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
         assert seed is not None
         factors = keep_mask(seed, tuple(weight_hh.shape), weight_dropout, STREAM_WEIGHT).to(torch.float64)
         factors = factors / (1 - weight_dropout if weight_dropout < 1 else 1)
-    # The arguments have been cast already; what is made of them here is wider on purpose.
-    device = x.device.type
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else None
-    with plain or contextlib.nullcontext():
+    with checks.without_autocast(x):
         return reference.recurrence(
             cell,
             x,
