@@ -302,7 +302,7 @@ def test_strongly_negative_scores():
 
 @needs_extension
 def test_a_broadcast_is_not_copied():
-    """Row 3: expanded keys, values, masks and biases of 2^40 elements."""
+    """Row 3: expanded keys, values, masks and biases."""
     draw = Draw()
     heads, time = 4, 8
     query = draw(1, 1, time, 4).expand(3, heads, time, 4)

@@ -25,7 +25,7 @@ class Call:
 
 
 def _torch_gap(call: Call) -> str | None:
-    """Why torch's own kernels don't serve a call: they'd break the contract, or they are no faster."""
+    """Why torch's own kernels don't serve a call: they'd break the contract, or hardly win."""
     tensors, (left, right, _, dropout_p, _, softcap) = call.tensors, call.options
     _, _, _, mask, bias, query_lengths, key_lengths, alibi_slopes = tensors
     if mask is not None or bias is not None or query_lengths is not None or key_lengths is not None:
@@ -39,7 +39,8 @@ def _torch_gap(call: Call) -> str | None:
     if call.with_lse:
         return "torch's kernel has no differentiable lse"
     return (
-        "torch's kernel has no second derivative, and was measured as no more than a few percent faster at any length"
+        "torch's kernel has no second derivative; measured on long dense sequences, the only ones where it wins, it is "
+        "at most 15 % faster forward and 6 % with backward"
     )
 
 
