@@ -43,10 +43,12 @@ $(STAMPS)/%: pyproject.toml | $(STAMPS)/build
 
 build: $(STAMPS)/build
 
+# A process for each core, at most four. Forced by the environment, only the tests that force no backend themselves differ.
+PYTEST := -m pytest -q -n auto --maxprocesses=4
 test: $(STAMPS)/build $(STAMPS)/test
-	$(PYTHON) -m pytest -q
-	S2S_BACKEND=reference $(PYTHON) -m pytest -q tests/test_operators.py
-	S2S_BACKEND=cpu $(PYTHON) -m pytest -q tests/test_operators.py
+	$(PYTHON) $(PYTEST)
+	S2S_BACKEND=reference $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
+	S2S_BACKEND=cpu $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
 
 lint: $(STAMPS)/build $(STAMPS)/lint
 	$(PYTHON) -m ruff check .

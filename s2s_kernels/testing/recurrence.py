@@ -185,6 +185,7 @@ CASES = {
         ),
         recurrence_errors("lstm"),
         functools.partial(by_length, "lstm"),
+        loops=True,
     ),
     "gru": OperatorCase(
         gru,
@@ -218,6 +219,7 @@ CASES = {
         ),
         recurrence_errors("gru"),
         functools.partial(by_length, "gru"),
+        loops=True,
     ),
     "rnn": OperatorCase(
         rnn,
@@ -249,5 +251,6 @@ CASES = {
         ),
         recurrence_errors("rnn_tanh"),
         functools.partial(by_length, "rnn_tanh"),
+        loops=True,
     ),
 }

@@ -112,5 +112,6 @@ CASES = {
         ),
         (),
         by_length,
+        loops=True,
     )
 }  # fmt: skip

@@ -76,12 +76,14 @@ class OperatorCase:
         function: the public function, or a thin wrapper where an argument is not a tensor (a streaming state).
         samples, errors: as above.
         by_length: draws a call of sequence length T, for tests that vary the length.
+        loops: whether the definition is a loop over time in Python, which torch.compile unrolls for each length.
     """
 
     function: Callable[..., Any]
     samples: tuple[Sample, ...]
     errors: tuple[ErrorSample, ...]
     by_length: Callable[[Draw, int], Call]
+    loops: bool = False
 
 
 def is_float(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The benchmarks run end to end on tiny shapes, and what they compute about a run is right. No time is asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,15 @@ from benchmarks.harness import FORWARD, TRAINING, Case, Entrant, Grid
 from benchmarks.results import Group, Record
 
 ROOT = Path(__file__).parent.parent.parent
+# Where the suite runs in several processes, pytest-benchmark would take its own for one of them, and measure nothing.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 STEMS = ("recurrence", "convolution", "attention", "additive_attention", "models")
 
 
 def collected(*options):
     files = [f"benchmarks/bench_{stem}.py" for stem in STEMS]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, *options]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -39,7 +42,7 @@ def test_a_run_ends_with_results_a_page_and_plots(tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--any-load", "--threads", "1", "--budget", "0.001"]
     command += ["--train-seconds", "0.2", "--text", str(sample), "--select", "T32- or test_training"]
     command += ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = Path(done.stdout.strip().split("\n")[-1])
     assert page == tmp_path / "out" / "report.html"
