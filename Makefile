@@ -37,8 +37,10 @@ $(STAMPS)/build: $(SOURCES) | $(filter .venv/bin/python,$(PYTHON))
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# What an extra names, without building the package once more.
+EXTRA = import importlib.metadata as m, re; print(*(r.split(";")[0] for r in m.requires("s2s_kernels") if re.search("extra == .$*.$$", r)))
 $(STAMPS)/%: pyproject.toml | $(STAMPS)/build
-	$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c '$(EXTRA)')
 	@touch $@
 
 build: $(STAMPS)/build
