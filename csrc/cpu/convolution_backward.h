@@ -195,27 +195,6 @@ void weight_gradient_products(const WeightGradient<C>& p, int64_t b, int64_t gro
   }
 }
 
-// n elements `stride` apart, side by side in the compute type; and back.
-template <class S>
-void widen_line(const S* from, int64_t stride, compute_t<S>* to, int64_t n) {
-  using C = compute_t<S>;
-  for (int64_t i = 0; i < n; i += lanes<C>) {
-    const Vec<C> v = load_spread(from + i * stride, stride, n - i);
-    if (n - i >= lanes<C>)
-      store(to + i, v);
-    else
-      store_partial(to + i, v, n - i);
-  }
-}
-
-template <class S>
-void narrow_line(const compute_t<S>* from, S* to, int64_t n) {
-  using C = compute_t<S>;
-  int64_t i = 0;
-  for (; i + lanes<C> <= n; i += lanes<C>) store(to + i, load(from + i));
-  if (i < n) store_partial(to + i, load_partial(from + i, n - i), n - i);
-}
-
 template <class S>
 struct ConvolutionGradientKernels {
   static constexpr auto widen = &widen_line<S>;

@@ -14,16 +14,6 @@ S2S_INLINE Vec<C> activate(Vec<C> a, Vec<C> b) {
   return a;
 }
 
-// Up to a vector of elements `stride` apart, in the compute type; 0 beyond n.
-template <class S>
-S2S_INLINE Vec<compute_t<S>> load_spread(const S* from, int64_t stride, int64_t n) {
-  using C = compute_t<S>;
-  if (stride == 1) return n >= lanes<C> ? load(from) : load_partial(from, n);
-  Vec<C> v{};
-  for (int64_t i = 0; i < min(n, lanes<C>); ++i) v[i] = to_compute(from[i * stride]);
-  return v;
-}
-
 template <class S>
 void add_line(compute_t<S>* u, const S* from, int64_t stride, int64_t n) {
   using C = compute_t<S>;

@@ -5,6 +5,7 @@ namespace s2s::S2S_ISA {
 #include "vector_math.h"
 #include "gemm.h"
 #include "philox.h"
+#include "lines.h"
 #include S2S_KERNELS
 // clang-format on
 }  // namespace s2s::S2S_ISA

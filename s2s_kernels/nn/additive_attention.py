@@ -132,13 +132,13 @@ class LuongAttention(Layer):
     ) -> None:
         super().__init__()
         if score not in self.SCORES:
-            raise ValueError(f"LuongAttention: score must be one of {', '.join(self.SCORES)}, got {score!r}")
+            checks.wrong_value("LuongAttention", "score", f"one of {', '.join(self.SCORES)}", repr(score))
         if score == "dot" and query_size != key_size:
-            raise ValueError(f"LuongAttention: key_size must be query_size = {query_size} under dot, got {key_size}")
+            checks.wrong_value("LuongAttention", "key_size", f"query_size = {query_size} under dot", key_size)
         if (score == "location") != (max_length is not None):
-            raise ValueError(f"LuongAttention: max_length must be given with location alone, got {max_length}")
+            checks.wrong_value("LuongAttention", "max_length", "given with location alone", max_length)
         if window is not None and window < 1:
-            raise ValueError(f"LuongAttention: window must be at least 1, got {window}")
+            checks.wrong_value("LuongAttention", "window", "at least 1", window)
         self.score, self.window, self.dropout = score, window, dropout
         width = query_size if attention_size is None else attention_size
 

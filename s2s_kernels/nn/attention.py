@@ -1,5 +1,6 @@
 """Multi-head attention as a layer: torch's interface over this package's attention."""
 
+import functools
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ class MultiheadAttention(Layer):
         super().__init__()
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             if size <= 0:
-                raise ValueError(f"MultiheadAttention: {name} must be at least 1, got {size}")
+                checks.wrong_value("MultiheadAttention", name, "at least 1", size)
         if embed_dim % num_heads:
-            raise ValueError(f"MultiheadAttention: num_heads must divide embed_dim = {embed_dim}, got {num_heads}")
+            checks.wrong_value("MultiheadAttention", "num_heads", f"a divisor of embed_dim = {embed_dim}", num_heads)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         self.dropout, self.batch_first, self.add_zero_attn = dropout, batch_first, add_zero_attn
@@ -103,7 +104,7 @@ class MultiheadAttention(Layer):
             return self._forward_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
         batched = self._checked(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
-            raise ValueError("MultiheadAttention: attn_mask must be given beside is_causal, got None")
+            checks.wrong_value("MultiheadAttention", "attn_mask", "given beside is_causal", None)
         if not batched:
             self_attention, same = query is key, key is value
             query = query[None]
@@ -150,12 +151,12 @@ class MultiheadAttention(Layer):
         by way of the padded one; the weights are padded."""
         for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if given is not None:
-                raise ValueError(f"MultiheadAttention: {name} must be None beside a nested query, got a tensor")
+                checks.wrong_value("MultiheadAttention", name, "None beside a nested query", "a tensor")
         lengths = [sequence.shape[0] for sequence in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         absent = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
         if not self.batch_first:
-            raise ValueError("MultiheadAttention: batch_first must be True for a nested query, got False")
+            checks.wrong_value("MultiheadAttention", "batch_first", "True for a nested query", False)
         out, weights = self.forward(
             padded, padded, padded, absent, need_weights, average_attn_weights=average_attn_weights
         )
@@ -185,19 +186,14 @@ class MultiheadAttention(Layer):
         attn_mask: torch.Tensor | None,
     ) -> bool:
         """Whether the input has a batch dimension."""
-
-        def refuse(name: str, expected: str, given: Any) -> None:
-            raise ValueError(f"MultiheadAttention: {name} must be {expected}, got {given}")
-
+        refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
         for name, x, size in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),
             ("value", value, self.vdim),
         ):
             if not isinstance(x, torch.Tensor) or x.is_nested:
-                raise TypeError(
-                    f"MultiheadAttention: {name} must be a tensor that isn't nested, got {type(x).__name__}"
-                )
+                checks.wrong_type("MultiheadAttention", name, "a tensor that isn't nested", type(x).__name__)
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 refuse(name, "(T, B, E), (B, T, E) or (T, E), like the others", tuple(x.shape))
             if x.shape[-1] != size:
@@ -212,7 +208,7 @@ class MultiheadAttention(Layer):
         time, source = query.shape[of_time], key.shape[of_time]
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"MultiheadAttention: {name} must be boolean or floating, got {mask.dtype}")
+                checks.wrong_type("MultiheadAttention", name, "boolean or floating", mask.dtype)
         if key_padding_mask is not None:
             wanted: tuple[int, ...] = (batch, source) if batched else (source,)
             if tuple(key_padding_mask.shape) != wanted:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .. import checks
 from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
 from .layer import Layer
@@ -129,7 +130,7 @@ def patch(model: nn.Module, *, only: Only = None, dry_run: bool = False) -> Patc
         TypeError, ValueError: an argument is not as above, or a name is not in the model; the message names it.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+        checks.wrong_type("patch", "model", "a torch.nn.Module", type(model).__name__)
     selects = _selector(only, model)
     swapped, left = [], []
     for name, module in model.named_modules():
@@ -163,7 +164,7 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
         ValueError: a module was parametrised while it was patched; its parametrizations have to be removed first.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
+        checks.wrong_type("unpatch", "model", "a torch.nn.Module", type(model).__name__)
     return _restore(list(model.named_modules()))
 
 
@@ -252,18 +253,18 @@ def _selector(only: Only, model: nn.Module) -> Selector:
         return _predicate(only)
     wanted = [only] if isinstance(only, (str, type)) else list(only) if isinstance(only, Iterable) else [None]
     if not all(isinstance(w, (str, type)) for w in wanted):
-        raise TypeError(f"patch: only must be names, types or a predicate, got {only!r}")
+        checks.wrong_type("patch", "only", "names, types or a predicate", repr(only))
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
     known = {name for names in aliases.values() for name in names}
     for name in (w for w in wanted if isinstance(w, str)):
         if name not in known:
-            raise ValueError(f"patch: only must be names of modules in the model, got {name!r}")
+            checks.wrong_value("patch", "only", "names of modules in the model", repr(name))
     types = tuple(w for w in wanted if isinstance(w, type))
     for kind in types:
         if not any(issubclass(base, kind) for base in SWAPS):
-            raise ValueError(f"patch: only must be types that are swapped ({_titles()}), got {_title(kind)}")
+            checks.wrong_value("patch", "only", f"types that are swapped ({_titles()})", _title(kind))
 
     def selects(name: str, module: nn.Module) -> bool:
         return isinstance(module, types) or any(

@@ -1,6 +1,6 @@
 """All layers and directions of a recurrent network: what `s2s_kernels.nn`'s layers run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,39 +68,57 @@ def stack(
             output, h_n, c_n = kernel(tensors, options)
             return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
 
-    mask = None
-    finals: list[list[Any]] = []
     grouped = list(_grouped(weights, bias, projected, normed, lstm))
-    for first in range(0, len(grouped), directions):
-        if first and training and dropout > 0:
+
+    def one(x: torch.Tensor, index: int, reverse: bool) -> Tensors:
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = grouped[index]
+        mask = None
+        if training and recurrent_dropout > 0:
+            mask = F.dropout(x.new_ones(x.shape[0], weight_hh.shape[1]), recurrent_dropout)
+        return run(
+            cell,
+            x,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            *[state if state is None else state[index] for state in states],
+            lengths=lengths,
+            reset=reset,
+            reverse=reverse,
+            weight_hr=weight_hr,
+            recurrent_mask=mask,
+            zoneout=zoneout,
+            training=training,
+            layer_norm=tuple(norms if lstm else norms[:2]) if normed else None,
+            weight_dropout=weight_dropout if training else 0.0,
+        )
+
+    output, finals = _through(x, len(grouped), directions, time_first, one, dropout if training else 0.0)
+    return output, tuple(_stacked(final) for final in finals[: len(states)])
+
+
+def _through(
+    x: torch.Tensor,
+    cells: int,
+    directions: int,
+    time_first: bool,
+    one: Callable[[torch.Tensor, int, bool], Tensors],
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:
+    """x through every layer by one(x, index of the direction, whether it is reversed) -> (output, h_n, c_n): the output
+    of the last, and h_n and c_n of all."""
+    finals: list[Any] = []
+    for first in range(0, cells, directions):
+        if first and dropout > 0:
             x = F.dropout(x, dropout)
         outputs = []
         for index in range(first, first + directions):
-            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = grouped[index]
-            if training and recurrent_dropout > 0:
-                mask = F.dropout(x.new_ones(x.shape[0], weight_hh.shape[1]), recurrent_dropout)
-            output, *final = run(
-                cell,
-                x,
-                weight_ih,
-                weight_hh,
-                bias_ih,
-                bias_hh,
-                *[state if state is None else state[index] for state in states],
-                lengths=lengths,
-                reset=reset,
-                reverse=index > first,
-                weight_hr=weight_hr,
-                recurrent_mask=mask,
-                zoneout=zoneout,
-                training=training,
-                layer_norm=tuple(norms if lstm else norms[:2]) if normed else None,
-                weight_dropout=weight_dropout if training else 0.0,
-            )
+            output, *final = one(x, index, index > first)
             outputs.append(output)
             finals.append(final)
-        x = _joined(outputs, time_first and first + directions == len(grouped))
-    return x, tuple(_stacked([final[i] for final in finals]) for i in range(len(states)))
+        x = _joined(outputs, time_first and first + directions == cells)
+    return x, list(zip(*finals, strict=True))
 
 
 # tensors: x, h0, c0, lengths, reset, then of each direction of each layer weight_ih, weight_hh and, if there are any,
@@ -137,21 +155,18 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     """The definition under the kernels' calling convention."""
     x, h0, c0, lengths, reset, *flat = tensors
     cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first = options
+    assert x is not None
     weights = list(_grouped(flat, bias, projected, normed, cell == "lstm"))
-    finals = []
-    for first in range(0, len(weights), directions):
-        outputs = []
-        for index in range(first, first + directions):
-            states = (None if state is None else state[index] for state in (h0, c0))
-            output, *final = autograd.reference_of(
-                (x, *weights[index][:4], *states, weights[index][4], None, *weights[index][5:], lengths, reset, None),
-                (cell, index > first, zoneout_h, zoneout_c, False, 0.0),
-            )
-            outputs.append(output)
-            finals.append(final)
-        x = _joined(outputs, time_first and first + directions == len(weights))
-    h_n, c_n = zip(*finals, strict=True)
-    return x, _stacked(h_n), _stacked(c_n) if cell == "lstm" else None
+
+    def one(x: torch.Tensor, index: int, reverse: bool) -> Tensors:
+        states = (None if state is None else state[index] for state in (h0, c0))
+        return autograd.reference_of(
+            (x, *weights[index][:4], *states, weights[index][4], None, *weights[index][5:], lengths, reset, None),
+            (cell, reverse, zoneout_h, zoneout_c, False, 0.0),
+        )
+
+    output, (h_n, c_n) = _through(x, len(weights), directions, time_first, one)
+    return output, _stacked(h_n), _stacked(c_n) if cell == "lstm" else None
 
 
 def _grouped(flat: Sequence[Any], bias: bool, projected: bool, normed: bool, lstm: bool) -> Iterator[tuple[Any, ...]]:
