@@ -15,7 +15,7 @@ def noise(*shape):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
