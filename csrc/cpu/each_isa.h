@@ -17,6 +17,7 @@
 
 // Helpers that take or return vectors are inlined always: a call would pass them by an ABI that depends on the instruction set.
 #define S2S_INLINE static inline __attribute__((always_inline))
+#define S2S_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
 
 #define S2S_ISA baseline
 #define S2S_VECTOR_BYTES 16

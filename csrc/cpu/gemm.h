@@ -16,11 +16,13 @@ inline constexpr int gemm_mr = S2S_VECTOR_BYTES == 64 ? 12 : 6;
 inline constexpr int64_t gemm_mc = 192, gemm_nc = 1024;
 inline constexpr int64_t gemm_row_pad = 16;  // keeps the rows of a copied block of A out of one cache set
 
-// Panels side by side in a tile of few rows.
+// Panels side by side in a tile of few rows: as many sums as the multipliers' latency asks for, and for one row no more than its loads can
+// feed.
 constexpr int gemm_wide(int rows) {
-  constexpr int accumulators = S2S_VECTOR_BYTES == 64 ? 24 : 12;
-  return accumulators / (2 * rows) > 1 ? (accumulators / (2 * rows) < 6 ? accumulators / (2 * rows) : 6) : 1;
+  constexpr int sums = S2S_VECTOR_BYTES == 64 ? 24 : 12;
+  return rows == 1 ? 4 : sums / (2 * rows) > 1 ? sums / (2 * rows) : 1;
 }
+inline constexpr int64_t gemm_group_panels = 6;  // panels that a caller's loops take at once
 
 constexpr int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -29,22 +31,47 @@ constexpr int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T, int ROWS, int PANELS>
 __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
                                          int64_t c_row, bool add, int64_t columns) {
+  // A pointer for every three rows or panels, which an address reaches with its index times 0, 1 or 2: one a row would not fit the
+  // registers, and their exchange with vector registers takes the multipliers' ports. The compiler must not see where they come from.
+  constexpr int row_bases = (ROWS + 2) / 3, panel_bases = (PANELS + 2) / 3;
+  const T *left[row_bases], *right[panel_bases];
+  for (int i = 0; i < row_bases; ++i) left[i] = hidden(a + 3 * i * a_row);
+  for (int p = 0; p < panel_bases; ++p) right[p] = hidden(b + 3 * p * b_panel);
+  // What is added to comes from memory while the multipliers work.
+  if (add)
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < 2 * PANELS; ++j) __builtin_prefetch(c + i * c_row + j * lanes<T>);
   Vec<T> sum[ROWS][2 * PANELS] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> right[2 * PANELS];
-#pragma GCC unroll 8
-    for (int p = 0; p < PANELS; ++p) {
-      right[2 * p] = load(b + p * b_panel);
-      right[2 * p + 1] = load(b + p * b_panel + lanes<T>);
+  const auto multiply = S2S_LAMBDA(int64_t k) {
+    Vec<T> row[2 * PANELS];
+#pragma GCC unroll 16
+    for (int j = 0; j < 2 * PANELS; ++j) {
+      const int p = j / 2;
+      row[j] = load(right[p / 3] + p % 3 * b_panel + j % 2 * lanes<T>);
+      if (ROWS > 1) keep_in_register<T>(row[j]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const Vec<T> left = broadcast(a[i * a_row]);
+      const Vec<T> factor = broadcast(left[i / 3][i % 3 * a_row + k]);
 #pragma GCC unroll 16
-      for (int j = 0; j < 2 * PANELS; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+      for (int j = 0; j < 2 * PANELS; ++j) sum[i][j] = fma(factor, row[j], sum[i][j]);
     }
-    ++a;
-    b += b_row;
+#pragma GCC unroll 16
+    for (int p = 0; p < panel_bases; ++p) right[p] += b_row;
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    multiply(0);
+    multiply(1);
+    multiply(2);
+    multiply(3);
+#pragma GCC unroll 16
+    for (int i = 0; i < row_bases; ++i) left[i] += 4;
+  }
+  for (; k < depth; ++k) {
+    multiply(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < row_bases; ++i) left[i] += 1;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
@@ -183,8 +210,8 @@ template <class T, class S>
 void copy_transposed(int64_t rows, int64_t cols, const S* from, int64_t from_row, int64_t from_col, T* to, int64_t to_row) {
   constexpr int64_t block = gemm_transpose<T>;
   const int64_t whole_rows = from_col == 1 ? rows / block * block : 0, whole_cols = whole_rows ? cols / block * block : 0;
-  for (int64_t j = 0; j < whole_cols; j += block)
-    for (int64_t i = 0; i < whole_rows; i += block) transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+  for (int64_t i = 0; i < whole_rows; i += block)
+    for (int64_t j = 0; j < whole_cols; j += block) transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * to_row + i] = to_compute(from[i * from_row + j * from_col]);
 }
@@ -238,7 +265,7 @@ void pack_panels(int64_t depth, int64_t columns, const TB* b, int64_t b_row, int
 // Columns of B packed together: few where one block of rows uses them at once, many where they are kept for the blocks of rows that follow.
 template <class T>
 int64_t gemm_packed_columns(int64_t m, int64_t n) {
-  const int64_t most = m > gemm_mc ? gemm_nc : gemm_wide(1) * gemm_nr<T>;
+  const int64_t most = m > gemm_mc ? gemm_nc : gemm_group_panels * gemm_nr<T>;
   return gemm_min(most, (n + gemm_nr<T> - 1) / gemm_nr<T> * gemm_nr<T>);
 }
 
@@ -280,7 +307,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const TA* a, int64_t a_row_stride, in
     return;
   }
   const bool keep = m > gemm_mc;
-  const int64_t width = gemm_packed_columns<T>(m, n), step = gemm_wide(1) * nr;
+  const int64_t width = gemm_packed_columns<T>(m, n), step = gemm_group_panels * nr;
   T* const panel_buffer = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
   T* const row_buffer = panel_buffer + width * gemm_min(k, gemm_kc);
   for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {
@@ -339,7 +366,7 @@ int64_t packed_b_size(int64_t n, int64_t k) {
 
 template <class T, class TB>
 void pack_b(int64_t n, int64_t k, const TB* b, int64_t b_row_stride, int64_t b_col_stride, T* packed) {
-  const int64_t step = gemm_wide(1) * gemm_nr<T>;
+  const int64_t step = gemm_group_panels * gemm_nr<T>;
   for (int64_t j = 0; j < n; j += step)
     pack_panels(k, gemm_min(n - j, step), b + j * b_col_stride, b_row_stride, b_col_stride, packed + j * k, k * gemm_nr<T>);
 }
@@ -349,7 +376,7 @@ template <class T>
 void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride,
                         bool accumulate, int64_t panel_begin, int64_t panel_end) {
   constexpr int64_t nr = gemm_nr<T>;
-  const int64_t begin = panel_begin * nr, end = gemm_min(panel_end * nr, n), step = gemm_wide(1) * nr;
+  const int64_t begin = panel_begin * nr, end = gemm_min(panel_end * nr, n), step = gemm_group_panels * nr;
   if (m <= 0) return;
   for (int64_t j = begin; j < end; j += step) {
     const int64_t columns = gemm_min(end - j, step);

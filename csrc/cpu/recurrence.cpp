@@ -42,20 +42,21 @@ class Forward : Runner<S> {
     const bool lstm = s_.cell == Cell::lstm, exact = save && !std::is_same_v<S, C>;
     const ScalarType wide = scalar_type_of<C>;
     std::vector<Tensor> results;
-    const auto empty_if = [&](bool wanted, std::initializer_list<int64_t> sizes, ScalarType type) -> OptionalTensor {
-      if (!wanted) return std::nullopt;
-      results.push_back(empty_cpu(sizes, type));
-      return results.back();
+    const auto place = [&](const Tensor& tensor) {
+      results.push_back(tensor);
+      return tensor.mutable_data_ptr();
     };
-    const OptionalTensor output = empty_if(true, {s_.batch, s_.time, s_.width}, type_), h_n = empty_if(true, {s_.batch, s_.width}, type_);
-    const OptionalTensor c_n = empty_if(lstm, {s_.batch, s_.hidden}, type_);
-    const OptionalTensor gates = empty_if(save, {s_.batch, s_.time, s_.gate_units}, wide);
-    const OptionalTensor extra = empty_if(save && (lstm || s_.cell == Cell::gru), {s_.batch, s_.time, s_.hidden}, wide);
-    const OptionalTensor hidden = empty_if(exact, {s_.batch, s_.time, s_.width}, wide);
-    const OptionalTensor normed = empty_if(save && a_.norm_ih, {s_.batch, s_.time, 2 * s_.gate_units + 2}, wide);
-
-    const auto place = [](const OptionalTensor& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; };
-    run({place(output), s_.time * s_.width, s_.width, place(h_n), place(c_n), place(gates), place(extra), place(hidden), place(normed)});
+    const auto kept = [&](bool wanted, int64_t last) { return wanted ? place(this->over_positions(last, wide)) : nullptr; };
+    RecurrencePlaces to{};
+    to.output = place(this->over_positions(s_.width, type_));
+    to.output_batch = s_.time * s_.width, to.output_time = s_.width;
+    to.h_n = place(empty_cpu({s_.batch, s_.width}, type_));
+    if (lstm) to.c_n = place(empty_cpu({s_.batch, s_.hidden}, type_));
+    to.gates = kept(save, s_.gate_units);
+    to.extra = kept(save && (lstm || s_.cell == Cell::gru), s_.hidden);
+    to.hidden = kept(exact, s_.width);
+    to.normed = kept(save && a_.norm_ih, 2 * s_.gate_units + 2);
+    run(to);
     return results;
   }
 
@@ -65,30 +66,50 @@ class Forward : Runner<S> {
     p.gates = static_cast<C*>(to.gates), p.extra = static_cast<C*>(to.extra), p.normed = static_cast<C*>(to.normed);
     p.hidden_exact = static_cast<C*>(to.hidden);
     p.bias = bias_.data(), p.bias_hn = bias_.data() + s_.gate_units;
-    p.x = source<S>(a_.x);
+    p.x = source<S>(a_.x, a_.packed);
+    p.weight_ih = source<S>(a_.weight_ih), p.weight_hh = source<S>(a_.weight_hh);
+    p.dropout = a_.weight_dropout > 0 ? &this->dropout_ : nullptr;
     const auto write = S2S_SELECT(RowKernels<S>::write);
     p.output = {to.output, to.output_batch, to.output_time, write};
     p.h_n = {to.h_n, s_.width, 0, write};
     if (s_.cell == Cell::lstm) p.c_n = {to.c_n, s_.hidden, 0, write};
+    // One step uses its weights once: packing them would take longer.
+    if (s_.time == 1 && !p.dropout && p.weight_ih.unit == 1 && p.weight_hh.unit == 1) p.product = S2S_SELECT(UnpackedProduct<S>::run);
 
-    const int64_t ih = this->packed_size(s_.gate_units, s_.inputs), hh = this->packed_size(s_.gate_units, s_.width);
-    const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden) : 0;
-    const int64_t most = std::max({s_.inputs, s_.width, s_.hidden});
-    const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(most);
-    Workspace workspace(Workspace::bytes<C>(ih) + Workspace::bytes<C>(hh) + Workspace::bytes<C>(hr) + Workspace::bytes<C>(scratch));
-    C *weight_ih = workspace.take<C>(ih), *weight_hh = workspace.take<C>(hh), *weight_hr = workspace.take<C>(hr);
-    C* own = workspace.take<C>(scratch);
-    const auto pack = S2S_SELECT(RecurrenceProducts<C>::pack_transposed);
-    pack(s_.gate_units, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih, own);
-    pack(s_.gate_units, s_.width, source<S>(a_.weight_hh), a_.weight_dropout > 0 ? &this->dropout_ : nullptr, weight_hh, own);
-    if (a_.weight_hr) pack(s_.width, s_.hidden, source<S>(a_.weight_hr), nullptr, weight_hr, own);
-    p.weight_ih = weight_ih, p.weight_hh = weight_hh, p.weight_hr = a_.weight_hr ? weight_hr : nullptr;
-
-    const int64_t groups = this->groups(), rows = (s_.batch + groups - 1) / groups;
+    const auto split = this->split();
+    const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
+    const bool shares = split.slices == 1 && !p.product;  // packed weights
     p.x_rows = groups == 1 ? this->rows_of_x(p.x_row) : nullptr;
     p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
-    this->run_groups(p, groups, S2S_SELECT(RecurrenceForwardGroup<C>::workspace)(p, rows), S2S_SELECT(RecurrenceForwardGroup<C>::run));
-    if (a_.lengths) {
+    const int64_t ih = shares ? this->packed_size(s_.gate_units, s_.inputs) : 0, hh = shares ? this->packed_size(s_.gate_units, s_.width) : 0;
+    const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden) : 0, left = groups * rows * p.padded(s_.width);
+    const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(std::max({s_.inputs, s_.width, s_.hidden}));
+    const int64_t each = std::max(scratch, S2S_SELECT(RecurrenceForwardPart<C>::workspace)(p, rows, split.most_units(), !shares));
+    Workspace workspace(Workspace::bytes<C>(ih) + Workspace::bytes<C>(hh) + Workspace::bytes<C>(hr) + 2 * Workspace::bytes<C>(left) +
+                        ranges * Workspace::bytes<C>(each));
+    C *weight_ih = workspace.take<C>(ih), *weight_hh = workspace.take<C>(hh), *weight_hr = workspace.take<C>(hr);
+    for (C*& side : p.left) side = workspace.take<C>(left);
+    p.weight_hr = a_.weight_hr ? weight_hr : nullptr;
+    std::vector<C*> own;
+    for (int64_t i = 0; i < ranges; ++i) own.push_back(workspace.take<C>(each));
+
+    const auto run_part = S2S_SELECT(RecurrenceForwardPart<C>::run);
+    const auto pack_units = S2S_SELECT(RecurrenceProducts<C>::pack_units);
+    const auto pack_transposed = S2S_SELECT(RecurrenceProducts<C>::pack_transposed);
+    const auto panels_of = S2S_SELECT(RecurrenceProducts<C>::panels);
+    const int64_t panels = panels_of(s_.gate_units), rows_of_hr = panels_of(s_.width), packs = shares ? (panels + 3) / 4 : 0;
+    this->crew(ranges, [&](Crew::Member& member, int64_t begin, int64_t end) {
+      C* const mine = own[begin];
+      if (split.slices > 1) return run_part(p, split.part(begin, end), nullptr, nullptr, mine, &member);
+      member.tasks(packs + (a_.weight_hr ? 1 : 0), [&](int64_t i) {
+        if (i < packs)
+          pack_units(p, split.part(0, 1), i * 4, std::min(panels, i * 4 + 4), weight_ih, weight_hh, mine);
+        else
+          pack_transposed(0, rows_of_hr, s_.width, s_.hidden, s_.width, s_.width, 0, source<S>(a_.weight_hr), nullptr, weight_hr, mine);
+      });
+      for (int64_t g = begin; g < end; ++g) run_part(p, split.part(g, g + 1), shares ? weight_ih : nullptr, weight_hh, own[g], nullptr);
+    });
+    if (a_.lengths && !a_.packed) {
       this->clear_absent(static_cast<S*>(to.output), s_.width, to.output_batch, to.output_time);
       if (p.hidden_exact) this->clear_absent(p.hidden_exact, s_.width);
       // No slot is left undefined: what forward gives is the same on every run.
@@ -116,13 +137,19 @@ class Backward : Runner<S> {
 
  public:
   Backward(const char* op, const Arguments& a, const Kept& kept, int64_t needs) : Base(op, a), kept_(kept), needs_(needs) {
-    check_argument(op, "grad_output", kept.grad_output, type_, {s_.batch, s_.time, s_.width});
+    if (a.packed)
+      check_argument(op, "grad_output", kept.grad_output, type_, {s_.positions, s_.width});
+    else
+      check_argument(op, "grad_output", kept.grad_output, type_, {s_.batch, s_.time, s_.width});
     check_argument(op, "grad_h", kept.grad_h, type_, {s_.batch, s_.width});
     check_argument(op, "grad_c", kept.grad_c, type_, {s_.batch, s_.hidden});
     const ScalarType wide = scalar_type_of<C>;
     const auto check = [&](const char* name, const OptionalTensor& tensor, int64_t last) {
       STD_TORCH_CHECK(tensor, op, ": ", name, " must be given");
-      check_argument(op, name, *tensor, wide, {s_.batch, s_.time, last});
+      if (a.packed)
+        check_argument(op, name, *tensor, wide, {s_.positions, last});
+      else
+        check_argument(op, name, *tensor, wide, {s_.batch, s_.time, last});
       STD_TORCH_CHECK(tensor->is_contiguous(), op, ": ", name, " must be contiguous");
     };
     check("gates", kept.gates, s_.gate_units);
@@ -138,261 +165,306 @@ class Backward : Runner<S> {
   std::vector<Tensor> run() {
     RecurrenceBackward<C> p{};
     this->fill(p);
-    const int64_t slots = plan_.slots(), gates = s_.gate_units, hidden = s_.hidden, width = s_.width;
+    const int64_t gates = s_.gate_units, hidden = s_.hidden, width = s_.width;
     const bool two = s_.cell == Cell::gru || a_.norm_ih, projects = a_.weight_hr.has_value(), norm_c = a_.norm_c.has_value();
     p.gates = mutable_data<C>(kept_.gates), p.hidden_exact = mutable_data<C>(kept_.hidden);
     if (s_.cell == Cell::lstm || s_.cell == Cell::gru) p.extra = mutable_data<C>(kept_.extra);
     if (a_.norm_ih) p.normed = mutable_data<C>(kept_.normed);
-    p.grad_output = source<S>(kept_.grad_output), p.grad_h = source<S>(kept_.grad_h), p.grad_c = source<S>(kept_.grad_c);
+    p.grad_output = source<S>(kept_.grad_output, a_.packed), p.grad_h = source<S>(kept_.grad_h), p.grad_c = source<S>(kept_.grad_c);
+    p.grad_row = p.padded(gates);
+    plan_chunks();
 
-    const int64_t hh = this->packed_size(width, gates), hr = projects ? this->packed_size(hidden, width) : 0;
-    const int64_t ih = wants(want_x) ? this->packed_size(s_.inputs, gates) : 0;
-    const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(std::max({s_.inputs, width, hidden}));
-    int64_t x_row = s_.inputs;
-    const C* x_rows = wants(want_ih) ? this->rows_of_x(x_row) : nullptr;
-    const int64_t sizes[] = {slots * gates,
-                             two ? slots * gates : 0,
-                             projects ? slots * width : 0,
-                             projects && wants(want_hr) ? slots * hidden : 0,
-                             norm_c ? slots * hidden : 0,
-                             norm_c ? slots * hidden : 0,
-                             hh,
-                             hr,
-                             ih,
-                             scratch,
-                             wants(want_hh) && !hidden_in_place() ? slots * width : 0,
-                             wants(want_ih) && !x_rows && !x_in_place() ? slots * s_.inputs : 0};
-    int64_t bytes = 0;
+    const auto split = this->split();
+    const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
+    const int64_t depth = S2S_SELECT(RecurrenceProducts<C>::gradient_depth), blocks = (chunk_slots_ + depth - 1) / depth * depth;
+    const auto values = [&](bool wanted, int64_t columns) { return wanted ? this->packed_size(columns, blocks) : 0; };
+    const int64_t hh = this->packed_size(split.most_units(), gates);
+    const int64_t row = std::max({s_.inputs, width, hidden}) + 16;
+    const int64_t scratch = std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(), tile * s_.inputs,
+                                      S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
+    const int64_t state = S2S_SELECT(RecurrenceBackwardPart<C>::workspace)(p, rows, split.most_units());
+    const bool narrows = !std::is_same_v<S, C>;
+    const int64_t sizes[] = {chunk_slots_ * p.grad_row,
+                             two ? chunk_slots_ * p.grad_row : 0,
+                             projects ? chunk_slots_ * p.padded(width) : 0,
+                             projects && wants(want_hr) ? chunk_slots_ * hidden : 0,
+                             norm_c ? chunk_slots_ * hidden : 0,
+                             norm_c ? chunk_slots_ * hidden : 0,
+                             projects ? this->packed_size(hidden, width) : 0,
+                             wants(want_x) ? this->packed_size(s_.inputs, gates) : 0,
+                             values(wants(want_ih), s_.inputs),
+                             values(wants(want_hh), width),
+                             values(wants(want_hr), hidden),
+                             narrows && wants(want_ih) ? gates * s_.inputs : 0,
+                             narrows && wants(want_hh) ? gates * width : 0,
+                             narrows && wants(want_hr) ? width * hidden : 0,
+                             sum_row() * sum_count};
+    int64_t bytes = ranges * (Workspace::bytes<C>(hh) + Workspace::bytes<C>(scratch) + Workspace::bytes<C>(state));
     for (const int64_t size : sizes) bytes += Workspace::bytes<C>(size);
     Workspace workspace(bytes);
     C* parts[std::size(sizes)];
     for (size_t i = 0; i < std::size(sizes); ++i) parts[i] = workspace.take<C>(sizes[i]);
+    std::vector<C*> hhs, states, scratches;
+    for (int64_t i = 0; i < ranges; ++i) hhs.push_back(workspace.take<C>(hh));
+    for (int64_t i = 0; i < ranges; ++i) states.push_back(workspace.take<C>(state)), scratches.push_back(workspace.take<C>(scratch));
     p.grad_in = parts[0], p.grad_rec = two ? parts[1] : parts[0];
     p.grad_projected = projects ? parts[2] : nullptr, p.unprojected = projects && wants(want_hr) ? parts[3] : nullptr;
     p.grad_norm_c = norm_c ? parts[4] : nullptr, p.normed_c = norm_c ? parts[5] : nullptr;
-    const auto pack = S2S_SELECT(RecurrenceProducts<C>::pack);
-    pack(gates, width, source<S>(a_.weight_hh), a_.weight_dropout > 0 ? &this->dropout_ : nullptr, parts[6], parts[9]);
-    if (projects) pack(width, hidden, source<S>(a_.weight_hr), nullptr, parts[7], parts[9]);
-    p.weight_hh = parts[6], p.weight_hr = projects ? parts[7] : nullptr;
-
-    const int64_t result_sizes[wanted_count][3] = {{s_.batch, s_.time, s_.inputs},
-                                                   {gates, s_.inputs},
-                                                   {gates, width},
-                                                   {gates},
-                                                   {gates},
-                                                   {s_.batch, width},
-                                                   {s_.batch, hidden},
-                                                   {width, hidden},
-                                                   {s_.batch, width},
-                                                   {gates},
-                                                   {gates},
-                                                   {hidden},
-                                                   {hidden}};
-    for (int i = 0; i < wanted_count; ++i) {
-      if (!wants(i)) continue;
-      const int64_t* size = result_sizes[i];
-      const bool matrix = i == want_ih || i == want_hh || i == want_h0 || i == want_c0 || i == want_hr || i == want_mask;
-      results_[i] = i == want_x ? empty_cpu({size[0], size[1], size[2]}, type_)
-                    : matrix    ? empty_cpu({size[0], size[1]}, type_)
-                                : empty_cpu({size[0]}, type_);
-    }
+    p.weight_hr = projects ? parts[6] : nullptr;
+    weight_ih_ = parts[7], values_ = {parts[8], parts[9], parts[10]}, sums_ = parts[14];
+    std::fill(sums_, sums_ + sum_row() * sum_count, C(0));
+    make_results();
+    for (const auto& [i, wide] : {std::pair{want_ih, parts[11]}, std::pair{want_hh, parts[12]}, std::pair{want_hr, parts[13]}})
+      if (wants(i)) {
+        if constexpr (std::is_same_v<S, C>)
+          matrices_[i] = mutable_data<S>(*results_[i]);
+        else
+          matrices_[i] = wide;
+        if (chunks_.empty()) std::fill(matrices_[i], matrices_[i] + results_[i]->numel(), C(0));
+      }
     if (wants(want_h0)) p.grad_h0 = target<S>(*results_[want_h0]);
     if (wants(want_c0)) p.grad_c0 = target<S>(*results_[want_c0]);
     if (wants(want_mask)) p.grad_mask = target<S>(*results_[want_mask]);
 
-    const int64_t groups = this->groups(), rows = (s_.batch + groups - 1) / groups;
-    this->run_groups(p, groups, S2S_SELECT(RecurrenceBackwardGroup<C>::workspace)(p, rows), S2S_SELECT(RecurrenceBackwardGroup<C>::run));
+    this->crew(ranges, [&](Crew::Member& member, int64_t begin, int64_t end) {
+      const auto enter = S2S_SELECT(RecurrenceBackwardPart<C>::enter), leave = S2S_SELECT(RecurrenceBackwardPart<C>::leave);
+      const auto advance = S2S_SELECT(RecurrenceBackwardPart<C>::advance);
+      C* const own = scratches[begin];
+      pack_weights(member, split.slices == 1 ? hhs[0] : nullptr, parts[6], own);
+      const bool shares = split.slices > 1;
+      const int64_t count = shares ? 1 : end - begin;  // parts of this thread
+      const auto part = [&](int64_t i) { return shares ? split.part(begin, end) : split.part(begin + i, begin + i + 1); };
+      const C* const hh_of = shares ? hhs[begin] : hhs[0];
+      if (shares) {
+        const Part units = part(0);
+        S2S_SELECT(RecurrenceProducts<C>::pack)(0, gates, gates, units.unit, units.units, source<S>(a_.weight_hh), dropout(), hhs[begin], own);
+      }
+      RecurrenceBackward<C> here = p;
+      for (int64_t i = 0; i < count; ++i) enter(here, part(i), states[begin + i]);
+      for (const Chunk& chunk : chunks_) {
+        here.first_slot = plan_.schedule.offset[chunk.first];
+        for (int64_t i = 0; i < count; ++i)
+          advance(here, part(i), hh_of, chunk.first, chunk.last, states[begin + i], shares ? &member : nullptr);
+        member.wait();
+        products(here, chunk, member, own);
+      }
+      for (int64_t i = 0; i < count; ++i) leave(here, part(i), states[begin + i]);
+      if (dropout() && wants(want_hh)) {
+        const auto drop = S2S_SELECT(RecurrenceProducts<C>::drop);
+        member.tasks((gates + 63) / 64, [&](int64_t i) {
+          for (int64_t r = i * 64; r < std::min(gates, (i + 1) * 64); ++r) drop(this->dropout_, r, 0, width, own, matrices_[want_hh] + r * width);
+        });
+      }
+    });
+    return finished();
+  }
 
-    vector_gradients(p);
-    if (wants(want_hh)) matrix_gradient(want_hh, gates, width, recurrent_segments(p, parts[10]));
-    if (wants(want_hr)) matrix_gradient(want_hr, width, hidden, {{p.grad_projected, width, p.unprojected, hidden, slots}});
+ private:
+  // Times whose gradients are in the cache together, in the order in which backward comes to them.
+  struct Chunk {
+    int64_t first, last;
+  };
+  static constexpr int64_t tile = 192;  // rows of x's gradient that one task makes
+  // The sums over all positions of one value a unit: biases and the weights of layer normalisation.
+  enum { sum_bias_ih, sum_bias_hh, sum_norm_ih, sum_norm_hh, sum_norm_c, sum_norm_b, sum_count };
+
+  bool wants(int i) const { return needs_ >> i & 1; }
+  const WeightDropout* dropout() const { return a_.weight_dropout > 0 ? &this->dropout_ : nullptr; }
+  int64_t sum_row() const { return (s_.gate_units + 15) / 16 * 16; }
+
+  void plan_chunks() {
+    const Schedule& s = plan_.schedule;
+    int64_t end = 0;  // of the times at which any row is present
+    while (end < s.time && s.count[end] > 0) ++end;
+    const int64_t most = std::max<int64_t>(256, (1 << 18) / s_.gate_units / 256 * 256);
+    for (int64_t done = 0; done < end;) {
+      int64_t steps = 0, slots = 0;
+      while (done + steps < end) {
+        const int64_t t = s.reverse ? done + steps : end - 1 - done - steps;
+        if (steps > 0 && slots + s.count[t] > most) break;
+        slots += s.count[t], ++steps;
+      }
+      const int64_t first = s.reverse ? done : end - done - steps;
+      chunks_.push_back({first, first + steps});
+      chunk_slots_ = std::max(chunk_slots_, slots);
+      done += steps;
+    }
+  }
+
+  void make_results() {
+    const int64_t gates = s_.gate_units, width = s_.width, hidden = s_.hidden;
+    const int64_t sizes[wanted_count][2] = {{},         {gates, s_.inputs}, {gates, width},  {gates}, {gates}, {s_.batch, width}, {s_.batch, hidden},
+                                            {width, hidden}, {s_.batch, width}, {gates}, {gates}, {hidden}, {hidden}};
+    for (int i = 0; i < wanted_count; ++i) {
+      if (!wants(i)) continue;
+      const bool matrix = i == want_ih || i == want_hh || i == want_h0 || i == want_c0 || i == want_hr || i == want_mask;
+      results_[i] = i == want_x ? this->over_positions(s_.inputs, type_)
+                    : matrix    ? empty_cpu({sizes[i][0], sizes[i][1]}, type_)
+                                : empty_cpu({sizes[i][0]}, type_);
+    }
+  }
+
+  // hh: null where every thread packs its own part.
+  void pack_weights(Crew::Member& member, C* hh, C* hr, C* own) {
+    const int64_t gates = s_.gate_units, width = s_.width, rows = 64, pieces = (gates + rows - 1) / rows;
+    const auto pack = S2S_SELECT(RecurrenceProducts<C>::pack);
+    const bool projects = a_.weight_hr.has_value();
+    member.tasks(2 * pieces + projects, [&](int64_t i) {
+      if (i == 2 * pieces) return pack(0, width, width, 0, s_.hidden, source<S>(a_.weight_hr), nullptr, hr, own);
+      const int64_t first = i / 2 * rows, last = std::min(gates, first + rows);
+      if (i % 2 == 0 && hh) pack(first, last, gates, 0, width, source<S>(a_.weight_hh), dropout(), hh, own);
+      if (i % 2 == 1 && wants(want_x)) pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih_, own);
+    });
+  }
+
+  // All that is made of one chunk's gradients.
+  void products(const RecurrenceBackward<C>& p, const Chunk& chunk, Crew::Member& member, C* own) {
+    const int64_t first = p.first_slot, slots = plan_.schedule.offset[chunk.last] - first, gates = s_.gate_units;
+    const bool add = chunk.first != chunks_.front().first;
+    constexpr int64_t few = 64;
+    const int64_t packs = (slots + few - 1) / few, sums = (gates + 255) / 256;
+    member.tasks(packs + sums, [&](int64_t i) {
+      if (i < packs)
+        pack_values(p, i * few, std::min(slots, (i + 1) * few), slots, own);
+      else
+        add_sums(p, slots, (i - packs) * 256, std::min(gates, (i - packs + 1) * 256));
+    });
     if (a_.norm_ih && (wants(want_x) || wants(want_ih))) {
       const auto normalise_gradient = S2S_SELECT(RecurrenceProducts<C>::normalise_gradient);
-      parallel(slots, 1 + (1 << 13) / gates, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const C* normed = p.normed + i * p.normed_row();
-          normalise_gradient(gates, p.grad_in + i * gates, p.norm_ih, normed, normed[2 * gates], p.grad_in + i * gates);
+      member.tasks(packs, [&](int64_t i) {
+        for (int64_t at = i * few; at < std::min(slots, (i + 1) * few); ++at) {
+          const C* normed = p.normed + (first + at) * p.normed_row();
+          C* const grad = p.grad_in + at * p.grad_row;
+          normalise_gradient(gates, grad, p.norm_ih, normed, normed[2 * gates], grad);
         }
       });
     }
-    if (wants(want_ih)) matrix_gradient(want_ih, gates, s_.inputs, input_segments(p, x_rows, x_row, parts[11]));
-    if (wants(want_x)) {
-      pack(gates, s_.inputs, source<S>(a_.weight_ih), nullptr, parts[8], parts[9]);
-      input_gradient(p.grad_in, parts[8]);
+    const int64_t rows = S2S_SELECT(RecurrenceProducts<C>::gradient_rows), pieces = (gates + rows - 1) / rows;
+    const int64_t weights = wants(want_ih) || wants(want_hh) ? pieces : 0;
+    const int64_t tiles = wants(want_x) ? (slots + tile - 1) / tile : 0, projections = wants(want_hr) ? (s_.width + rows - 1) / rows : 0;
+    member.tasks(weights + tiles + projections, [&](int64_t i) {
+      if (i < weights)
+        weight_gradients(p, slots, i * rows, std::min(gates, (i + 1) * rows), add, own);
+      else if (i < weights + tiles)
+        input_gradients(p, chunk, (i - weights) * tile, std::min(slots, (i - weights + 1) * tile), own);
+      else
+        projection_gradients(p, slots, (i - weights - tiles) * rows, std::min(s_.width, (i - weights - tiles + 1) * rows), add, own);
+    });
+  }
+
+  // What the gradients of the positions [begin, end) of a chunk are multiplied with, packed block by block.
+  void pack_values(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, int64_t slots, C* row) {
+    const auto pack_row = S2S_SELECT(RecurrenceProducts<C>::pack_row);
+    const auto recurrent_input = S2S_SELECT(RecurrenceBackwardPart<C>::recurrent_input);
+    const int64_t depth = S2S_SELECT(RecurrenceProducts<C>::gradient_depth);
+    const Source<C> x = source<S>(a_.x, a_.packed);
+    const Schedule& s = plan_.schedule;
+    int64_t t = plan_.time_of_slot(p.first_slot + begin);
+    for (int64_t at = begin; at < end; ++at) {
+      while (p.first_slot + at >= s.offset[t + 1]) ++t;
+      const int64_t b = s.order[p.first_slot + at - s.offset[t]], block = at / depth * depth, k = at - block;
+      const int64_t here = std::min(depth, slots - block);
+      const auto put = [&](int which, int64_t columns, const C* from) {
+        pack_row(k, here, columns, from, values_[which] + this->packed_size(columns, block));
+      };
+      if (wants(want_ih)) {
+        x.read(x.data, s.place(b, t, x.batch, x.time), x.unit, s_.inputs, row);
+        put(0, s_.inputs, row);
+      }
+      if (wants(want_hh)) {
+        recurrent_input(p, b, t, row);
+        put(1, s_.width, row);
+      }
+      if (wants(want_hr)) put(2, s_.hidden, p.unprojected + at * s_.hidden);
     }
+  }
+
+  // Of the gates' columns [begin, end).
+  void add_sums(const RecurrenceBackward<C>& p, int64_t slots, int64_t begin, int64_t end) {
+    const auto sum = S2S_SELECT(RecurrenceProducts<C>::sum_columns);
+    const int64_t gates = s_.gate_units, hidden = s_.hidden;
+    const C* const normed = p.normed ? p.normed + p.first_slot * p.normed_row() : nullptr;
+    C* const to = sums_;
+    const auto of = [&](int which) { return to + which * sum_row(); };
+    // What the recurrent part gets beside the products: all that the input part gets, times r for a GRU's candidate.
+    const int64_t equal = s_.cell == Cell::gru ? 2 * hidden : gates;
+    const auto recurrent = [&](const C* values, C* total) {
+      const int64_t middle = std::clamp(equal, begin, end);
+      sum(slots, begin, middle, p.grad_in, p.grad_row, values, p.normed_row(), nullptr, 0, total);
+      if (middle < end)
+        sum(slots, middle, end, p.grad_in, p.grad_row, p.gates + p.first_slot * gates - equal, gates, values, p.normed_row(), total);
+    };
+    if (wants(want_bias_ih) || (wants(want_bias_hh) && equal == gates))
+      sum(slots, begin, end, p.grad_in, p.grad_row, nullptr, 0, nullptr, 0, of(sum_bias_ih));
+    if (wants(want_bias_hh) && equal < gates) recurrent(nullptr, of(sum_bias_hh));
+    if (wants(want_norm_ih)) sum(slots, begin, end, p.grad_in, p.grad_row, normed, p.normed_row(), nullptr, 0, of(sum_norm_ih));
+    if (wants(want_norm_hh)) recurrent(normed + gates, of(sum_norm_hh));
+    const int64_t last = std::min(end, hidden);
+    if (begin >= last) return;
+    if (wants(want_norm_c)) sum(slots, begin, last, p.grad_norm_c, hidden, p.normed_c, hidden, nullptr, 0, of(sum_norm_c));
+    if (wants(want_norm_b)) sum(slots, begin, last, p.grad_norm_c, hidden, nullptr, 0, nullptr, 0, of(sum_norm_b));
+  }
+
+  void weight_gradients(const RecurrenceBackward<C>& p, int64_t slots, int64_t begin, int64_t end, bool add, C* own) {
+    const auto product = S2S_SELECT(RecurrenceProducts<C>::weight_gradients);
+    GradientFactor<C> factors[2];
+    int count = 0;
+    if (wants(want_ih)) factors[count++] = {values_[0], s_.inputs, matrices_[want_ih]};
+    if (wants(want_ih) && p.grad_in != p.grad_rec) {
+      product(begin, end, slots, p.grad_in, p.grad_row, add, factors, count, own);
+      count = 0;
+    }
+    if (wants(want_hh)) factors[count++] = {values_[1], s_.width, matrices_[want_hh]};
+    if (count) product(begin, end, slots, wants(want_hh) ? p.grad_rec : p.grad_in, p.grad_row, add, factors, count, own);
+  }
+
+  void projection_gradients(const RecurrenceBackward<C>& p, int64_t slots, int64_t begin, int64_t end, bool add, C* own) {
+    const GradientFactor<C> factor{values_[2], s_.hidden, matrices_[want_hr]};
+    S2S_SELECT(RecurrenceProducts<C>::weight_gradients)
+    (begin, end, slots, p.grad_projected, p.padded(s_.width), add, &factor, 1, own);
+  }
+
+  // x's gradient at the positions [begin, end) of a chunk.
+  void input_gradients(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin, int64_t end, C* own) {
+    const int64_t inputs = s_.inputs;
+    S2S_SELECT(RecurrenceProducts<C>::packed)
+    (end - begin, inputs, s_.gate_units, p.grad_in + begin * p.grad_row, p.grad_row, weight_ih_, own, inputs, false, false);
+    const Target<C> to = target<S>(*results_[want_x], a_.packed);
+    const Schedule& s = plan_.schedule;
+    int64_t t = plan_.time_of_slot(p.first_slot + begin);
+    for (int64_t at = begin; at < end; ++at) {
+      while (p.first_slot + at >= s.offset[t + 1]) ++t;
+      const int64_t b = s.order[p.first_slot + at - s.offset[t]];
+      to.write(to.data, s.place(b, t, to.batch, to.time), inputs, own + (at - begin) * inputs);
+    }
+  }
+
+  std::vector<Tensor> finished() {
+    const auto write = S2S_SELECT(RowKernels<S>::write);
+    if constexpr (!std::is_same_v<S, C>)
+      for (const int i : {want_ih, want_hh, want_hr})
+        if (wants(i)) write(mutable_data<S>(*results_[i]), 0, results_[i]->numel(), matrices_[i]);
+    const bool same = s_.cell != Cell::gru;
+    const std::pair<int, int> sums[] = {{want_bias_ih, sum_bias_ih}, {want_bias_hh, same ? sum_bias_ih : sum_bias_hh},
+                                        {want_norm_ih, sum_norm_ih}, {want_norm_hh, sum_norm_hh},
+                                        {want_norm_c, sum_norm_c},   {want_norm_b, sum_norm_b}};
+    for (const auto& [i, which] : sums)
+      if (wants(i)) write(mutable_data<S>(*results_[i]), 0, results_[i]->numel(), sums_ + which * sum_row());
+    if (wants(want_x) && a_.lengths && !a_.packed) this->clear_absent(mutable_data<S>(*results_[want_x]), s_.inputs);
     std::vector<Tensor> results;
     for (const OptionalTensor& result : results_)
       if (result) results.push_back(*result);
     return results;
   }
 
- private:
-  bool wants(int i) const { return needs_ >> i & 1; }
-
-  // A result (or the memory that it is narrowed from), written by `write`.
-  template <class F>
-  void narrowed(int i, int64_t count, const F& write) {
-    if constexpr (std::is_same_v<S, C>) {
-      write(mutable_data<S>(*results_[i]));
-    } else {
-      Workspace workspace(Workspace::bytes<C>(count));
-      C* wide = workspace.take<C>(count);
-      write(wide);
-      S2S_SELECT(RowKernels<S>::write)(mutable_data<S>(*results_[i]), 0, count, wide);
-    }
-  }
-
-  // The gradients that are sums over all positions of one value a unit.
-  void vector_gradients(const RecurrenceBackward<C>& p) {
-    const int64_t slots = plan_.slots(), gates = s_.gate_units, hidden = s_.hidden;
-    const auto sum = S2S_SELECT(RecurrenceProducts<C>::sum_columns);
-    const auto columns = [&](int64_t n, const C* a, int64_t a_row, const C* b, int64_t b_row, const C* c, int64_t c_row, C* to) {
-      parallel((n + 127) / 128, 1 + (1 << 10) / (slots + 1),
-               [&](int64_t begin, int64_t end) { sum(slots, begin * 128, std::min(n, end * 128), a, a_row, b, b_row, c, c_row, to); });
-    };
-    // What the recurrent part gets beside the products: all that the input part gets, times r for a GRU's candidate.
-    const int64_t equal = s_.cell == Cell::gru ? 2 * hidden : gates;
-    const auto recurrent = [&](const C* normed, C* to) {
-      columns(equal, p.grad_in, gates, normed, p.normed_row(), nullptr, 0, to);
-      if (equal < gates)
-        columns(gates - equal, p.grad_in + equal, gates, p.gates, gates, normed ? normed + equal : nullptr, p.normed_row(), to + equal);
-    };
-    if (wants(want_bias_ih)) narrowed(want_bias_ih, gates, [&](C* to) { columns(gates, p.grad_in, gates, nullptr, 0, nullptr, 0, to); });
-    if (wants(want_bias_hh) && wants(want_bias_ih) && equal == gates) {
-      std::copy_n(mutable_data<S>(*results_[want_bias_ih]), gates, mutable_data<S>(*results_[want_bias_hh]));
-    } else if (wants(want_bias_hh)) {
-      narrowed(want_bias_hh, gates, [&](C* to) { recurrent(nullptr, to); });
-    }
-    if (wants(want_norm_ih))
-      narrowed(want_norm_ih, gates, [&](C* to) { columns(gates, p.grad_in, gates, p.normed, p.normed_row(), nullptr, 0, to); });
-    if (wants(want_norm_hh)) narrowed(want_norm_hh, gates, [&](C* to) { recurrent(p.normed + gates, to); });
-    if (wants(want_norm_c))
-      narrowed(want_norm_c, hidden, [&](C* to) { columns(hidden, p.grad_norm_c, hidden, p.normed_c, hidden, nullptr, 0, to); });
-    if (wants(want_norm_b))
-      narrowed(want_norm_b, hidden, [&](C* to) { columns(hidden, p.grad_norm_c, hidden, nullptr, 0, nullptr, 0, to); });
-  }
-
-  // Some of the positions over which a weight's gradient is summed: rows of gradients and of what they are multiplied with.
-  struct Segment {
-    const C* grad;
-    int64_t grad_row;
-    const C* values;
-    int64_t values_row, count;
-  };
-
-  // Whether all positions of a row of the batch can be taken together: long enough to fill the blocks of a product.
-  bool row_by_row() const { return plan_.every_row_whole() && (s_.batch == 1 || s_.time >= 192); }
-  bool hidden_in_place() const { return row_by_row() && s_.time > 0 && !a_.mask && !a_.reset; }
-  bool x_in_place() const { return row_by_row() && std::is_same_v<S, C> && a_.x.stride(2) == 1; }
-
-  std::vector<Segment> recurrent_segments(const RecurrenceBackward<C>& p, C* gathered) {
-    const int64_t gates = s_.gate_units, width = s_.width, batch = s_.batch, time = s_.time;
-    if (!hidden_in_place()) {
-      const auto gather = S2S_SELECT(RecurrenceBackwardGroup<C>::recurrent_inputs);
-      parallel(time, 1 + (1 << 15) / (batch * width + 1), [&](int64_t begin, int64_t end) { gather(p, begin, end, gathered); });
-      return {{p.grad_rec, gates, gathered, width, plan_.slots()}};
-    }
-    std::vector<Segment> segments;
-    for (int64_t b = 0; b < batch; ++b) {
-      const C* const hidden = p.hidden_exact + b * time * width;
-      segments.push_back(
-          {p.grad_rec + (a_.reverse ? b : batch + b) * gates, batch * gates, a_.reverse ? hidden + width : hidden, width, time - 1});
-    }
-    if (p.h0) segments.push_back({p.grad_rec + (a_.reverse ? (time - 1) * batch : 0) * gates, gates, p.h0, width, batch});
-    return segments;
-  }
-
-  std::vector<Segment> input_segments(const RecurrenceBackward<C>& p, const C* x_rows, int64_t x_row, C* gathered) {
-    const int64_t gates = s_.gate_units, slots = plan_.slots();
-    if (x_rows) return {{p.grad_in, gates, x_rows, x_row, slots}};
-    if (!x_in_place()) {
-      gather_x(gathered);
-      return {{p.grad_in, gates, gathered, s_.inputs, slots}};
-    }
-    std::vector<Segment> segments;
-    if constexpr (std::is_same_v<S, C>)
-      for (int64_t b = 0; b < s_.batch; ++b)
-        segments.push_back({p.grad_in + b * gates, s_.batch * gates, data<S>(a_.x) + b * a_.x.stride(0), a_.x.stride(1), s_.time});
-    return segments;
-  }
-
-  // grad^T times values, (m, n), summed over the segments in order; rows of the result are dealt to the threads.
-  void matrix_gradient(int i, int64_t m, int64_t n, const std::vector<Segment>& segments) {
-    const int64_t slots = plan_.slots();
-    const bool drops = i == want_hh && a_.weight_dropout > 0;
-    const int64_t parts = std::max<int64_t>(1, std::min(thread_count(), m * n * slots >> 20)), rows = (m + parts - 1) / parts;
-    const int64_t size = S2S_SELECT(RecurrenceProducts<C>::product_workspace)(rows, n, slots) + n + 16;
-    Workspace workspace(parts * Workspace::bytes<C>(size));
-    std::vector<C*> scratch;
-    for (int64_t part = 0; part < parts; ++part) scratch.push_back(workspace.take<C>(size));
-    const auto product = S2S_SELECT(RecurrenceProducts<C>::transposed_product);
-    const auto drop = S2S_SELECT(RecurrenceProducts<C>::drop);
-    narrowed(i, m * n, [&](C* to) {
-      if (segments.empty()) std::fill(to, to + m * n, C(0));
-      parallel(parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-          const int64_t first = std::min(m, part * rows), last = std::min(m, first + rows);
-          for (const Segment& s : segments)
-            product(last - first, n, s.count, s.grad + first, s.grad_row, s.values, s.values_row, to + first * n, n, &s != segments.data(),
-                    scratch[part]);
-          for (int64_t row = first; drops && row < last; ++row) drop(this->dropout_, row, n, scratch[part], to + row * n);
-        }
-      });
-    });
-  }
-
-  void gather_x(C* to) {
-    const Source<C> x = source<S>(a_.x);
-    const Schedule& s = plan_.schedule;
-    parallel(s_.time, 1 + (1 << 15) / (s_.batch * s_.inputs + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t rank = 0; rank < s.count[t]; ++rank)
-          x.read(x.data, s.order[rank] * x.batch + t * x.time, x.unit, s_.inputs, to + (s.offset[t] + rank) * s_.inputs);
-    });
-  }
-
-  // The gates' gradients times W_ih, some positions at a time: those of one row of the batch, written where they belong, or neighbouring
-  // slots, dealt out afterwards.
-  void input_gradient(const C* grad, const C* weight) {
-    constexpr int64_t rows = 192;
-    const Schedule& s = plan_.schedule;
-    const int64_t slots = plan_.slots(), inputs = s_.inputs, gates = s_.gate_units, time = s_.time;
-    const Target<C> to = target<S>(*results_[want_x]);
-    const bool in_place = row_by_row() && std::is_same_v<S, C>;
-    const int64_t per_row = (time + rows - 1) / rows, chunks = in_place ? s_.batch * per_row : (slots + rows - 1) / rows;
-    const int64_t blocks = (S2S_SELECT(RecurrenceProducts<C>::many_workspace)(rows) + 15) / 16 * 16;
-    const int64_t threads = std::max<int64_t>(1, std::min(thread_count(), chunks)), size = rows * inputs + blocks;
-    Workspace workspace(threads * Workspace::bytes<C>(size));
-    std::vector<C*> scratch;
-    for (int64_t i = 0; i < threads; ++i) scratch.push_back(workspace.take<C>(size));
-    std::atomic<int64_t> next{0};
-    const auto product = S2S_SELECT(RecurrenceProducts<C>::many);
-    parallel(chunks, 1, [&](int64_t begin, int64_t end) {
-      C* const copy = scratch[next.fetch_add(1)];
-      C* const own = copy + blocks;
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        if (in_place) {
-          const int64_t b = chunk / per_row, first = chunk % per_row * rows, count = std::min(rows, time - first);
-          C* const row = static_cast<C*>(to.data) + (b * time + first) * inputs;
-          product(count, inputs, gates, grad + (first * s_.batch + b) * gates, s_.batch * gates, weight, row, inputs, copy);
-          continue;
-        }
-        const int64_t first = chunk * rows, count = std::min(rows, slots - first);
-        product(count, inputs, gates, grad + first * gates, gates, weight, own, inputs, copy);
-        int64_t t = plan_.time_of_slot(first);
-        for (int64_t i = 0; i < count; ++i) {
-          while (first + i >= s.offset[t + 1]) ++t;
-          const int64_t b = s.order[first + i - s.offset[t]];
-          to.write(to.data, (b * time + t) * inputs, inputs, own + i * inputs);
-        }
-      }
-    });
-    if (a_.lengths) this->clear_absent(static_cast<S*>(to.data), inputs);
-  }
-
   const Kept& kept_;
   const int64_t needs_;
   OptionalTensor results_[wanted_count];
+  std::vector<Chunk> chunks_;
+  int64_t chunk_slots_ = 0;
+  C *weight_ih_ = nullptr, *sums_ = nullptr;
+  std::array<C*, 3> values_{};        // packed: x, the recurrent input, h before its projection
+  C* matrices_[wanted_count] = {};    // gradients of weights in the compute type
 };
 
 std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
@@ -400,9 +472,10 @@ std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih,
                                        const OptionalTensor& weight_hr, const OptionalTensor& recurrent_mask, const OptionalTensor& norm_ih,
                                        const OptionalTensor& norm_hh, const OptionalTensor& norm_c, const OptionalTensor& norm_b,
                                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& seed, int64_t cell,
-                                       bool reverse, double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool save) {
-  const Arguments a{x,      weight_ih, weight_hh, h0,   c0,   weight_hr, recurrent_mask, norm_ih,   norm_hh,  norm_c,
-                    norm_b, lengths,   reset,     seed, cell, reverse,   zoneout_h,      zoneout_c, training, weight_dropout};
+                                       bool reverse, double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed,
+                                       bool save) {
+  const Arguments a{x,     weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
+                    lengths, reset,   seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   return dispatch_floating("recurrence", "x", x,
                            [&](auto zero) { return Forward<decltype(zero)>("recurrence", a, bias_ih, bias_hh).run(save); });
 }
@@ -414,9 +487,9 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         const OptionalTensor& norm_b, const OptionalTensor& lengths, const OptionalTensor& reset,
                                         const OptionalTensor& seed, const OptionalTensor& gates, const OptionalTensor& extra,
                                         const OptionalTensor& hidden, const OptionalTensor& normed, int64_t cell, bool reverse,
-                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, int64_t needs) {
-  const Arguments a{x,      weight_ih, weight_hh, h0,   c0,   weight_hr, recurrent_mask, norm_ih,   norm_hh,  norm_c,
-                    norm_b, lengths,   reset,     seed, cell, reverse,   zoneout_h,      zoneout_c, training, weight_dropout};
+                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed, int64_t needs) {
+  const Arguments a{x,     weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
+                    lengths, reset,   seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "crew.h"
 #include "storage.h"
 
 namespace s2s {
@@ -36,10 +37,10 @@ struct WeightDropout {
 };
 
 // The rows of a batch, sorted by length, longest first: at time t the first count[t] of them are present, and take the slots offset[t],
-// offset[t] + 1, ... of a buffer that holds the present positions only, time by time.
+// offset[t] + 1, ... of a buffer that holds the present positions only, time by time. A packed sequence is such a buffer, its rows in order.
 struct Schedule {
   int64_t batch, time;
-  bool reverse;
+  bool reverse, packed;
   const int64_t* order;   // (batch): the row of each rank
   const int64_t* length;  // (batch): of each row
   const int64_t* count;   // (time)
@@ -54,13 +55,19 @@ struct Schedule {
     return t + 1 < length[b] && reset[b * reset_batch + (t + 1) * reset_time];
   }
   bool is_first(int64_t b, int64_t t) const { return t == (reverse ? length[b] - 1 : 0); }
+  // Where position t of row b stands in a tensor over positions.
+  int64_t place(int64_t b, int64_t t, int64_t batch_stride, int64_t time_stride) const {
+    return packed ? (offset[t] + b) * time_stride : b * batch_stride + t * time_stride;
+  }
 };
 
-// Group g of `groups` has the ranks g, g + groups, g + 2 groups, ...: every group gets short rows and long ones.
-struct Group {
-  int64_t index, groups;
-  int64_t rows(int64_t ranks) const { return ranks > index ? (ranks - index + groups - 1) / groups : 0; }
-  int64_t rank(int64_t row) const { return index + row * groups; }
+// What one thread takes through time: some rows of the batch, or some units of all rows. Group g of `groups` has the ranks g, g + groups,
+// g + 2 groups, ...: every group gets short rows and long ones.
+struct Part {
+  int64_t group, groups;
+  int64_t unit, units;  // the hidden units [unit, unit + units)
+  int64_t rows(int64_t ranks) const { return ranks > group ? (ranks - group + groups - 1) / groups : 0; }
+  int64_t rank(int64_t row) const { return group + row * groups; }
 };
 
 struct Zoneout {
@@ -86,27 +93,44 @@ struct Recurrence {
   C* hidden_exact;  // (B, T, P): the output before it is rounded to storage; in forward null where the output itself is as wide
 
   int64_t normed_row() const { return 2 * gate_units + 2; }
+  // Rows that are the left factor of a product lie this far apart: a power of two would crowd them into few sets of the caches.
+  static int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
+};
+
+// What is summed over positions with the same gradients: packed, and where the products go, (gates, columns).
+template <class C>
+struct GradientFactor {
+  const C* packed;
+  int64_t columns;
+  C* to;
 };
 
 template <class C>
 struct RecurrenceForward : Recurrence<C> {
-  const C *weight_ih, *weight_hh, *weight_hr;  // packed: (I, G H), (P, G H), (H, P) or null
-  const C *bias, *bias_hn;                     // (G H): all that is added to the gates; (H): a GRU's b_hn, which r multiplies
+  Source<C> weight_ih, weight_hh;  // (G H, I), (G H, P)
+  const C* weight_hr;              // packed: (H, P), or null
+  const WeightDropout* dropout;    // of weight_hh, or null
+  const C *bias, *bias_hn;         // (G H): all that is added to the gates; (H): a GRU's b_hn, which r multiplies
   Source<C> x;
   const C* x_rows;  // x as rows of unit stride in the order of the slots, x_row apart; null: they are gathered
   int64_t x_row;
   int64_t block_rows;  // rows of the input product made at once, and used while they are in the cache
   Target<C> output, h_n, c_n;
+  C* left[2];  // (rows of all groups, padded(P)) each: what the recurrent product of this step and of the next multiplies
+  // For one step, weights are read where they lie: C (m, n) = A (m, k) times B (n, k)^T. Null: they are packed.
+  void (*product)(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, C* c,
+                  int64_t c_row, C* workspace);
 };
 
 template <class C>
 struct RecurrenceBackward : Recurrence<C> {
-  const C *weight_hh, *weight_hr;  // packed: (G H, P), (P, H) or null
+  const C *weight_hh, *weight_hr;  // packed: (G H, P) or the part of it that gives the units of a part, (P, H) or null
   Source<C> grad_output, grad_h, grad_c;
-  // By slot: the gradients of the gates before their activation (N, G H), as the input part and the recurrent part see them (one buffer
-  // where they are equal).
+  // The gradients of some times, by slot from the first of them on: of the gates before their activation (N, grad_row apart), as the input
+  // part and the recurrent part see them (one buffer where they are equal).
+  int64_t first_slot, grad_row;
   C *grad_in, *grad_rec;
-  C *grad_projected, *unprojected;  // (N, P), (N, H) or null
+  C *grad_projected, *unprojected;  // (N, padded(P)), (N, H) or null
   C *grad_norm_c, *normed_c;        // (N, H) or null
   Target<C> grad_h0, grad_c0, grad_mask;
 };

@@ -1,13 +1,15 @@
-// Backward: one group of rows runs back through time alone and leaves the gradients of the gates, from which the weights' gradients and x's
-// are made in products over all positions afterwards.
+// Backward: one part of the rows or units runs back through some times alone, or meets the others once a step where they share rows, and
+// leaves the gradients of the gates. From these the weights' gradients and x's are made in products over all of those positions, while
+// they are in the cache.
 
-// dh: of the output of this step; dc: in, of the new cell state, out, of the one before. to: of the gates before their activation.
+// Gates and their gradients are those of `all` units, `n` of which are looked at. dh: of the output of this step; dc: in, of the new cell
+// state, out, of the one before. to: of the gates before their activation.
 // tanh_c and through_norm where the cell is normalised: tanh of the normalised cell, and what reaches the new cell through h.
 template <class T>
-void lstm_unit_gradients(int64_t n, const T* gates, const T* c_before, const T* dh, const T* tanh_c, const T* through_norm, T* dc, T* to) {
+void lstm_unit_gradients(int64_t n, int64_t all, const T* gates, const T* c_before, const T* dh, const T* tanh_c, const T* through_norm, T* dc, T* to) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
-        const int64_t k = n + j, l = 2 * n + j, m = 3 * n + j;
+        const int64_t k = all + j, l = 2 * all + j, m = 3 * all + j;
         const Vec<T> i = at.get(gates + j), f = at.get(gates + k), g = at.get(gates + l), o = at.get(gates + m);
         const Vec<T> before = at.get(c_before + j), out = at.get(dh + j), one = broadcast(T(1));
         const Vec<T> squashed = tanh_c ? at.get(tanh_c + j) : vtanh(fma(f, before, i * g));
@@ -23,10 +25,10 @@ void lstm_unit_gradients(int64_t n, const T* gates, const T* c_before, const T* 
 
 // The cell before this step's zoneout, and h before the projection.
 template <class T>
-void lstm_cell_again(int64_t n, const T* gates, const T* c_before, T* c) {
+void lstm_cell_again(int64_t n, int64_t all, const T* gates, const T* c_before, T* c) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
-        at.put(c + j, fma(at.get(gates + n + j), at.get(c_before + j), at.get(gates + j) * at.get(gates + 2 * n + j)));
+        at.put(c + j, fma(at.get(gates + all + j), at.get(c_before + j), at.get(gates + j) * at.get(gates + 2 * all + j)));
       });
 }
 template <class T>
@@ -47,11 +49,11 @@ void lstm_norm_gradients(int64_t n, const T* normed, const T* weight, const T* b
 
 // direct: what reaches h of the step before without the recurrent product, replaced or (if `add`) increased; may be dh.
 template <class T>
-void gru_unit_gradients(int64_t n, const T* gates, const T* recurrent_n, const T* h_before, const T* dh, T* direct, bool add, T* in,
-                        T* rec) {
+void gru_unit_gradients(int64_t n, int64_t all, const T* gates, const T* recurrent_n, const T* h_before, const T* dh, T* direct, bool add,
+                        T* in, T* rec) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
-        const int64_t k = n + j, l = 2 * n + j;
+        const int64_t k = all + j, l = 2 * all + j;
         const Vec<T> r = at.get(gates + j), z = at.get(gates + k), candidate = at.get(gates + l), one = broadcast(T(1));
         const Vec<T> out = at.get(dh + j);
         const Vec<T> dn = out * (one - z) * (one - candidate * candidate);
@@ -89,168 +91,182 @@ void masked_gradients(int64_t n, const T* product, const T* mask, const T* h, bo
 }
 
 template <class C>
-class RecurrenceBackwardGroup {
+class RecurrenceBackwardPart {
   using Products = RecurrenceProducts<C>;
 
  public:
-  static int64_t workspace(const RecurrenceBackward<C>& p, int64_t rows) {
-    return rows * (4 * p.width + 2 * p.hidden) + 2 * p.width + 6 * p.hidden + 16 * 16;
+  // Elements of scratch for a part of `rows` rows and `units` units, which hold its state from one advance to the next.
+  static int64_t workspace(const RecurrenceBackward<C>& p, int64_t rows, int64_t units) {
+    const int64_t own = p.weight_hr ? p.width : units;
+    return rows * (4 * own + 2 * units) + 2 * (own + units) + 4 * units + 16 * 16;
   }
 
-  static void run(const RecurrenceBackward<C>& p, const Group& group, C* workspace) {
-    RecurrenceBackwardGroup(p, group, workspace).through_time();
+  static void enter(const RecurrenceBackward<C>& p, const Part& part, C* workspace) {
+    RecurrenceBackwardPart(p, part, nullptr, workspace, nullptr).begin();
+  }
+  // Through the times [first, last), the latest step of forward first. weight_hh: packed, the columns that belong to the part's units.
+  static void advance(const RecurrenceBackward<C>& p, const Part& part, const C* weight_hh, int64_t first, int64_t last, C* workspace,
+                      Crew::Member* others) {
+    RecurrenceBackwardPart self(p, part, weight_hh, workspace, others);
+    for (int64_t i = 0; i < last - first; ++i) self.step(p.schedule.reverse ? first + i : last - 1 - i);
+  }
+  static void leave(const RecurrenceBackward<C>& p, const Part& part, C* workspace) {
+    RecurrenceBackwardPart(p, part, nullptr, workspace, nullptr).end();
   }
 
-  // What the recurrent products of the times [first, last) multiplied, by slot: (N, P).
-  static void recurrent_inputs(const RecurrenceBackward<C>& p, int64_t first, int64_t last, C* to) {
-    C zeros[1] = {};
-    const Schedule& s = p.schedule;
-    to += s.offset[first] * p.width;
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t rank = 0; rank < s.count[t]; ++rank, to += p.width) {
-        const int64_t b = s.order[rank];
-        const C* const from = h_before(p, b, t, zeros);
-        const size_t bytes = static_cast<size_t>(p.width) * sizeof(C);
-        if (from == zeros)
-          std::memset(to, 0, bytes);
-        else
-          std::memcpy(to, from, bytes);
-        if (p.mask) multiply(p.width, p.mask + b * p.width, to);
-      }
+  // What the products of position (b, t) with W_hh multiplied, (P).
+  static void recurrent_input(const RecurrenceBackward<C>& p, int64_t b, int64_t t, C* to) {
+    const C* const from = h_before(p, b, t);
+    const size_t bytes = static_cast<size_t>(p.width) * sizeof(C);
+    if (from)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
+    if (p.mask) multiply(p.width, p.mask + b * p.width, to);
   }
 
  private:
-  RecurrenceBackwardGroup(const RecurrenceBackward<C>& p, const Group& group, C* workspace) : p_(p), s_(p.schedule), group_(group) {
-    rows_ = group.rows(s_.batch);
+  RecurrenceBackwardPart(const RecurrenceBackward<C>& p, const Part& part, const C* weight_hh, C* workspace, Crew::Member* others)
+      : p_(p), s_(p.schedule), part_(part), others_(others), weight_hh_(weight_hh) {
+    rows_ = part.rows(s_.batch);
+    units_ = part.units;
+    own_ = p.weight_hr ? p.width : units_;
     const auto take = [&](int64_t count) {
-      C* const part = workspace;
+      C* const place = workspace;
       workspace += (count + 15) / 16 * 16;
-      return part;
+      return place;
     };
-    dh_ = take(rows_ * p.width);
-    dc_ = take(rows_ * p.hidden);
-    own_ = take(p.zoneout.h > 0 ? rows_ * p.width : 0);
-    unprojected_ = take(p.weight_hr ? rows_ * p.hidden : 0);
-    product_ = take(p.mask ? rows_ * p.width : 0);
-    grad_mask_ = take(p.mask ? rows_ * p.width : 0);
-    zeros_ = take(p.width + p.hidden);
-    share_ = take(p.width + p.hidden);
-    kept_c_ = take(p.hidden);
-    cell_ = take(p.hidden);
-    normed_ = take(p.hidden);
-    through_ = take(p.hidden);
-    std::memset(zeros_, 0, static_cast<size_t>(p.width + p.hidden) * sizeof(C));
-    if (p.mask) std::memset(grad_mask_, 0, static_cast<size_t>(rows_ * p.width) * sizeof(C));
+    dh_ = take(rows_ * own_);
+    dc_ = take(rows_ * units_);
+    own_dh_ = take(p.zoneout.h > 0 ? rows_ * own_ : 0);
+    unprojected_ = take(p.weight_hr ? rows_ * units_ : 0);
+    product_ = take(p.mask ? rows_ * own_ : 0);
+    grad_mask_ = take(p.mask ? rows_ * own_ : 0);
+    zeros_ = take(own_ + units_);
+    share_ = take(own_ + units_);
+    kept_c_ = take(units_);
+    cell_ = take(units_);
+    normed_ = take(units_);
+    through_ = take(units_);
     // Something passes h by, so the recurrent product adds to what is there.
     direct_ = p.cell == Cell::gru || p.zoneout.h > 0;
   }
 
-  void through_time() {
+  void begin() {
+    clear(zeros_, own_ + units_);
+    if (p_.mask) clear(grad_mask_, rows_ * own_);
     for (int64_t row = 0; row < rows_; ++row) {
-      start(p_.grad_h, batch_row(row), p_.width, dh_ + row * p_.width);
-      start(p_.grad_c, batch_row(row), p_.hidden, dc_ + row * p_.hidden);
+      start(p_.grad_h, batch_row(row), own_, dh_ + row * own_);
+      start(p_.grad_c, batch_row(row), units_, dc_ + row * units_);
     }
-    const int64_t end = rows_ ? s_.length[batch_row(0)] : 0;
-    for (int64_t i = 0; i < end; ++i) step(s_.reverse ? i : end - 1 - i);
+  }
+  void end() {
     for (int64_t row = 0; row < rows_; ++row) {
-      finish(p_.grad_h0, batch_row(row), p_.width, dh_ + row * p_.width);
-      finish(p_.grad_c0, batch_row(row), p_.hidden, dc_ + row * p_.hidden);
-      finish(p_.grad_mask, batch_row(row), p_.width, grad_mask_ + row * p_.width);
+      finish(p_.grad_h0, batch_row(row), own_, dh_ + row * own_);
+      finish(p_.grad_c0, batch_row(row), units_, dc_ + row * units_);
+      finish(p_.grad_mask, batch_row(row), own_, grad_mask_ + row * own_);
     }
   }
 
-  int64_t batch_row(int64_t row) const { return s_.order[group_.rank(row)]; }
-  int64_t slot(int64_t t, int64_t row) const { return s_.offset[t] + group_.rank(row); }
+  int64_t batch_row(int64_t row) const { return s_.order[part_.rank(row)]; }
+  int64_t slot(int64_t t, int64_t row) const { return s_.offset[t] + part_.rank(row); }
 
-  static void start(const Source<C>& from, int64_t b, int64_t n, C* to) {
+  static void clear(C* to, int64_t n) { std::memset(to, 0, static_cast<size_t>(n) * sizeof(C)); }
+  void start(const Source<C>& from, int64_t b, int64_t n, C* to) {
     if (from.data)
-      from.read(from.data, b * from.batch, from.unit, n, to);
+      from.read(from.data, b * from.batch + part_.unit * from.unit, from.unit, n, to);
     else
-      std::memset(to, 0, static_cast<size_t>(n) * sizeof(C));
+      clear(to, n);
   }
-  static void finish(const Target<C>& to, int64_t b, int64_t n, const C* from) {
-    if (to.data) to.write(to.data, b * to.batch, n, from);
+  void finish(const Target<C>& to, int64_t b, int64_t n, const C* from) {
+    if (to.data) to.write(to.data, b * to.batch + part_.unit, n, from);
   }
 
-  // The state that the step at t saw; `zeros` where there was none.
-  static const C* h_before(const RecurrenceBackward<C>& p, int64_t b, int64_t t, const C* zeros) {
+  // The state that the step at t saw; null where there was none.
+  static const C* h_before(const RecurrenceBackward<C>& p, int64_t b, int64_t t) {
     const Schedule& s = p.schedule;
-    if (s.starts(b, t)) return zeros;
-    if (s.is_first(b, t)) return p.h0 ? p.h0 + b * p.width : zeros;
-    return p.hidden_exact + (b * s.time + (s.reverse ? t + 1 : t - 1)) * p.width;
+    if (s.starts(b, t)) return nullptr;
+    if (s.is_first(b, t)) return p.h0 ? p.h0 + b * p.width : nullptr;
+    return p.hidden_exact + s.place(b, s.reverse ? t + 1 : t - 1, s.time * p.width, p.width);
   }
-  const C* h_before(int64_t b, int64_t t) const { return h_before(p_, b, t, zeros_); }
+  const C* h_before(int64_t b, int64_t t) const {
+    const C* const h = h_before(p_, b, t);
+    return h ? h + part_.unit : zeros_;
+  }
   const C* c_before(int64_t row, int64_t t) const {
     const int64_t b = batch_row(row);
     if (s_.starts(b, t)) return zeros_;
-    if (s_.is_first(b, t)) return p_.c0 ? p_.c0 + b * p_.hidden : zeros_;
-    return p_.extra + slot(s_.reverse ? t + 1 : t - 1, row) * p_.hidden;
+    if (s_.is_first(b, t)) return p_.c0 ? p_.c0 + b * p_.hidden + part_.unit : zeros_;
+    return p_.extra + slot(s_.reverse ? t + 1 : t - 1, row) * p_.hidden + part_.unit;
   }
 
   void step(int64_t t) {
-    const int64_t here = group_.rows(s_.count[t]), width = p_.width, hidden = p_.hidden, gates = p_.gate_units;
+    const int64_t here = part_.rows(s_.count[t]), width = p_.width, unit = part_.unit;
     const bool zoned = p_.zoneout.h > 0;
     const Zones<C> zones{p_.zoneout, share_};
-    C* const own = zoned ? own_ : dh_;
+    C* const own = zoned ? own_dh_ : dh_;
     for (int64_t row = 0; row < here; ++row) {
-      const int64_t b = batch_row(row), at = b * s_.time + t;
-      C* const dh = dh_ + row * width;
-      if (p_.grad_output.data)
-        p_.grad_output.add(p_.grad_output.data, b * p_.grad_output.batch + t * p_.grad_output.time, p_.grad_output.unit, width, dh);
-      if (zoned) part(width, zones.h(at, width), dh, own + row * width, dh);
+      const int64_t b = batch_row(row);
+      const Source<C>& grad = p_.grad_output;
+      C* const dh = dh_ + row * own_;
+      if (grad.data) grad.add(grad.data, s_.place(b, t, grad.batch, grad.time) + unit * grad.unit, grad.unit, own_, dh);
+      if (zoned) part(own_, zones.h(b * s_.time + t, unit, own_), dh, own + row * own_, dh);
       if (p_.grad_projected)
-        std::memcpy(p_.grad_projected + slot(t, row) * width, own + row * width, static_cast<size_t>(width) * sizeof(C));
+        std::memcpy(p_.grad_projected + (slot(t, row) - p_.first_slot) * p_.padded(width), own + row * own_,
+                    static_cast<size_t>(width) * sizeof(C));
     }
-    if (p_.weight_hr) Products::packed(here, hidden, width, own, width, p_.weight_hr, unprojected_, hidden, false, false);
+    if (p_.weight_hr) Products::packed(here, units_, width, own, width, p_.weight_hr, unprojected_, units_, false, false);
     const C* const units = p_.weight_hr ? unprojected_ : own;
-    for (int64_t row = 0; row < here; ++row) cell(t, row, units + row * hidden);
-    const C* const left = p_.grad_rec + slot(t, 0) * gates;
+    for (int64_t row = 0; row < here; ++row) cell(t, row, units + row * units_);
+    if (others_) others_->wait();
+    const C* const left = p_.grad_rec + (slot(t, 0) - p_.first_slot) * p_.grad_row;
     C* const to = p_.mask ? product_ : dh_;
-    Products::packed(here, width, gates, left, group_.groups * gates, p_.weight_hh, to, width, direct_ && !p_.mask, t % 2);
+    Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2);
     for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
       const int64_t b = batch_row(row);
-      C* const dh = dh_ + row * width;
+      C* const dh = dh_ + row * own_;
       if (p_.mask)
-        masked_gradients(width, product_ + row * width, p_.mask + b * width, h_before(b, t), direct_, dh, grad_mask_ + row * width);
+        masked_gradients(own_, product_ + row * own_, p_.mask + b * width + unit, h_before(b, t), direct_, dh, grad_mask_ + row * own_);
       if (!s_.starts(b, t)) continue;
-      std::memset(dh, 0, static_cast<size_t>(width) * sizeof(C));
-      std::memset(dc_ + row * hidden, 0, static_cast<size_t>(hidden) * sizeof(C));
+      clear(dh, own_);
+      clear(dc_ + row * units_, units_);
     }
   }
 
   // dh: of what the cell gave, before zoneout and projection.
   void cell(int64_t t, int64_t row, const C* dh) {
-    const int64_t n = p_.hidden, at = slot(t, row), b = batch_row(row);
-    const C* const gates = p_.gates + at * p_.gate_units;
-    C* const in = p_.grad_in + at * p_.gate_units;
-    C* const rec = p_.grad_rec + at * p_.gate_units;
+    const int64_t n = units_, all = p_.hidden, unit = part_.unit, slot = this->slot(t, row), at = slot - p_.first_slot;
+    const C* const gates = p_.gates + slot * p_.gate_units + unit;
+    C* const in = p_.grad_in + at * p_.grad_row + unit;
+    C* const rec = p_.grad_rec + at * p_.grad_row + unit;
     if (p_.cell == Cell::gru) {
-      gru_unit_gradients(n, gates, p_.extra + at * n, h_before(b, t), dh, dh_ + row * n, p_.zoneout.h > 0, in, rec);
+      gru_unit_gradients(n, all, gates, p_.extra + slot * all + unit, h_before(batch_row(row), t), dh, dh_ + row * n, p_.zoneout.h > 0, in,
+                         rec);
     } else if (p_.cell == Cell::lstm) {
       lstm(t, row, at, gates, dh, in);
     } else {
       rnn_unit_gradients(n, p_.cell == Cell::rnn_relu, gates, dh, in);
     }
     if (p_.norm_hh) {
-      const C* const normed = p_.normed + at * p_.normed_row();
+      const C* const normed = p_.normed + slot * p_.normed_row();
       const C* const grad = p_.cell == Cell::gru ? rec : in;
       Products::normalise_gradient(p_.gate_units, grad, p_.norm_hh, normed + p_.gate_units, normed[2 * p_.gate_units + 1], rec);
     }
   }
 
   void lstm(int64_t t, int64_t row, int64_t at, const C* gates, const C* dh, C* to) {
-    const int64_t n = p_.hidden;
+    const int64_t n = units_, all = p_.hidden;
     const C* const before = c_before(row, t);
-    const C* const o = gates + 3 * n;
+    const C* const o = gates + 3 * all;
     C* const dc = dc_ + row * n;
     const C *tanh_c = nullptr, *through = nullptr;
     if (p_.zoneout.c > 0) {
       const Zones<C> zones{p_.zoneout, share_};
       std::memcpy(kept_c_, dc, static_cast<size_t>(n) * sizeof(C));
-      part(n, zones.c(batch_row(row) * s_.time + t, n), kept_c_, dc, kept_c_);
+      part(n, zones.c(batch_row(row) * s_.time + t, part_.unit, n), kept_c_, dc, kept_c_);
     }
     if (p_.norm_c) {
-      lstm_cell_again(n, gates, before, cell_);
+      lstm_cell_again(n, all, gates, before, cell_);
       const C scale = Products::normalise(n, cell_, nullptr, nullptr, normed_);
       lstm_norm_gradients(n, normed_, p_.norm_c, p_.norm_b, o, dh, cell_, through_);
       if (p_.grad_norm_c) {
@@ -262,17 +278,19 @@ class RecurrenceBackwardGroup {
       if (p_.unprojected)
         each_vector<C>(n, S2S_LAMBDA(auto v, int64_t j) { v.put(p_.unprojected + at * n + j, v.get(o + j) * v.get(cell_ + j)); });
     } else if (p_.unprojected) {
-      lstm_cell_again(n, gates, before, cell_);
+      lstm_cell_again(n, all, gates, before, cell_);
       lstm_output_again(n, o, cell_, p_.unprojected + at * n);
     }
-    lstm_unit_gradients(n, gates, before, dh, tanh_c, through, dc, to);
+    lstm_unit_gradients(n, all, gates, before, dh, tanh_c, through, dc, to);
     if (p_.zoneout.c > 0) each_vector<C>(n, S2S_LAMBDA(auto v, int64_t j) { v.put(dc + j, v.get(dc + j) + v.get(kept_c_ + j)); });
   }
 
   const RecurrenceBackward<C>& p_;
   const Schedule& s_;
-  const Group group_;
-  int64_t rows_;
+  const Part part_;
+  Crew::Member* const others_;
+  const C* const weight_hh_;
+  int64_t rows_, units_, own_;  // own_: of the gradient of h, the columns that this part makes
   bool direct_;
-  C *dh_, *dc_, *own_, *unprojected_, *product_, *grad_mask_, *zeros_, *share_, *kept_c_, *cell_, *normed_, *through_;
+  C *dh_, *dc_, *own_dh_, *unprojected_, *product_, *grad_mask_, *zeros_, *share_, *kept_c_, *cell_, *normed_, *through_;
 };

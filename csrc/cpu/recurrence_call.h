@@ -16,11 +16,12 @@ struct __attribute__((visibility("hidden"))) RecurrenceArguments {
   double zoneout_h, zoneout_c;
   bool training;
   double weight_dropout;
+  bool packed;  // x (N, I) is a packed sequence, its rows sorted by lengths, longest first; so are the output and what is kept
 };
 
 // Where forward puts its results, contiguous but for the output, whose strides are given in elements; null: not kept.
 struct RecurrencePlaces {
-  void* output;  // (B, T, P)
+  void* output;  // (B, T, P), or (N, P) of a packed sequence, whose rows are output_time apart
   int64_t output_batch, output_time;
   void *h_n, *c_n;                        // (B, P), (B, H)
   void *gates, *extra, *hidden, *normed;  // what backward needs, in the compute type

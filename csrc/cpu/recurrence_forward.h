@@ -1,24 +1,25 @@
-// Forward: one group of rows runs through time alone. The input product of the next steps is made block by block; each step adds the
-// recurrent product and ends in the cell's own arithmetic.
+// Forward: one part of the rows or units runs through time alone, or meets the others once a step where they share rows. The input product
+// of the next steps is made block by block; each step adds the recurrent product and ends in the cell's own arithmetic.
 
-// pre: the input product; rec: the recurrent one; gates: where the activated gates go, or null. h null: it is made later, from o and c.
+// pre: the input product; rec: the recurrent one, both for n units; bias, gates: for `all` units; gates: where the activated gates go, or
+// null. h null: it is made later, from o and c.
 template <class T>
-void lstm_units(int64_t n, const T* pre, const T* rec, const T* bias, T* c, T* h, T* gates) {
+void lstm_units(int64_t n, int64_t all, const T* pre, const T* rec, const T* bias, T* c, T* h, T* gates) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
         const int64_t k = n + j, l = 2 * n + j, m = 3 * n + j;
         const Vec<T> i = vsigmoid(at.get(pre + j) + at.get(bias + j) + at.get(rec + j));
-        const Vec<T> f = vsigmoid(at.get(pre + k) + at.get(bias + k) + at.get(rec + k));
-        const Vec<T> g = vtanh(at.get(pre + l) + at.get(bias + l) + at.get(rec + l));
-        const Vec<T> o = vsigmoid(at.get(pre + m) + at.get(bias + m) + at.get(rec + m));
+        const Vec<T> f = vsigmoid(at.get(pre + k) + at.get(bias + all + j) + at.get(rec + k));
+        const Vec<T> g = vtanh(at.get(pre + l) + at.get(bias + 2 * all + j) + at.get(rec + l));
+        const Vec<T> o = vsigmoid(at.get(pre + m) + at.get(bias + 3 * all + j) + at.get(rec + m));
         const Vec<T> cell = fma(f, at.get(c + j), i * g);
         at.put(c + j, cell);
         if (h) at.put(h + j, o * vtanh(cell));
         if (gates) {
           at.put(gates + j, i);
-          at.put(gates + k, f);
-          at.put(gates + l, g);
-          at.put(gates + m, o);
+          at.put(gates + all + j, f);
+          at.put(gates + 2 * all + j, g);
+          at.put(gates + 3 * all + j, o);
         }
       });
 }
@@ -33,19 +34,19 @@ void lstm_output(int64_t n, const T* normed, const T* weight, const T* bias, con
 
 // recurrent_n: where W_hn h + b_hn goes, or null.
 template <class T>
-void gru_units(int64_t n, const T* pre, const T* rec, const T* bias, const T* bias_hn, T* h, T* gates, T* recurrent_n) {
+void gru_units(int64_t n, int64_t all, const T* pre, const T* rec, const T* bias, const T* bias_hn, T* h, T* gates, T* recurrent_n) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
         const int64_t k = n + j, l = 2 * n + j;
         const Vec<T> r = vsigmoid(at.get(pre + j) + at.get(bias + j) + at.get(rec + j));
-        const Vec<T> z = vsigmoid(at.get(pre + k) + at.get(bias + k) + at.get(rec + k));
+        const Vec<T> z = vsigmoid(at.get(pre + k) + at.get(bias + all + j) + at.get(rec + k));
         const Vec<T> hn = at.get(rec + l) + at.get(bias_hn + j);
-        const Vec<T> candidate = vtanh(fma(r, hn, at.get(pre + l) + at.get(bias + l)));
+        const Vec<T> candidate = vtanh(fma(r, hn, at.get(pre + l) + at.get(bias + 2 * all + j)));
         at.put(h + j, fma(z, at.get(h + j), (T(1) - z) * candidate));
         if (gates) {
           at.put(gates + j, r);
-          at.put(gates + k, z);
-          at.put(gates + l, candidate);
+          at.put(gates + all + j, z);
+          at.put(gates + 2 * all + j, candidate);
           at.put(recurrent_n + j, hn);
         }
       });
@@ -63,52 +64,75 @@ void rnn_units(int64_t n, bool relu, const T* pre, const T* rec, const T* bias, 
 }
 
 template <class C>
-class RecurrenceForwardGroup {
+class RecurrenceForwardPart {
   using Products = RecurrenceProducts<C>;
 
  public:
-  // Elements of scratch for a group of `rows` rows.
-  static int64_t workspace(const RecurrenceForward<C>& p, int64_t rows) {
-    const int64_t blocks = p.block_rows + rows;
-    return blocks * (p.gate_units + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * p.hidden + p.gate_units) +
-           3 * (p.width + p.hidden) + 16 * 16;
+  // Elements of scratch for a part of `rows` rows and `units` units; parts next to each other need no more than the sum of theirs.
+  static int64_t workspace(const RecurrenceForward<C>& p, int64_t rows, int64_t units, bool packs) {
+    const int64_t blocks = p.block_rows + rows, gates = p.gate_units / p.hidden * units;
+    const int64_t weights = p.product ? gemm_workspace<C>(rows, units, p.inputs > p.width ? p.inputs : p.width)
+                            : packs   ? packed_b_size<C>(gates, p.inputs + p.width) + Products::pack_workspace(p.inputs + p.width)
+                                      : 0;
+    return blocks * (gates + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * units + gates) +
+           3 * (p.width + units) + weights + 20 * 16;
   }
 
-  static void run(const RecurrenceForward<C>& p, const Group& group, C* workspace) {
-    RecurrenceForwardGroup(p, group, workspace).through_time();
+  // weight_ih, weight_hh: packed for all units, or null: the part packs its own.
+  static void run(const RecurrenceForward<C>& p, const Part& part, const C* weight_ih, const C* weight_hh, C* workspace,
+                  Crew::Member* others) {
+    RecurrenceForwardPart(p, part, weight_ih, weight_hh, workspace, others).through_time();
   }
 
  private:
-  RecurrenceForwardGroup(const RecurrenceForward<C>& p, const Group& group, C* workspace) : p_(p), s_(p.schedule), group_(group) {
-    rows_ = group.rows(s_.batch);
+  RecurrenceForwardPart(const RecurrenceForward<C>& p, const Part& part, const C* weight_ih, const C* weight_hh, C* workspace,
+                        Crew::Member* others)
+      : p_(p), s_(p.schedule), part_(part), others_(others), weight_ih_(weight_ih), weight_hh_(weight_hh) {
+    rows_ = part.rows(s_.batch);
+    units_ = part.units;
+    gates_ = p.gate_units / p.hidden * units_;
+    own_ = p.weight_hr ? p.width : units_;
+    left_row_ = p.padded(p.width);
     const int64_t blocks = p.block_rows + rows_;
     const auto take = [&](int64_t count) {
-      C* const part = workspace;
+      C* const place = workspace;
       workspace += (count + 15) / 16 * 16;
-      return part;
+      return place;
     };
-    pre_ = take(blocks * p.gate_units);
+    pre_ = take(blocks * gates_);
     x_ = p.x_rows ? nullptr : take(blocks * (p.inputs + gemm_row_pad));
-    rec_ = take(rows_ * p.gate_units);
-    h_ = take(rows_ * p.width);
-    c_ = take(p.cell == Cell::lstm ? rows_ * p.hidden : 0);
-    masked_ = take(p.mask ? rows_ * p.width : 0);
-    unprojected_ = take(p.weight_hr ? rows_ * p.hidden : 0);
+    rec_ = take(rows_ * gates_);
+    h_ = take(rows_ * own_);
+    c_ = take(p.cell == Cell::lstm ? rows_ * units_ : 0);
+    unprojected_ = take(p.weight_hr ? rows_ * units_ : 0);
     projected_ = take(p.weight_hr && p.zoneout.h > 0 ? rows_ * p.width : 0);
-    share_ = take(p.width + p.hidden);
+    share_ = take(p.width + units_);
     before_h_ = take(p.width);
-    before_c_ = take(p.hidden);
-    normed_c_ = take(p.norm_c ? p.hidden : 0);
+    before_c_ = take(units_);
+    normed_c_ = take(p.norm_c ? units_ : 0);
+    if (p.product) {
+      scratch_ = workspace;
+    } else if (!weight_ih) {
+      C* const ih = take(packed_b_size<C>(gates_, p.inputs));
+      C* const hh = take(packed_b_size<C>(gates_, p.width));
+      Products::pack_units(p, part, 0, Products::panels(gates_), ih, hh, workspace);
+      weight_ih_ = ih, weight_hh_ = hh;
+    }
+    // A part writes only its own units of what the parts share.
+    for (int i = 0; i < 2; ++i) left_[i] = p.left[i] + (part.groups > 1 ? part.group * ((s_.batch + part.groups - 1) / part.groups) : 0) * left_row_;
   }
 
   void through_time() {
+    int64_t end = 0;  // the first time at which no row of this part is present
+    if (rows_) end = s_.length[batch_row(0)];
     for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t b = s_.order[group_.rank(row)];
-      start(p_.h0, b, p_.width, h_ + row * p_.width);
-      if (p_.cell == Cell::lstm) start(p_.c0, b, p_.hidden, c_ + row * p_.hidden);
+      const int64_t b = batch_row(row);
+      start(p_.h0, b, p_.width, own_, h_ + row * own_);
+      if (p_.cell == Cell::lstm) start(p_.c0, b, p_.hidden, units_, c_ + row * units_);
+      before_step(s_.reverse ? s_.length[b] - 1 : 0, row, 0);
+      if (s_.reverse) before_step(s_.length[b] - 1, row, 1);  // whichever is read when this row begins
     }
-    int64_t end = 0;  // the first time at which no row of this group is present
-    if (rows_) end = s_.length[s_.order[group_.rank(0)]];
+    meet();
     for (int64_t done = 0; done < end;) {
       int64_t steps = 0, rows = 0;
       while (done + steps < end && (steps == 0 || rows + present(s_.reverse ? end - 1 - done - steps : done + steps) <= p_.block_rows)) {
@@ -117,32 +141,57 @@ class RecurrenceForwardGroup {
       }
       const int64_t first = s_.reverse ? end - done - steps : done;
       input_product(first, first + steps, rows);
-      const C* pre = s_.reverse ? pre_ + rows * p_.gate_units : pre_;
+      const C* pre = s_.reverse ? pre_ + rows * gates_ : pre_;
       for (int64_t i = 0; i < steps; ++i) {
-        const int64_t t = s_.reverse ? first + steps - 1 - i : first + i, here = present(t) * p_.gate_units;
+        const int64_t t = s_.reverse ? first + steps - 1 - i : first + i, here = present(t) * gates_;
         if (s_.reverse) pre -= here;
-        step(t, pre);
+        step(t, pre, (done + i) % 2);
         if (!s_.reverse) pre += here;
       }
       done += steps;
     }
     for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t b = s_.order[group_.rank(row)];
-      p_.h_n.write(p_.h_n.data, b * p_.h_n.batch, p_.width, h_ + row * p_.width);
-      if (p_.cell == Cell::lstm) p_.c_n.write(p_.c_n.data, b * p_.c_n.batch, p_.hidden, c_ + row * p_.hidden);
+      const int64_t b = batch_row(row);
+      p_.h_n.write(p_.h_n.data, b * p_.h_n.batch + part_.unit, own_, h_ + row * own_);
+      if (p_.cell == Cell::lstm) p_.c_n.write(p_.c_n.data, b * p_.c_n.batch + part_.unit, units_, c_ + row * units_);
     }
   }
 
-  int64_t present(int64_t t) const { return group_.rows(s_.count[t]); }
-  int64_t slot(int64_t t, int64_t row) const { return s_.offset[t] + group_.rank(row); }
+  int64_t present(int64_t t) const { return part_.rows(s_.count[t]); }
+  int64_t batch_row(int64_t row) const { return s_.order[part_.rank(row)]; }
+  int64_t slot(int64_t t, int64_t row) const { return s_.offset[t] + part_.rank(row); }
+  void meet() {
+    if (others_) others_->wait();
+  }
 
-  static void start(const C* from, int64_t b, int64_t n, C* to) {
+  void start(const C* from, int64_t b, int64_t all, int64_t n, C* to) {
     if (from)
-      std::memcpy(to, from + b * n, static_cast<size_t>(n) * sizeof(C));
+      std::memcpy(to, from + b * all + part_.unit, static_cast<size_t>(n) * sizeof(C));
     else
       clear(to, n);
   }
   static void clear(C* to, int64_t n) { std::memset(to, 0, static_cast<size_t>(n) * sizeof(C)); }
+
+  // The state of a row becomes what the step at t, to which it comes next, is to see.
+  void before_step(int64_t t, int64_t row, int64_t turn) {
+    const int64_t b = batch_row(row);
+    if (t < 0 || t >= s_.length[b]) return;
+    C* const h = h_ + row * own_;
+    if (s_.starts(b, t)) {
+      clear(h, own_);
+      if (p_.cell == Cell::lstm) clear(c_ + row * units_, units_);
+    }
+    C* const left = left_[turn] + row * left_row_ + part_.unit;
+    std::memcpy(left, h, static_cast<size_t>(own_) * sizeof(C));
+    if (p_.mask) multiply(own_, p_.mask + b * p_.width + part_.unit, left);
+  }
+
+  // C = A W^T, the rows of W that this part has.
+  void unpacked_product(int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to) {
+    for (int64_t gate = 0; gate * units_ < gates_; ++gate)
+      p_.product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.batch, to + gate * units_, gates_,
+                 scratch_);
+  }
 
   // W_ih x of the times [first, last), one row after another, time by time.
   void input_product(int64_t first, int64_t last, int64_t rows) {
@@ -155,73 +204,75 @@ class RecurrenceForwardGroup {
       C* to = x_;
       for (int64_t t = first; t < last; ++t)
         for (int64_t row = 0; row < present(t); ++row, to += from_row)
-          p_.x.read(p_.x.data, s_.order[group_.rank(row)] * p_.x.batch + t * p_.x.time, p_.x.unit, p_.inputs, to);
+          p_.x.read(p_.x.data, s_.place(batch_row(row), t, p_.x.batch, p_.x.time), p_.x.unit, p_.inputs, to);
     }
-    Products::packed(rows, p_.gate_units, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.gate_units, false, false);
+    if (p_.product)
+      unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_);
+    else
+      Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, pre_, gates_, false, false);
     if (!p_.norm_ih) return;
     C* row = pre_;
     for (int64_t t = first; t < last; ++t)
-      for (int64_t i = 0; i < present(t); ++i, row += p_.gate_units) {
+      for (int64_t i = 0; i < present(t); ++i, row += gates_) {
         C* const keep = p_.normed ? p_.normed + slot(t, i) * p_.normed_row() : nullptr;
-        const C scale = Products::normalise(p_.gate_units, row, p_.norm_ih, keep, row);
-        if (keep) keep[2 * p_.gate_units] = scale;
+        const C scale = Products::normalise(gates_, row, p_.norm_ih, keep, row);
+        if (keep) keep[2 * gates_] = scale;
       }
   }
 
-  void step(int64_t t, const C* pre) {
-    const int64_t here = present(t), gates = p_.gate_units, hidden = p_.hidden, width = p_.width;
-    for (int64_t row = 0; s_.reset && row < here; ++row) {
-      if (!s_.starts(s_.order[group_.rank(row)], t)) continue;
-      clear(h_ + row * width, width);
-      if (p_.cell == Cell::lstm) clear(c_ + row * hidden, hidden);
-    }
-    const C* left = h_;
-    if (p_.mask) {
-      std::memcpy(masked_, h_, static_cast<size_t>(here * width) * sizeof(C));
-      for (int64_t row = 0; row < here; ++row) multiply(width, p_.mask + s_.order[group_.rank(row)] * width, masked_ + row * width);
-      left = masked_;
-    }
-    Products::packed(here, gates, width, left, width, p_.weight_hh, rec_, gates, false, t % 2);
-    for (int64_t row = 0; row < here; ++row) units(t, row, pre + row * gates, rec_ + row * gates);
+  // turn: which of the two left factors this step sees; the other takes what the next one will.
+  void step(int64_t t, const C* pre, int64_t turn) {
+    const int64_t here = present(t), next = s_.reverse ? t - 1 : t + 1;
+    if (p_.product)
+      unpacked_product(here, p_.width, left_[turn], left_row_, p_.weight_hh, rec_);
+    else
+      Products::packed(here, gates_, p_.width, left_[turn], left_row_, weight_hh_, rec_, gates_, false, turn);
+    for (int64_t row = 0; row < here; ++row) units(t, row, pre + row * gates_, rec_ + row * gates_);
     if (p_.weight_hr) project(t, here);
     for (int64_t row = 0; row < here; ++row) {
-      const int64_t b = s_.order[group_.rank(row)], at = b * s_.time + t;
-      p_.output.write(p_.output.data, b * p_.output.batch + t * p_.output.time, width, h_ + row * width);
-      if (p_.hidden_exact) std::memcpy(p_.hidden_exact + at * width, h_ + row * width, static_cast<size_t>(width) * sizeof(C));
+      const int64_t b = batch_row(row);
+      const C* const h = h_ + row * own_;
+      p_.output.write(p_.output.data, s_.place(b, t, p_.output.batch, p_.output.time) + part_.unit, own_, h);
+      if (p_.hidden_exact)
+        std::memcpy(p_.hidden_exact + s_.place(b, t, s_.time * p_.width, p_.width) + part_.unit, h, static_cast<size_t>(own_) * sizeof(C));
+      before_step(next, row, 1 - turn);
     }
+    meet();
   }
 
   void units(int64_t t, int64_t row, const C* pre, C* rec) {
-    const int64_t n = p_.hidden, at = s_.order[group_.rank(row)] * s_.time + t, slot = this->slot(t, row);
-    C* gates = p_.gates ? p_.gates + slot * p_.gate_units : nullptr;
-    C* const extra = p_.extra ? p_.extra + slot * n : nullptr;
+    const int64_t n = units_, all = p_.hidden, unit = part_.unit, at = batch_row(row) * s_.time + t, slot = this->slot(t, row);
+    C* gates = p_.gates ? p_.gates + slot * p_.gate_units + unit : nullptr;
+    C* const extra = p_.extra ? p_.extra + slot * all + unit : nullptr;
     C* const h = p_.weight_hr ? unprojected_ + row * n : h_ + row * n;
+    const C* const bias = p_.bias + unit;
     if (p_.norm_hh) {
       C* const keep = p_.normed ? p_.normed + slot * p_.normed_row() : nullptr;
-      const C scale = Products::normalise(p_.gate_units, rec, p_.norm_hh, keep ? keep + p_.gate_units : nullptr, rec);
-      if (keep) keep[2 * p_.gate_units + 1] = scale;
+      const C scale = Products::normalise(gates_, rec, p_.norm_hh, keep ? keep + gates_ : nullptr, rec);
+      if (keep) keep[2 * gates_ + 1] = scale;
     }
     const bool zoned = p_.zoneout.h > 0 && !p_.weight_hr;
+    const Zones<C> zones{p_.zoneout, share_};
     if (zoned) std::memcpy(before_h_, h, static_cast<size_t>(n) * sizeof(C));
     if (p_.cell == Cell::gru) {
-      gru_units(n, pre, rec, p_.bias, p_.bias_hn, h, gates, extra);
+      gru_units(n, all, pre, rec, bias, p_.bias_hn + unit, h, gates, extra);
     } else if (p_.cell == Cell::lstm) {
       C* const c = c_ + row * n;
       if (p_.zoneout.c > 0) std::memcpy(before_c_, c, static_cast<size_t>(n) * sizeof(C));
       if (p_.norm_c) {
         if (!gates) gates = rec;
-        lstm_units<C>(n, pre, rec, p_.bias, c, nullptr, gates);
+        lstm_units<C>(n, all, pre, rec, bias, c, nullptr, gates);
         Products::normalise(n, c, nullptr, nullptr, normed_c_);
         lstm_output(n, normed_c_, p_.norm_c, p_.norm_b, gates + 3 * n, h);
       } else {
-        lstm_units(n, pre, rec, p_.bias, c, h, gates);
+        lstm_units(n, all, pre, rec, bias, c, h, gates);
       }
-      if (p_.zoneout.c > 0) blend(n, Zones<C>{p_.zoneout, share_}.c(at, n), before_c_, c);
+      if (p_.zoneout.c > 0) blend(n, zones.c(at, unit, n), before_c_, c);
       if (extra) std::memcpy(extra, c, static_cast<size_t>(n) * sizeof(C));
     } else {
-      rnn_units(n, p_.cell == Cell::rnn_relu, pre, rec, p_.bias, h, gates);
+      rnn_units(n, p_.cell == Cell::rnn_relu, pre, rec, bias, h, gates);
     }
-    if (zoned) blend(n, Zones<C>{p_.zoneout, share_}.h(at, n), before_h_, h);
+    if (zoned) blend(n, zones.h(at, unit, n), before_h_, h);
   }
 
   void project(int64_t t, int64_t here) {
@@ -230,15 +281,16 @@ class RecurrenceForwardGroup {
     Products::packed(here, width, p_.hidden, unprojected_, p_.hidden, p_.weight_hr, to, width, false, false);
     if (to == h_) return;
     for (int64_t row = 0; row < here; ++row) {
-      const int64_t at = s_.order[group_.rank(row)] * s_.time + t;
-      blend(width, Zones<C>{p_.zoneout, share_}.h(at, width), h_ + row * width, to + row * width);
+      blend(width, Zones<C>{p_.zoneout, share_}.h(batch_row(row) * s_.time + t, 0, width), h_ + row * width, to + row * width);
       std::memcpy(h_ + row * width, to + row * width, static_cast<size_t>(width) * sizeof(C));
     }
   }
 
   const RecurrenceForward<C>& p_;
   const Schedule& s_;
-  const Group group_;
-  int64_t rows_;
-  C *pre_, *x_, *rec_, *h_, *c_, *masked_, *unprojected_, *projected_, *share_, *before_h_, *before_c_, *normed_c_;
+  const Part part_;
+  Crew::Member* const others_;
+  const C *weight_ih_, *weight_hh_;
+  int64_t rows_, units_, gates_, own_, left_row_;  // own_: of h, the columns that this part makes
+  C *pre_, *x_, *rec_, *h_, *c_, *unprojected_, *projected_, *share_, *before_h_, *before_c_, *normed_c_, *scratch_ = nullptr, *left_[2];
 };

@@ -17,8 +17,6 @@ struct PartVector {
   }
 };
 
-#define S2S_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
-
 template <class T, class F>
 S2S_INLINE void each_vector(int64_t n, const F& f) {
   int64_t j = 0;
@@ -76,49 +74,78 @@ void multiply(int64_t n, const T* factor, T* row) {
   each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) * at.get(factor + j)); });
 }
 
+template <class S>
+struct UnpackedProduct {
+  using C = compute_t<S>;
+  static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, C* c,
+                  int64_t c_row, C* workspace) {
+    gemm<C, C, S>(m, n, k, a, a_row, 1, static_cast<const S*>(b) + b_offset, 1, b_row, c, c_row, false, workspace);
+  }
+};
+
 template <class C>
 struct RecurrenceProducts {
-  // Scratch for either packing.
+  static int64_t panels(int64_t columns) { return (columns + gemm_nr<C> - 1) / gemm_nr<C>; }
+  static int64_t packed_size(int64_t n, int64_t k) { return packed_b_size<C>(n, k); }
+  // Scratch for packing.
   static int64_t pack_workspace(int64_t columns) { return (gemm_nr<C> + 1) * (columns + lanes<C>); }
 
-  // W (rows, columns), of any storage type, as the right factor of v W^T: columns are summed over.
-  static void pack_transposed(int64_t rows, int64_t columns, const Source<C>& w, const WeightDropout* dropout, C* packed, C* workspace) {
+  // Panels [first, last) of the weights of a part's units, as the right factors of x W_ih^T and h W_hh^T.
+  static void pack_units(const RecurrenceForward<C>& p, const Part& part, int64_t first, int64_t last, C* ih, C* hh, C* workspace) {
+    const int64_t rows = p.gate_units / p.hidden * part.units;
+    pack_transposed(first, last, rows, p.inputs, part.units, p.hidden, part.unit, p.weight_ih, nullptr, ih, workspace);
+    pack_transposed(first, last, rows, p.width, part.units, p.hidden, part.unit, p.weight_hh, p.dropout, hh, workspace);
+  }
+
+  // Panels [first, last) of W (rows, columns) as the right factor of v W^T. Of every `all` rows in memory these are the `units` from `unit`
+  // on.
+  static void pack_transposed(int64_t first, int64_t last, int64_t rows, int64_t columns, int64_t units, int64_t all, int64_t unit,
+                              const Source<C>& w, const WeightDropout* dropout, C* packed, C* workspace) {
     constexpr int64_t nr = gemm_nr<C>;
     C* const factor = workspace + nr * columns;
-    for (int64_t panel = 0; panel < rows; panel += nr, packed += nr * columns) {
-      const int64_t here = gemm_min(nr, rows - panel);
-      for (int64_t i = 0; i < here; ++i) {
-        w.read(w.data, (panel + i) * w.batch, w.unit, columns, workspace + i * columns);
-        if (dropout) drop(*dropout, panel + i, columns, factor, workspace + i * columns);
+    for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t i = 0; i < nr; ++i) {
+        const int64_t local = panel * nr + i, row = local / units * all + unit + local % units;
+        C* const to = workspace + i * columns;
+        if (local < rows)
+          w.read(w.data, row * w.batch, w.unit, columns, to);
+        else
+          std::memset(to, 0, static_cast<size_t>(columns) * sizeof(C));
+        if (local < rows && dropout) drop(*dropout, row, 0, columns, factor, to);
       }
-      for (int64_t i = here; i < nr; ++i)
-        for (int64_t j = 0; j < columns; ++j) workspace[i * columns + j] = C(0);
-      copy_transposed(nr, columns, workspace, columns, int64_t{1}, packed, nr);
+      copy_transposed(nr, columns, workspace, columns, int64_t{1}, packed + panel * nr * columns, nr);
     }
   }
 
-  // The same as the right factor of v W: rows are summed over.
-  static void pack(int64_t rows, int64_t columns, const Source<C>& w, const WeightDropout* dropout, C* packed, C* workspace) {
-    constexpr int64_t nr = gemm_nr<C>;
+  // Rows [first, last) of W (rows, columns) from column `begin` on, as the right factor of v W: rows are summed over.
+  static void pack(int64_t first, int64_t last, int64_t rows, int64_t begin, int64_t columns, const Source<C>& w,
+                   const WeightDropout* dropout, C* packed, C* workspace) {
     C* const factor = workspace + columns + lanes<C>;
-    for (int64_t i = 0; i < rows; ++i) {
-      w.read(w.data, i * w.batch, w.unit, columns, workspace);
-      if (dropout) drop(*dropout, i, columns, factor, workspace);
-      C* to = packed + i * nr;
-      for (int64_t j = 0; j < columns; j += nr, to += rows * nr) {
-        const int64_t here = gemm_min(nr, columns - j);
-        for (int64_t l = 0; l < here; ++l) to[l] = workspace[j + l];
-        for (int64_t l = here; l < nr; ++l) to[l] = C(0);
-      }
+    for (int64_t i = first; i < last; ++i) {
+      w.read(w.data, i * w.batch + begin * w.unit, w.unit, columns, workspace);
+      if (dropout) drop(*dropout, i, begin, columns, factor, workspace);
+      pack_row(i, rows, columns, workspace, packed);
     }
   }
 
-  static void drop(const WeightDropout& dropout, int64_t row, int64_t columns, C* factor, C* values) {
-    dropout_factors(dropout.seed0, dropout.seed1, stream_weight, row, 0, columns, dropout.threshold, static_cast<C>(dropout.scale), factor);
+  // Row k of a right factor of `depth` rows.
+  static void pack_row(int64_t k, int64_t depth, int64_t columns, const C* row, C* packed) {
+    constexpr int64_t nr = gemm_nr<C>;
+    C* to = packed + k * nr;
+    int64_t j = 0;
+    for (; j + nr <= columns; j += nr, to += depth * nr) {
+      store(to, load(row + j));
+      store(to + lanes<C>, load(row + j + lanes<C>));
+    }
+    if (j == columns) return;
+    for (int64_t l = 0; l < nr; ++l) to[l] = j + l < columns ? row[j + l] : C(0);
+  }
+
+  static void drop(const WeightDropout& dropout, int64_t row, int64_t begin, int64_t columns, C* factor, C* values) {
+    dropout_factors(dropout.seed0, dropout.seed1, stream_weight, row, begin, columns, dropout.threshold, static_cast<C>(dropout.scale),
+                    factor);
     multiply(columns, factor, values);
   }
-
-  static int64_t packed_size(int64_t n, int64_t k) { return packed_b_size<C>(n, k); }
 
   // C (m, n) = or += A (m, k) times packed B. A recurrence passes `backwards` on every second step: walking the panels to and fro, it finds
   // those of the turning point still in the second-level cache where the whole does not fit.
@@ -127,7 +154,7 @@ struct RecurrenceProducts {
     if (m == 1) return few<1>(n, k, a, a_row, b, c, c_row, add, backwards);
     if (m == 2) return few<2>(n, k, a, a_row, b, c, c_row, add, backwards);
     if (m == 3) return few<3>(n, k, a, a_row, b, c, c_row, add, backwards);
-    constexpr int64_t at_once = gemm_wide(1);
+    constexpr int64_t at_once = gemm_group_panels;
     const int64_t panels = (n + gemm_nr<C> - 1) / gemm_nr<C>, parts = (panels + at_once - 1) / at_once;
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t part = backwards ? parts - 1 - i : i;
@@ -161,25 +188,24 @@ struct RecurrenceProducts {
       tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, panel, c, c_row, add, last);
   }
 
-  // As packed, for many rows of A, which are copied block by block: rows of a power of two would share few sets of the caches.
-  static int64_t many_workspace(int64_t m) { return m * (gemm_kc + gemm_row_pad); }
-  static void many(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, C* workspace) {
-    for (int64_t k0 = 0; k0 < k; k0 += gemm_kc) {
-      const int64_t depth = gemm_min(k - k0, gemm_kc), row = depth + gemm_row_pad;
-      copy_rows(m, depth, a + k0, a_row, workspace, row);
-      gemm_block<C>(m, n, depth, workspace, row, b + k0 * gemm_nr<C>, k * gemm_nr<C>, gemm_nr<C>, c, c_row, k0 > 0);
+  static int64_t gradient_workspace() { return gemm_mc * (gemm_kc + gemm_row_pad); }
+  // The rows of a weight's gradient that one task makes, and the positions whose values are packed together.
+  static constexpr int64_t gradient_rows = gemm_mc, gradient_depth = gemm_kc;
+
+  // Rows [first, last) of grad^T (gates, N), at most gradient_rows of them, times each of the factors (N, columns), which are packed by
+  // pack_row, gradient_depth positions at a time.
+  static void weight_gradients(int64_t first, int64_t last, int64_t positions, const C* grad, int64_t grad_row, bool add,
+                               const GradientFactor<C>* factors, int count, C* workspace) {
+    for (int64_t k = 0; k < positions; k += gemm_kc) {
+      const int64_t depth = gemm_min(positions - k, gemm_kc), row = depth + gemm_row_pad;
+      copy_transposed(depth, last - first, grad + k * grad_row + first, grad_row, int64_t{1}, workspace, row);
+      for (const GradientFactor<C>* f = factors; f < factors + count; ++f)
+        gemm_block<C>(last - first, f->columns, depth, workspace, row, f->packed + k * panels(f->columns) * gemm_nr<C>, depth * gemm_nr<C>,
+                      gemm_nr<C>, f->to + first * f->columns, f->columns, add || k > 0);
     }
   }
 
-  static int64_t product_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
-
-  // C (m, n) = or += A^T B with A (k, m), B (k, n) of unit column stride.
-  static void transposed_product(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_row, C* c, int64_t c_row,
-                                 bool add, C* workspace) {
-    gemm<C, C, C>(m, n, k, a, 1, a_row, b, b_row, 1, c, c_row, add, workspace);
-  }
-
-  // to[j] = sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; 256 rows at a time, so that many rows
+  // to[j] += sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; 256 rows at a time, so that many rows
   // lose no more than few.
   static void sum_columns(int64_t rows, int64_t begin, int64_t end, const C* a, int64_t a_row, const C* b, int64_t b_row, const C* c,
                           int64_t c_row, C* to) {
@@ -210,7 +236,7 @@ struct RecurrenceProducts {
       for (int v = 0; v < Count; ++v) total[v] = total[v] + sum[v];
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < Count; ++v) at.put(to + v * lanes<C>, total[v]);
+    for (int v = 0; v < Count; ++v) at.put(to + v * lanes<C>, at.get(to + v * lanes<C>) + total[v]);
   }
 
   // to = (from - mean) / deviation * weight, and the same without weight to `normed`; returns 1 / deviation. No weight: 1; normed may be
@@ -266,11 +292,12 @@ struct Zones {
   const Zoneout& zoneout;
   T* share;  // scratch (n)
 
-  const T* h(int64_t row, int64_t n) const { return draw(zoneout.h, zoneout.threshold_h, stream_h, row, n); }
-  const T* c(int64_t row, int64_t n) const { return draw(zoneout.c, zoneout.threshold_c, stream_c, row, n); }
-  const T* draw(double p, uint64_t threshold, uint32_t stream, int64_t row, int64_t n) const {
+  // Of the n units from `begin` on.
+  const T* h(int64_t row, int64_t begin, int64_t n) const { return draw(zoneout.h, zoneout.threshold_h, stream_h, row, begin, n); }
+  const T* c(int64_t row, int64_t begin, int64_t n) const { return draw(zoneout.c, zoneout.threshold_c, stream_c, row, begin, n); }
+  const T* draw(double p, uint64_t threshold, uint32_t stream, int64_t row, int64_t begin, int64_t n) const {
     if (zoneout.training)
-      dropout_factors(zoneout.seed0, zoneout.seed1, stream, row, 0, n, threshold, T(1), share);
+      dropout_factors(zoneout.seed0, zoneout.seed1, stream, row, begin, n, threshold, T(1), share);
     else
       for (int64_t j = 0; j < n; ++j) share[j] = static_cast<T>(1 - p);
     return share;

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -17,8 +18,17 @@ using Arguments = RecurrenceArguments;
 
 struct Sizes {
   int64_t batch, time, inputs, hidden, width, gate_units;
+  int64_t positions;  // of a tensor over positions: B T, or N of a packed sequence
   Cell cell;
 };
+
+// The longest of `lengths`.
+int64_t longest(const char* op, const Tensor& lengths) {
+  const int64_t* from = data<int64_t>(lengths);
+  int64_t most = 0;
+  for (int64_t b = 0; b < lengths.size(0); ++b) most = std::max(most, from[b * lengths.stride(0)]);
+  return most;
+}
 
 Sizes checked(const char* op, const Arguments& a) {
   Sizes s{};
@@ -27,9 +37,18 @@ Sizes checked(const char* op, const Arguments& a) {
   const int64_t gates = gates_of(s.cell);
   const ScalarType type = a.x.scalar_type();
   check_cpu(op, "x", a.x);
-  check_dim(op, "x", a.x, 3);
+  check_dim(op, "x", a.x, a.packed ? 2 : 3);
   check_dim(op, "weight_ih", a.weight_ih, 2);
-  s.batch = a.x.size(0), s.time = a.x.size(1), s.inputs = a.x.size(2);
+  if (a.packed) {
+    STD_TORCH_CHECK(a.lengths && !a.reset, op, ": a packed x must have lengths, and no reset");
+    check_cpu(op, "lengths", *a.lengths);
+    check_dtype(op, "lengths", *a.lengths, ScalarType::Long);
+    check_dim(op, "lengths", *a.lengths, 1);
+    s.batch = a.lengths->size(0), s.time = longest(op, *a.lengths), s.positions = a.x.size(0);
+  } else {
+    s.batch = a.x.size(0), s.time = a.x.size(1), s.positions = s.batch * s.time;
+  }
+  s.inputs = a.x.size(-1);
   s.gate_units = a.weight_ih.size(0);
   STD_TORCH_CHECK(s.gate_units > 0 && s.gate_units % gates == 0, op, ": weight_ih must have ", gates, " rows a unit, got ",
                   shape_text(a.weight_ih));
@@ -77,6 +96,7 @@ class Plan {
         STD_TORCH_CHECK(length_[b] >= 0 && length_[b] <= s.time, op, ": lengths must be in [0, T] = [0, ", s.time, "], got ", length_[b]);
       }
       std::stable_sort(order_.begin(), order_.end(), [&](int64_t i, int64_t j) { return length_[i] > length_[j]; });
+      STD_TORCH_CHECK(!a.packed || sorted_as_given(), op, ": lengths of a packed x must be in descending order");
     }
     int64_t present = s.batch;
     for (int64_t t = 0; t < s.time; ++t) {
@@ -84,7 +104,9 @@ class Plan {
       count_[t] = present;
       offset_[t + 1] = offset_[t] + present;
     }
-    schedule = {s.batch, s.time, a.reverse, order_.data(), length_.data(), count_.data(), offset_.data(), nullptr, 0, 0};
+    STD_TORCH_CHECK(!a.packed || slots() == s.positions, op, ": a packed x must have as many rows as lengths sum up to, ", slots(), ", got ",
+                    s.positions);
+    schedule = {s.batch, s.time, a.reverse, a.packed, order_.data(), length_.data(), count_.data(), offset_.data(), nullptr, 0, 0};
     if (a.reset) {
       schedule.reset = data<bool>(*a.reset);
       schedule.reset_batch = a.reset->stride(0), schedule.reset_time = a.reset->stride(1);
@@ -104,18 +126,24 @@ class Plan {
   std::vector<int64_t> order_, length_, count_, offset_;
 };
 
-template <class S>
-Source<compute_t<S>> source(const OptionalTensor& tensor) {
-  if (!tensor) return {};
-  const int64_t rank = tensor->dim();
-  return {data<S>(*tensor),         rank > 1 ? tensor->stride(0) : 0, rank > 2 ? tensor->stride(1) : 0,
-          tensor->stride(rank - 1), S2S_SELECT(RowKernels<S>::read),  S2S_SELECT(RowKernels<S>::add)};
+// Strides of a tensor's rows over batch and time: of (B, T, ...), (B, ...), and (N, ...) over the positions of a packed sequence.
+std::pair<int64_t, int64_t> row_strides(const Tensor& tensor, bool packed) {
+  if (packed) return {0, tensor.stride(0)};
+  const int64_t rank = tensor.dim();
+  return {rank > 1 ? tensor.stride(0) : 0, rank > 2 ? tensor.stride(1) : 0};
 }
 
 template <class S>
-Target<compute_t<S>> target(const Tensor& tensor) {
-  const int64_t rank = tensor.dim();
-  return {mutable_data<S>(tensor), tensor.stride(0), rank > 2 ? tensor.stride(1) : 0, S2S_SELECT(RowKernels<S>::write)};
+Source<compute_t<S>> source(const OptionalTensor& tensor, bool packed = false) {
+  if (!tensor) return {};
+  const auto [batch, time] = row_strides(*tensor, packed);
+  return {data<S>(*tensor), batch, time, tensor->stride(tensor->dim() - 1), S2S_SELECT(RowKernels<S>::read), S2S_SELECT(RowKernels<S>::add)};
+}
+
+template <class S>
+Target<compute_t<S>> target(const Tensor& tensor, bool packed = false) {
+  const auto [batch, time] = row_strides(tensor, packed);
+  return {mutable_data<S>(tensor), batch, time, S2S_SELECT(RowKernels<S>::write)};
 }
 
 // What both directions do with their arguments.
@@ -158,6 +186,11 @@ class Runner {
   const C* rows_of_x(int64_t& row) const {
     if constexpr (std::is_same_v<S, C>) {
       const Tensor& x = a_.x;
+      if (a_.packed && (x.stride(1) == 1 || s_.inputs == 1)) {
+        row = x.stride(0);
+        return data<S>(x);
+      }
+      if (a_.packed) return nullptr;
       const bool ordered = s_.batch == 1 || (plan_.sorted_as_given() && plan_.every_row_whole());
       if (!ordered || (x.stride(2) != 1 && s_.inputs != 1)) return nullptr;
       if (s_.batch != 1 && s_.time != 1 && x.stride(1) != s_.batch * x.stride(0)) return nullptr;
@@ -169,20 +202,45 @@ class Runner {
 
   int64_t packed_size(int64_t n, int64_t k) const { return S2S_SELECT(RecurrenceProducts<C>::packed_size)(n, k); }
 
-  // Rows through time alone, one group a thread.
-  int64_t groups() const {
-    const int64_t work = plan_.slots() * s_.gate_units * (s_.inputs + s_.width);
-    return work < (1 << 18) ? 1 : std::max<int64_t>(1, std::min(thread_count(), s_.batch));
+  // How the rows and units of a call are split: over the batch, so that threads needn't meet, unless its rows are few or one thread's
+  // second-level cache can't hold the recurrent weights; then over the hidden units.
+  struct Split {
+    int64_t groups = 1, slices = 1, hidden = 0;
+    int64_t ranges() const { return std::max(groups, slices); }
+    int64_t bound(int64_t slice) const { return slice == slices ? hidden : hidden * slice / slices / 16 * 16; }
+    int64_t most_units() const {
+      int64_t most = 0;
+      for (int64_t i = 0; i < slices; ++i) most = std::max(most, bound(i + 1) - bound(i));
+      return most;
+    }
+    Part part(int64_t begin, int64_t end) const {
+      return slices > 1 ? Part{0, 1, bound(begin), bound(end) - bound(begin)} : Part{begin, groups, 0, hidden};
+    }
+  };
+  Split split() const {
+    Split split{1, 1, s_.hidden};
+    const int64_t threads = thread_count(), slots = plan_.slots();
+    if (threads == 1 || slots * s_.gate_units * (s_.inputs + s_.width) < (1 << 18)) return split;
+    const int64_t weights = s_.gate_units * s_.width, a_step = weights * slots / std::max<int64_t>(1, s_.time);
+    const bool separable = !a_.norm_ih && !a_.weight_hr && a_step >= (1 << 16) * threads;
+    if (separable && (s_.batch < 2 * threads || weights * static_cast<int64_t>(sizeof(C)) > (3 << 19)))
+      split.slices = std::min(threads, std::max<int64_t>(1, s_.hidden / 32));
+    if (split.slices == 1) split.groups = std::max<int64_t>(1, std::min(threads, s_.batch));
+    return split;
   }
 
-  template <class P, class F>
-  void run_groups(const P& p, int64_t groups, int64_t elements, const F& run) {
-    Workspace workspace(groups * Workspace::bytes<C>(elements));
-    std::vector<C*> scratch;
-    for (int64_t g = 0; g < groups; ++g) scratch.push_back(workspace.template take<C>(elements));
-    parallel(groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) run(p, Group{g, groups}, scratch[g]);
+  // Calls f(member, begin, end) in the threads of a crew that have [begin, end) of `ranges` ranges.
+  template <class F>
+  static void crew(int64_t ranges, const F& f) {
+    Crew crew;
+    parallel(ranges, 1, [&](int64_t begin, int64_t end) {
+      Crew::Member member(crew, begin, end, ranges);
+      f(member, begin, end);
     });
+  }
+
+  Tensor over_positions(int64_t last, ScalarType type) const {
+    return a_.packed ? empty_cpu({s_.positions, last}, type) : empty_cpu({s_.batch, s_.time, last}, type);
   }
 
   // Zeros the positions of a (B, T, n) result that are absent; its strides in elements.

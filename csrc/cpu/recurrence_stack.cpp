@@ -28,14 +28,14 @@ struct Stack {
   int64_t directions;
   bool bias, projected, normed;
   double zoneout_h, zoneout_c;
-  bool time_first;
+  bool time_first, packed;
 
-  int64_t batch, time, cells, gate_units, hidden, width;
+  int64_t batch, cells, gate_units, hidden, width;
   ScalarType type, wide;
 
   Stack(const char* op_, const Tensor& x_, const std::vector<Tensor>& weights_, const OptionalTensor& h0_, const OptionalTensor& c0_,
         const OptionalTensor& lengths_, const OptionalTensor& reset_, int64_t cell_, int64_t directions_, bool bias_, bool projected_,
-        bool normed_, double zoneout_h_, double zoneout_c_, bool time_first_)
+        bool normed_, double zoneout_h_, double zoneout_c_, bool time_first_, bool packed_)
       : op(op_),
         x(x_),
         weights(weights_),
@@ -49,18 +49,21 @@ struct Stack {
         normed(normed_),
         zoneout_h(zoneout_h_),
         zoneout_c(zoneout_c_),
-        time_first(time_first_) {
+        time_first(time_first_),
+        packed(packed_) {
     STD_TORCH_CHECK(cell_ >= 0 && cell_ <= static_cast<int64_t>(Cell::rnn_relu), op, ": cell must be in [0, 3], got ", cell_);
     cell = static_cast<Cell>(cell_);
     STD_TORCH_CHECK(directions == 1 || directions == 2, op, ": directions must be 1 or 2, got ", directions);
     check_cpu(op, "x", x);
-    check_dim(op, "x", x, 3);
+    check_dim(op, "x", x, packed ? 2 : 3);
+    STD_TORCH_CHECK(!packed || (lengths && !time_first), op, ": a packed x must have lengths, and time_first be false");
+    if (packed) check_dim(op, "lengths", *lengths, 1);
     const int64_t count = static_cast<int64_t>(weights.size()), each = weights_each();
     STD_TORCH_CHECK(count > 0 && count % (each * directions) == 0, op, ": weights must be ", each,
                     " for each direction of each layer, got ", count);
     cells = count / each;
     check_dim(op, "weight_hh", weights[1], 2);
-    batch = x.size(0), time = x.size(1), type = x.scalar_type();
+    batch = packed ? lengths->size(0) : x.size(0), type = x.scalar_type();
     wide = type == ScalarType::Double ? type : ScalarType::Float;
     gate_units = weights[1].size(0), width = weights[1].size(1), hidden = gate_units / gates_of(cell);
     for (int64_t i = 0; i < cells; ++i) check_argument(op, "weight_hh", weights[i * each + 1], type, {gate_units, width});
@@ -69,6 +72,11 @@ struct Stack {
     check_argument(op, "c0", c0, type, {cells, batch, hidden});
   }
 
+  // A new tensor over the positions of x.
+  Tensor over_positions(int64_t last, ScalarType of, bool turned = false) const {
+    if (packed) return empty_cpu({x.size(0), last}, of);
+    return turned ? empty_cpu({x.size(1), batch, last}, of) : empty_cpu({batch, x.size(1), last}, of);
+  }
   bool lstm() const { return cell == Cell::lstm; }
   int64_t weights_each() const { return 2 + 2 * bias + projected + (normed ? lstm() ? 4 : 2 : 0); }
   int64_t layers() const { return cells / directions; }
@@ -107,7 +115,8 @@ struct Stack {
                           zoneout_h,
                           zoneout_c,
                           false,
-                          0.0},
+                          0.0,
+                          packed},
       bias_ih, bias_hh);
   }
 
@@ -126,24 +135,24 @@ int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type 
 std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor> weights, const OptionalTensor& h0,
                                              const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
                                              int64_t cell, int64_t directions, bool bias, bool projected, bool normed, double zoneout_h,
-                                             double zoneout_c, bool time_first, bool save) {
+                                             double zoneout_c, bool time_first, bool packed, bool save) {
   const Stack s("recurrence_stack", x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c,
-                time_first);
+                time_first, packed);
   const int64_t item = size_of(s.type), features = directions * s.width;
   const Tensor h_n = empty_cpu({s.cells, s.batch, s.width}, s.type);
   const Tensor c_n = s.lstm() ? empty_cpu({s.cells, s.batch, s.hidden}, s.type) : empty_cpu({0}, s.type);
-  const auto kept = [&](bool wanted, int64_t size) { return wanted ? empty_cpu({s.batch, s.time, size}, s.wide) : empty_cpu({0}, s.wide); };
+  const auto kept = [&](bool wanted, int64_t size) { return wanted ? s.over_positions(size, s.wide) : empty_cpu({0}, s.wide); };
   std::vector<Tensor> saved;
   OptionalTensor from = x;
   for (int64_t layer = 0; layer < s.layers(); ++layer) {
     const bool turned = time_first && s.is_last(layer);
-    const Tensor output = turned ? empty_cpu({s.time, s.batch, features}, s.type) : empty_cpu({s.batch, s.time, features}, s.type);
+    const Tensor output = s.over_positions(features, s.type, turned);
     if (save && layer > 0) saved.push_back(*from);
     for (int64_t direction = 0; direction < directions; ++direction) {
       const int64_t index = layer * directions + direction;
       RecurrencePlaces to{};
       to.output = bytes(output) + direction * s.width * item;
-      to.output_batch = turned ? features : s.time * features;
+      to.output_batch = turned ? features : packed ? 0 : x.size(1) * features;
       to.output_time = turned ? s.batch * features : features;
       to.h_n = bytes(h_n) + index * s.batch * s.width * item;
       to.c_n = s.lstm() ? bytes(c_n) + index * s.batch * s.hidden * item : nullptr;
@@ -152,7 +161,7 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
                               kept(s.keeps_hidden(layer), s.width), kept(normed, 2 * s.gate_units + 2)};
         void** const places[] = {&to.gates, &to.extra, &to.hidden, &to.normed};
         for (int i = 0; i < 4; ++i) {
-          if (own[i].dim() == 3) *places[i] = own[i].mutable_data_ptr();
+          if (own[i].dim() > 1) *places[i] = own[i].mutable_data_ptr();
           saved.push_back(own[i]);
         }
       }
@@ -184,18 +193,20 @@ std::vector<Tensor> recurrence_stack_backward(const OptionalTensor& grad_output,
                                               const Tensor& x, std::vector<Tensor> weights, const OptionalTensor& h0,
                                               const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
                                               const Tensor& output, std::vector<Tensor> saved, int64_t cell, int64_t directions, bool bias,
-                                              bool projected, bool normed, double zoneout_h, double zoneout_c, bool time_first,
+                                              bool projected, bool normed, double zoneout_h, double zoneout_c, bool time_first, bool packed,
                                               std::vector<int64_t> needs) {
   const char* op = "recurrence_stack_backward";
-  const Stack s(op, x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first);
+  const Stack s(op, x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed);
   const int64_t each = s.weights_each(), count = s.cells * each, features = directions * s.width;
   STD_TORCH_CHECK(static_cast<int64_t>(needs.size()) == count + 3, op, ": needs must have ", count + 3, " flags, got ", needs.size());
   STD_TORCH_CHECK(static_cast<int64_t>(saved.size()) == s.layers() - 1 + 4 * s.cells, op, ": saved must be what forward gave");
   STD_TORCH_CHECK((!needs[count + 1] || h0) && (!needs[count + 2] || c0), op, ": needs must ask for gradients of given arguments only");
-  if (time_first)
-    check_argument(op, "grad_output", grad_output, s.type, {s.time, s.batch, features});
+  if (packed)
+    check_argument(op, "grad_output", grad_output, s.type, {x.size(0), features});
+  else if (time_first)
+    check_argument(op, "grad_output", grad_output, s.type, {x.size(1), s.batch, features});
   else
-    check_argument(op, "grad_output", grad_output, s.type, {s.batch, s.time, features});
+    check_argument(op, "grad_output", grad_output, s.type, {s.batch, x.size(1), features});
   check_argument(op, "grad_h", grad_h, s.type, {s.cells, s.batch, s.width});
   check_argument(op, "grad_c", grad_c, s.type, {s.cells, s.batch, s.hidden});
 
@@ -227,7 +238,7 @@ std::vector<Tensor> recurrence_stack_backward(const OptionalTensor& grad_output,
       if (needs[count + 1]) wanted |= int64_t{1} << want_h0;
       if (needs[count + 2]) wanted |= int64_t{1} << want_c0;
       if (wanted == 0) continue;
-      const OptionalTensor grad_own = grad && directions == 2 ? OptionalTensor(narrow(*grad, 2, direction * s.width, s.width)) : grad;
+      const OptionalTensor grad_own = grad && directions == 2 ? OptionalTensor(narrow(*grad, packed ? 1 : 2, direction * s.width, s.width)) : grad;
       const OptionalTensor grad_h_n = Stack::row(grad_h, index), grad_c_n = Stack::row(grad_c, index);
       const Tensor* kept = &saved[place + 4 * direction];
       const Tensor& whole = s.is_last(layer) ? output : saved[place + 4 * directions];

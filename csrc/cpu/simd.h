@@ -33,6 +33,22 @@ S2S_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // and not x + 0, which would lose the sign of -0
 }
 
+// Keeps the value where it is: the compiler would read memory again at every use.
+template <class T>
+S2S_INLINE void keep_in_register(Vec<T>& v) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
+// The pointer, without its history.
+template <class T>
+S2S_INLINE T* hidden(T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
+
 template <class T>
 S2S_INLINE Vec<T> iota() {
   Vec<T> v;

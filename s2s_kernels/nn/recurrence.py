@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
 from ..ops.recurrence.stack import States, stack
@@ -136,10 +136,10 @@ class _Recurrent(Layer):
         x = input.transpose(0, 1) if time_first else input if batched else input.unsqueeze(0)
         weights = self._weights()
         check_input(name, "input", input, self.input_size, weights[0])
-        states = self._states(name, hx, x, batched)
+        states = self._states(name, hx, x, x.shape[0] if batched else None)
         if lengths is not None or reset is not None:
             lengths, reset = _positions(name, lengths, reset, input, batched, time_first)
-        output, finals = self._run(x, weights, states, lengths, reset, time_first)
+        output, finals = self._run(x, weights, states, lengths, reset, time_first, False)
         if not batched:
             output, finals = output.squeeze(0), tuple(state.squeeze(1) for state in finals)
         return output, finals if len(finals) == 2 else finals[0]
@@ -160,14 +160,14 @@ class _Recurrent(Layer):
                 checks.wrong_value(name, "input.data", expected, data.shape[0])
         weights = self._weights()
         check_input(name, "input.data", data, self.input_size, weights[0])
-        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)
-        states = self._states(name, hx, x, True)
+        batch = int(batch_sizes[0])
+        lengths = (batch_sizes > torch.arange(batch).unsqueeze(1)).sum(1)
+        states = self._states(name, hx, data, batch)
         if sorted_indices is not None:
             states = tuple(state if state is None else state.index_select(1, sorted_indices) for state in states)
-        output, finals = self._run(x, weights, states, lengths, None, False)
+        data, finals = self._run(data, weights, states, lengths, None, False, True)
         if unsorted_indices is not None:
             finals = tuple(state.index_select(1, unsorted_indices) for state in finals)
-        data = pack_padded_sequence(output, lengths, batch_first=True).data
         result = PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
         return result, finals if len(finals) == 2 else finals[0]
 
@@ -185,24 +185,25 @@ class _Recurrent(Layer):
             ],
         )
 
-    def _states(self, name: str, hx: Any, x: torch.Tensor, batched: bool) -> States:
-        """The given state with a batch dimension, checked; None where there is none."""
+    def _states(self, name: str, hx: Any, x: torch.Tensor, batch: int | None) -> States:
+        """The given state with a batch dimension, checked; None where there is none. batch: None for an input without
+        one."""
         if hx is None:
             return (None,) * len(self._state_names)
         given = given_states(name, hx, self._state_names)
         rows = self.num_layers * (2 if self.bidirectional else 1)
         widths = (self.proj_size or self.hidden_size, self.hidden_size)
         for argument, state, width in zip(self._state_names, given, widths, strict=False):
-            rank, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
+            rank, kind = (2, "unbatched 2-D") if batch is None else (3, "batched 3-D")
             if state.dim() != rank:
                 raise ValueError(
                     f"{name}: For {kind} input, {argument} should also be {rank}-D but got {state.dim()}-D tensor"
                 )
-            expected = (rows, x.shape[0], width) if batched else (rows, width)
+            expected = (rows, width) if batch is None else (rows, batch, width)
             if tuple(state.shape) != expected:
                 raise ValueError(f"{name}: {argument}: Expected hidden size {expected}, got {list(state.shape)}")
             check_kind(name, argument, state, x)
-        return given if batched else tuple(state.unsqueeze(1) for state in given)
+        return tuple(state.unsqueeze(1) for state in given) if batch is None else given
 
     def _run(
         self,
@@ -212,6 +213,7 @@ class _Recurrent(Layer):
         lengths: torch.Tensor | None,
         reset: torch.Tensor | None,
         time_first: bool,
+        packed: bool,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         return stack(
             self.mode.lower(),
@@ -230,6 +232,7 @@ class _Recurrent(Layer):
             zoneout=self.zoneout,
             training=self.training,
             time_first=time_first,
+            packed=packed,
         )
 
     def extra_repr(self) -> str:

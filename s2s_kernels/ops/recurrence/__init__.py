@@ -219,6 +219,7 @@ def run(
     training: bool = False,
     layer_norm: tuple[torch.Tensor, ...] | None = None,
     weight_dropout: float = 0,
+    packed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `lstm`, `gru` and `rnn` are made of, and what the layers call: checks, then dispatches.
 
@@ -228,6 +229,8 @@ def run(
         weight_dropout: p: each element of weight_hh is dropped with probability p for the whole call, the others are
             scaled by 1 / (1 - p) (DropConnect, Wan et al. 2013; Merity et al. 2018). Applied whenever > 0; the layers
             pass 0 in evaluation.
+        packed: x is (N, I), the present positions only, time by time, of rows sorted by lengths, longest first: the
+            data of a PackedSequence. The output is then (N, P or H).
         the others: as `lstm`.
 
     Returns:
@@ -238,8 +241,9 @@ def run(
     norms = _layer_norm(name, layer_norm)
     floating = (weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms)
     x, *cast = checks.autocast(x, *floating)  # type: ignore[assignment]
-    checks.data(name, "x", x, 3, "(B, T, I)")
-    batch, time, inputs = x.shape
+    checks.data(name, "x", x, 2 if packed else 3, "(N, I)" if packed else "(B, T, I)")
+    assert not packed or lengths is not None
+    batch, time, inputs = (len(lengths), *x.shape) if packed else x.shape  # type: ignore[arg-type]
     weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms = cast  # type: ignore[assignment]
 
     rows, suffix = (f"{gates}H", "P or H" if name == "lstm" else "H") if gates > 1 else ("H", "H")
@@ -276,7 +280,7 @@ def run(
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    options = (cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout))
+    options = (cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed)
     backend = dispatch.choose(OPERATORS[name], x.device, None)
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]

@@ -11,7 +11,8 @@ from . import reference
 STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
 
 # tensors: x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, four of layer_norm, lengths,
-# reset, seed. options: cell, reverse, zoneout of h, zoneout of c, whether in training, weight_dropout.
+# reset, seed. options: cell, reverse, zoneout of h, zoneout of c, whether in training, weight_dropout, whether x is
+# packed: (N, I), the present positions time by time, its rows sorted by lengths.
 
 CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
 
@@ -21,9 +22,9 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::recurrence_forward")
     def _(
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh, norm_c, norm_b,
-        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, save,
+        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed, save,
     ):  # fmt: skip
-        batch, time, _ = x.shape
+        batch, positions = (lengths if packed else x).shape[0], x.shape[:-1]
         rows, width = weight_hh.shape
         name = CELLS[cell]
         hidden = rows // reference.GATES[name]
@@ -35,19 +36,19 @@ if dispatch.extension_missing is None:
             (save and wide != x.dtype, width),
             (save and norm_ih is not None, 2 * rows + 2),
         )
-        saved = [x.new_empty(batch, time, size, dtype=wide) for wanted, size in kept if wanted]
-        return [x.new_empty(batch, time, width), x.new_empty(batch, width), *lstm, *saved]
+        saved = [x.new_empty(*positions, size, dtype=wide) for wanted, size in kept if wanted]
+        return [x.new_empty(*positions, width), x.new_empty(batch, width), *lstm, *saved]
 
     @torch.library.register_fake("s2s::recurrence_backward")
     def _(
         grad_output, grad_h, grad_c, x, weight_ih, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh,
         norm_c, norm_b, lengths, reset, seed, gates, extra, hidden, normed, cell, reverse, zoneout_h, zoneout_c,
-        training, weight_dropout, needs,
+        training, weight_dropout, packed, needs,
     ):  # fmt: skip
-        (batch, time, inputs), (rows, width) = x.shape, weight_hh.shape
+        batch, inputs, (rows, width) = (lengths if packed else x).shape[0], x.shape[-1], weight_hh.shape
         units = rows // reference.GATES[CELLS[cell]]
         shapes = (
-            (batch, time, inputs), (rows, inputs), (rows, width), (rows,), (rows,), (batch, width), (batch, units),
+            x.shape, (rows, inputs), (rows, width), (rows,), (rows,), (batch, width), (batch, units),
             (width, units), (batch, width), (rows,), (rows,), (units,), (units,),
         )  # fmt: skip
         return [x.new_empty(shape) for place, shape in enumerate(shapes) if needs >> place & 1]
@@ -84,8 +85,15 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     """The definition under the kernels' calling convention."""
     x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask = tensors[:9]
     layer_norm, (lengths, reset, seed) = tensors[9:13], tensors[13:]
-    cell, reverse, zoneout_h, zoneout_c, training, weight_dropout = options
+    cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed = options
     assert x is not None and weight_ih is not None and weight_hh is not None
+    if packed:
+        assert lengths is not None
+        x, where = reference.padded(x, lengths)
+        padded = (x, *tensors[1:])
+        output, *states = reference_of(padded, (*options[:-1], False))
+        assert output is not None
+        return output.transpose(0, 1).flatten(0, 1).index_select(0, where), *states
     (batch, time, _), hidden = x.shape, weight_ih.shape[0] // reference.GATES[cell]
     update_h = update_c = factors = None
     if training and zoneout_h > 0:

@@ -26,6 +26,15 @@ def zoned(new: torch.Tensor, before: torch.Tensor, p: float, update: Optional) -
     return new if p == 0 else p * before + (1 - p) * new
 
 
+def padded(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A packed sequence x (N, I), whose rows are sorted by lengths (B,), as (B, T, I), and at which positions of
+    (T, B) its own stand."""
+    time, batch = int(lengths.max()) if lengths.numel() else 0, lengths.shape[0]
+    where = (torch.arange(time, device=x.device).unsqueeze(1) < lengths).flatten().nonzero().squeeze(1)
+    whole = x.new_zeros(time * batch, x.shape[1]).index_copy(0, where, x)
+    return whole.view(time, batch, -1).transpose(0, 1), where
+
+
 def recurrence(
     cell: str,
     x: torch.Tensor,

@@ -31,6 +31,7 @@ def stack(
     zoneout: float | tuple[float, float],
     training: bool,
     time_first: bool,
+    packed: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Runs x through the layers, each from the outputs of the one before, in both directions if there are two.
 
@@ -50,6 +51,7 @@ def stack(
         weight_dropout: of dropping an element of weight_hh, one mask a call.
         zoneout, training: as `lstm`. Without training nothing is dropped.
         time_first: return the output as (T, B, ...).
+        packed: x is (N, I), the data of a PackedSequence whose rows are sorted by lengths, and so is the output.
 
     Returns:
         output (B, T, D H_out), contiguous, and the states after the sequence, in the shape of those before it.
@@ -64,7 +66,7 @@ def stack(
         tensors = (x, h0, c0, lengths, reset, *weights)
         backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, None)
         if backend == "cpu" and not dispatch.transformed(*tensors):
-            options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first)
+            options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
             output, h_n, c_n = kernel(tensors, options)
             return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
 
@@ -74,7 +76,8 @@ def stack(
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = grouped[index]
         mask = None
         if training and recurrent_dropout > 0:
-            mask = F.dropout(x.new_ones(x.shape[0], weight_hh.shape[1]), recurrent_dropout)
+            batch = len(lengths) if packed else x.shape[0]  # type: ignore[arg-type]
+            mask = F.dropout(x.new_ones(batch, weight_hh.shape[1]), recurrent_dropout)
         return run(
             cell,
             x,
@@ -92,6 +95,7 @@ def stack(
             training=training,
             layer_norm=tuple(norms if lstm else norms[:2]) if normed else None,
             weight_dropout=weight_dropout if training else 0.0,
+            packed=packed,
         )
 
     output, finals = _through(x, len(grouped), directions, time_first, one, dropout if training else 0.0)
@@ -123,7 +127,7 @@ def _through(
 
 # tensors: x, h0, c0, lengths, reset, then of each direction of each layer weight_ih, weight_hh and, if there are any,
 # bias_ih, bias_hh, weight_hr, layer_norm. options: cell, directions, whether there are biases, projections and layer
-# normalisation, zoneout of h and of c (the expectation), time_first.
+# normalisation, zoneout of h and of c (the expectation), time_first, packed.
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
@@ -154,7 +158,7 @@ def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options
 def reference_of(tensors: Tensors, options: Options) -> Tensors:
     """The definition under the kernels' calling convention."""
     x, h0, c0, lengths, reset, *flat = tensors
-    cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first = options
+    cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed = options
     assert x is not None
     weights = list(_grouped(flat, bias, projected, normed, cell == "lstm"))
 
@@ -162,7 +166,7 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
         states = (None if state is None else state[index] for state in (h0, c0))
         return autograd.reference_of(
             (x, *weights[index][:4], *states, weights[index][4], None, *weights[index][5:], lengths, reset, None),
-            (cell, reverse, zoneout_h, zoneout_c, False, 0.0),
+            (cell, reverse, zoneout_h, zoneout_c, False, 0.0, packed),
         )
 
     output, (h_n, c_n) = _through(x, len(weights), directions, time_first, one)
@@ -183,7 +187,7 @@ def _joined(outputs: Sequence[Any], time_first: bool) -> torch.Tensor:
     """The outputs of a layer's directions (B, T, H_out) side by side; (T, B, ...) if time_first."""
     if time_first:
         outputs = [output.transpose(0, 1) for output in outputs]
-    return torch.cat(tuple(outputs), 2) if len(outputs) > 1 else outputs[0].contiguous()
+    return torch.cat(tuple(outputs), -1) if len(outputs) > 1 else outputs[0].contiguous()
 
 
 def _stacked(states: Sequence[Any]) -> torch.Tensor:
@@ -195,21 +199,18 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::recurrence_stack_forward")
     def _(
         x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first,
-        save,
+        packed, save,
     ):  # fmt: skip
         name = autograd.CELLS[cell]
-        (batch, time, _), (rows, width), hidden = (
-            x.shape,
-            weights[1].shape,
-            weights[1].shape[0] // reference.GATES[name],
-        )
+        (rows, width), hidden = weights[1].shape, weights[1].shape[0] // reference.GATES[name]
+        batch, positions = (lengths if packed else x).shape[0], x.shape[:-1]
         cells = len(list(_grouped(weights, bias, projected, normed, name == "lstm")))
         wide = torch.promote_types(x.dtype, torch.float32)
         saved = []
         for first in range(0, cells if save else 0, directions):
             last = time_first and first + directions == cells
             if first:
-                saved.append(x.new_empty(batch, time, directions * width))
+                saved.append(x.new_empty(*positions, directions * width))
             kept = (
                 (True, rows),
                 (name in ("lstm", "gru"), hidden),
@@ -217,9 +218,9 @@ if dispatch.extension_missing is None:
                 (normed, 2 * rows + 2),
             )
             for _ in range(directions):
-                saved += [x.new_empty((batch, time, size) if wanted else (0,), dtype=wide) for wanted, size in kept]
+                saved += [x.new_empty((*positions, size) if wanted else (0,), dtype=wide) for wanted, size in kept]
         return [
-            x.new_empty(*((time, batch) if time_first else (batch, time)), directions * width),
+            x.new_empty(*(reversed(positions) if time_first else positions), directions * width),
             x.new_empty(cells, batch, width),
             x.new_empty((cells, batch, hidden) if name == "lstm" else (0,)),
             *saved,
@@ -228,7 +229,7 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::recurrence_stack_backward")
     def _(
         grad_output, grad_h, grad_c, x, weights, h0, c0, lengths, reset, output, saved, cell, directions, bias,
-        projected, normed, zoneout_h, zoneout_c, time_first, needs,
+        projected, normed, zoneout_h, zoneout_c, time_first, packed, needs,
     ):  # fmt: skip
         inputs = (x, *weights, h0, c0)
         return [x.new_empty(v.shape) for v, need in zip(inputs, needs, strict=True) if need]
