@@ -11,17 +11,6 @@
 template <class C>
 inline constexpr C key_limit = sizeof(C) == 4 ? C(20) : C(100);
 
-// 1 / d for d in [1, exp(4 key_limit)].
-#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-S2S_INLINE Vec<float> reciprocal(Vec<float> d) {
-  const Vec<float> r = S2S_OP(rcp14_ps, d);  // one step of Newton's from 14 bits; a division takes 16 cycles
-  return fma(r, fma(-d, r, broadcast(1.0f)), r);
-}
-#else
-S2S_INLINE Vec<float> reciprocal(Vec<float> d) { return 1.0f / d; }
-#endif
-S2S_INLINE Vec<double> reciprocal(Vec<double> d) { return 1.0 / d; }
-
 // expm1(x) for |x| <= 2 key_limit
 template <class C>
 S2S_INLINE Vec<C> expm1_limited(Vec<C> x) {

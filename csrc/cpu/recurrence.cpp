@@ -73,15 +73,21 @@ class Forward : Runner<S> {
     p.output = {to.output, to.output_batch, to.output_time, write};
     p.h_n = {to.h_n, s_.width, 0, write};
     if (s_.cell == Cell::lstm) p.c_n = {to.c_n, s_.hidden, 0, write};
-    // One step uses its weights once: packing them would take longer.
-    if (s_.time == 1 && !p.dropout && p.weight_ih.unit == 1 && p.weight_hh.unit == 1) p.product = S2S_SELECT(UnpackedProduct<S>::run);
+    p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
+    // Weights that are used once would take longer to pack.
+    p.product = S2S_SELECT(UnpackedProduct<S>::run);
+    p.unpacked_hh = s_.time == 1 && !p.dropout;
+    p.unpacked_ih = p.unpacked_hh || plan_.slots() < p.block_rows;
+    // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
+    p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;
+    for (const void* kept : {to.gates, to.extra})
+      if (reinterpret_cast<uintptr_t>(kept) % 64 != 0) p.streams = false;
 
     const auto split = this->split();
     const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
-    const bool shares = split.slices == 1 && !p.product;  // packed weights
+    const bool shares = split.slices == 1 && !p.unpacked_hh;  // packed weights
     p.x_rows = groups == 1 ? this->rows_of_x(p.x_row) : nullptr;
-    p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
-    const int64_t ih = shares ? this->packed_size(s_.gate_units, s_.inputs) : 0, hh = shares ? this->packed_size(s_.gate_units, s_.width) : 0;
+    const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs) : 0, hh = shares ? this->packed_size(s_.gate_units, s_.width) : 0;
     const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden) : 0, left = groups * rows * p.padded(s_.width);
     const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(std::max({s_.inputs, s_.width, s_.hidden}));
     const int64_t each = std::max(scratch, S2S_SELECT(RecurrenceForwardPart<C>::workspace)(p, rows, split.most_units(), !shares));
@@ -103,11 +109,11 @@ class Forward : Runner<S> {
       if (split.slices > 1) return run_part(p, split.part(begin, end), nullptr, nullptr, mine, &member);
       member.tasks(packs + (a_.weight_hr ? 1 : 0), [&](int64_t i) {
         if (i < packs)
-          pack_units(p, split.part(0, 1), i * 4, std::min(panels, i * 4 + 4), weight_ih, weight_hh, mine);
+          pack_units(p, split.part(0, 1), i * 4, std::min(panels, i * 4 + 4), p.unpacked_ih ? nullptr : weight_ih, weight_hh, mine);
         else
           pack_transposed(0, rows_of_hr, s_.width, s_.hidden, s_.width, s_.width, 0, source<S>(a_.weight_hr), nullptr, weight_hr, mine);
       });
-      for (int64_t g = begin; g < end; ++g) run_part(p, split.part(g, g + 1), shares ? weight_ih : nullptr, weight_hh, own[g], nullptr);
+      for (int64_t g = begin; g < end; ++g) run_part(p, split.part(g, g + 1), weight_ih, shares ? weight_hh : nullptr, own[g], nullptr);
     });
     if (a_.lengths && !a_.packed) {
       this->clear_absent(static_cast<S*>(to.output), s_.width, to.output_batch, to.output_time);
@@ -180,7 +186,8 @@ class Backward : Runner<S> {
     const auto values = [&](bool wanted, int64_t columns) { return wanted ? this->packed_size(columns, blocks) : 0; };
     const int64_t hh = this->packed_size(split.most_units(), gates);
     const int64_t row = std::max({s_.inputs, width, hidden}) + 16;
-    const int64_t scratch = std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(), tile * s_.inputs,
+    const int64_t unpacked = unpacked_ih() ? S2S_SELECT(RecurrenceProducts<C>::unpacked_workspace)(tile, s_.inputs, gates) : 0;
+    const int64_t scratch = std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(), (tile + 1) * s_.inputs + unpacked,
                                       S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
     const int64_t state = S2S_SELECT(RecurrenceBackwardPart<C>::workspace)(p, rows, split.most_units());
     const bool narrows = !std::is_same_v<S, C>;
@@ -191,7 +198,7 @@ class Backward : Runner<S> {
                              norm_c ? chunk_slots_ * hidden : 0,
                              norm_c ? chunk_slots_ * hidden : 0,
                              projects ? this->packed_size(hidden, width) : 0,
-                             wants(want_x) ? this->packed_size(s_.inputs, gates) : 0,
+                             wants(want_x) && !unpacked_ih() ? this->packed_size(s_.inputs, gates) : 0,
                              values(wants(want_ih), s_.inputs),
                              values(wants(want_hh), width),
                              values(wants(want_hr), hidden),
@@ -270,6 +277,8 @@ class Backward : Runner<S> {
 
   bool wants(int i) const { return needs_ >> i & 1; }
   const WeightDropout* dropout() const { return a_.weight_dropout > 0 ? &this->dropout_ : nullptr; }
+  // Whether the product with W_ih is made once: packing the weights would take longer.
+  bool unpacked_ih() const { return plan_.slots() <= tile; }
   int64_t sum_row() const { return (s_.gate_units + 15) / 16 * 16; }
 
   void plan_chunks() {
@@ -313,7 +322,7 @@ class Backward : Runner<S> {
       if (i == 2 * pieces) return pack(0, width, width, 0, s_.hidden, source<S>(a_.weight_hr), nullptr, hr, own);
       const int64_t first = i / 2 * rows, last = std::min(gates, first + rows);
       if (i % 2 == 0 && hh) pack(first, last, gates, 0, width, source<S>(a_.weight_hh), dropout(), hh, own);
-      if (i % 2 == 1 && wants(want_x)) pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih_, own);
+      if (i % 2 == 1 && wants(want_x) && !unpacked_ih()) pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih_, own);
     });
   }
 
@@ -427,8 +436,15 @@ class Backward : Runner<S> {
   // x's gradient at the positions [begin, end) of a chunk.
   void input_gradients(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin, int64_t end, C* own) {
     const int64_t inputs = s_.inputs;
-    S2S_SELECT(RecurrenceProducts<C>::packed)
-    (end - begin, inputs, s_.gate_units, p.grad_in + begin * p.grad_row, p.grad_row, weight_ih_, own, inputs, false, false);
+    const C* const grad = p.grad_in + begin * p.grad_row;
+    if (unpacked_ih()) {
+      const Source<C> w = source<S>(a_.weight_ih);
+      S2S_SELECT(UnpackedProduct<S>::run)
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, own, inputs, false, own + tile * inputs);
+    } else {
+      S2S_SELECT(RecurrenceProducts<C>::packed)
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, own, inputs, false, false);
+    }
     const Target<C> to = target<S>(*results_[want_x], a_.packed);
     const Schedule& s = plan_.schedule;
     int64_t t = plan_.time_of_slot(p.first_slot + begin);

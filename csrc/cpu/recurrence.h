@@ -105,6 +105,11 @@ struct GradientFactor {
   C* to;
 };
 
+// C (m, n) = or += A (m, k) times B (k, n), of any storage type, its strides in elements.
+template <class C>
+using Unpacked = void (*)(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row,
+                          int64_t b_col, C* c, int64_t c_row, bool add, C* workspace);
+
 template <class C>
 struct RecurrenceForward : Recurrence<C> {
   Source<C> weight_ih, weight_hh;  // (G H, I), (G H, P)
@@ -117,9 +122,10 @@ struct RecurrenceForward : Recurrence<C> {
   int64_t block_rows;  // rows of the input product made at once, and used while they are in the cache
   Target<C> output, h_n, c_n;
   C* left[2];  // (rows of all groups, padded(P)) each: what the recurrent product of this step and of the next multiplies
-  // For one step, weights are read where they lie: C (m, n) = A (m, k) times B (n, k)^T. Null: they are packed.
-  void (*product)(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, C* c,
-                  int64_t c_row, C* workspace);
+  // Weights that are used but once are read where they lie.
+  bool unpacked_ih, unpacked_hh;
+  Unpacked<C> product;
+  bool streams;  // what is kept goes past the caches, whose lines it fills wholly
 };
 
 template <class C>

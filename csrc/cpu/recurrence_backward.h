@@ -131,6 +131,7 @@ class RecurrenceBackwardPart {
     rows_ = part.rows(s_.batch);
     units_ = part.units;
     own_ = p.weight_hr ? p.width : units_;
+    const int64_t longest = rows_ ? s_.length[batch_row(0)] : 0;
     const auto take = [&](int64_t count) {
       C* const place = workspace;
       workspace += (count + 15) / 16 * 16;
@@ -148,6 +149,7 @@ class RecurrenceBackwardPart {
     cell_ = take(units_);
     normed_ = take(units_);
     through_ = take(units_);
+    last_ = s_.reverse ? longest - 1 : 0;
     // Something passes h by, so the recurrent product adds to what is there.
     direct_ = p.cell == Cell::gru || p.zoneout.h > 0;
   }
@@ -219,6 +221,7 @@ class RecurrenceBackwardPart {
     const C* const units = p_.weight_hr ? unprojected_ : own;
     for (int64_t row = 0; row < here; ++row) cell(t, row, units + row * units_);
     if (others_) others_->wait();
+    if (t == last_ && !p_.grad_h0.data && !p_.grad_mask.data) return;  // of the state before the first step, which nobody asks for
     const C* const left = p_.grad_rec + (slot(t, 0) - p_.first_slot) * p_.grad_row;
     C* const to = p_.mask ? product_ : dh_;
     Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2);
@@ -291,6 +294,7 @@ class RecurrenceBackwardPart {
   Crew::Member* const others_;
   const C* const weight_hh_;
   int64_t rows_, units_, own_;  // own_: of the gradient of h, the columns that this part makes
+  int64_t last_;  // the time of the last step
   bool direct_;
   C *dh_, *dc_, *own_dh_, *unprojected_, *product_, *grad_mask_, *zeros_, *share_, *kept_c_, *cell_, *normed_, *through_;
 };

@@ -1,27 +1,29 @@
 // Forward: one part of the rows or units runs through time alone, or meets the others once a step where they share rows. The input product
 // of the next steps is made block by block; each step adds the recurrent product and ends in the cell's own arithmetic.
 
-// pre: the input product; rec: the recurrent one, both for n units; bias, gates: for `all` units; gates: where the activated gates go, or
-// null. h null: it is made later, from o and c.
+// sum: of the input product and the recurrent one, for n units; bias, gates: for `all` units; gates: where the activated gates go, past the
+// caches if it streams, or null. h null: it is made later, from c and o, which takes its place in the sum.
 template <class T>
-void lstm_units(int64_t n, int64_t all, const T* pre, const T* rec, const T* bias, T* c, T* h, T* gates) {
+void lstm_units(int64_t n, int64_t all, T* sum, const T* bias, T* c, T* h, T* gates, bool streams) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
         const int64_t k = n + j, l = 2 * n + j, m = 3 * n + j;
-        const Vec<T> i = vsigmoid(at.get(pre + j) + at.get(bias + j) + at.get(rec + j));
-        const Vec<T> f = vsigmoid(at.get(pre + k) + at.get(bias + all + j) + at.get(rec + k));
-        const Vec<T> g = vtanh(at.get(pre + l) + at.get(bias + 2 * all + j) + at.get(rec + l));
-        const Vec<T> o = vsigmoid(at.get(pre + m) + at.get(bias + 3 * all + j) + at.get(rec + m));
+        const Vec<T> i = vsigmoid(at.get(sum + j) + at.get(bias + j));
+        const Vec<T> f = vsigmoid(at.get(sum + k) + at.get(bias + all + j));
+        const Vec<T> g = vtanh(at.get(sum + l) + at.get(bias + 2 * all + j));
+        const Vec<T> o = vsigmoid(at.get(sum + m) + at.get(bias + 3 * all + j));
         const Vec<T> cell = fma(f, at.get(c + j), i * g);
         at.put(c + j, cell);
-        if (h) at.put(h + j, o * vtanh(cell));
+        at.put(sum + m, o);
         if (gates) {
-          at.put(gates + j, i);
-          at.put(gates + all + j, f);
-          at.put(gates + 2 * all + j, g);
-          at.put(gates + 3 * all + j, o);
+          at.keep(gates + j, i, streams);
+          at.keep(gates + all + j, f, streams);
+          at.keep(gates + 2 * all + j, g, streams);
+          at.keep(gates + 3 * all + j, o, streams);
         }
       });
+  // In a loop of its own: a tanh at the end of that chain would wait for all of it.
+  if (h) each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(h + j, at.get(sum + 3 * n + j) * vtanh(at.get(c + j))); });
 }
 
 template <class T>
@@ -32,9 +34,10 @@ void lstm_output(int64_t n, const T* normed, const T* weight, const T* bias, con
       });
 }
 
-// recurrent_n: where W_hn h + b_hn goes, or null.
+// pre, rec: the input product and the recurrent one. recurrent_n: where W_hn h + b_hn goes, or null.
 template <class T>
-void gru_units(int64_t n, int64_t all, const T* pre, const T* rec, const T* bias, const T* bias_hn, T* h, T* gates, T* recurrent_n) {
+void gru_units(int64_t n, int64_t all, const T* pre, const T* rec, const T* bias, const T* bias_hn, T* h, T* gates, T* recurrent_n,
+               bool streams) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
         const int64_t k = n + j, l = 2 * n + j;
@@ -44,22 +47,22 @@ void gru_units(int64_t n, int64_t all, const T* pre, const T* rec, const T* bias
         const Vec<T> candidate = vtanh(fma(r, hn, at.get(pre + l) + at.get(bias + 2 * all + j)));
         at.put(h + j, fma(z, at.get(h + j), (T(1) - z) * candidate));
         if (gates) {
-          at.put(gates + j, r);
-          at.put(gates + all + j, z);
-          at.put(gates + 2 * all + j, candidate);
-          at.put(recurrent_n + j, hn);
+          at.keep(gates + j, r, streams);
+          at.keep(gates + all + j, z, streams);
+          at.keep(gates + 2 * all + j, candidate, streams);
+          at.keep(recurrent_n + j, hn, streams);
         }
       });
 }
 
 template <class T>
-void rnn_units(int64_t n, bool relu, const T* pre, const T* rec, const T* bias, T* h, T* gates) {
+void rnn_units(int64_t n, bool relu, const T* sum, const T* bias, T* h, T* gates, bool streams) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
-        const Vec<T> sum = at.get(pre + j) + at.get(bias + j) + at.get(rec + j);
-        const Vec<T> value = relu ? max(Vec<T>{}, sum) : vtanh(sum);  // a NaN comes through
+        const Vec<T> before = at.get(sum + j) + at.get(bias + j);
+        const Vec<T> value = relu ? max(Vec<T>{}, before) : vtanh(before);  // a NaN comes through
         at.put(h + j, value);
-        if (gates) at.put(gates + j, value);
+        if (gates) at.keep(gates + j, value, streams);
       });
 }
 
@@ -71,14 +74,13 @@ class RecurrenceForwardPart {
   // Elements of scratch for a part of `rows` rows and `units` units; parts next to each other need no more than the sum of theirs.
   static int64_t workspace(const RecurrenceForward<C>& p, int64_t rows, int64_t units, bool packs) {
     const int64_t blocks = p.block_rows + rows, gates = p.gate_units / p.hidden * units;
-    const int64_t weights = p.product ? gemm_workspace<C>(rows, units, p.inputs > p.width ? p.inputs : p.width)
-                            : packs   ? packed_b_size<C>(gates, p.inputs + p.width) + Products::pack_workspace(p.inputs + p.width)
-                                      : 0;
+    int64_t weights = packs ? packed_b_size<C>(gates, p.inputs + p.width) + Products::pack_workspace(p.inputs + p.width) : 0;
+    if (p.unpacked_ih) weights += gemm_workspace<C>(blocks, units, p.inputs > p.width ? p.inputs : p.width);
     return blocks * (gates + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * units + gates) +
            3 * (p.width + units) + weights + 20 * 16;
   }
 
-  // weight_ih, weight_hh: packed for all units, or null: the part packs its own.
+  // weight_ih, weight_hh: packed for all units; null: the part packs its own, unless they stay unpacked.
   static void run(const RecurrenceForward<C>& p, const Part& part, const C* weight_ih, const C* weight_hh, C* workspace,
                   Crew::Member* others) {
     RecurrenceForwardPart(p, part, weight_ih, weight_hh, workspace, others).through_time();
@@ -110,14 +112,14 @@ class RecurrenceForwardPart {
     before_h_ = take(p.width);
     before_c_ = take(units_);
     normed_c_ = take(p.norm_c ? units_ : 0);
-    if (p.product) {
-      scratch_ = workspace;
-    } else if (!weight_ih) {
-      C* const ih = take(packed_b_size<C>(gates_, p.inputs));
+    if (!weight_hh && !p.unpacked_hh) {
+      C* const ih = p.unpacked_ih ? nullptr : take(packed_b_size<C>(gates_, p.inputs));
       C* const hh = take(packed_b_size<C>(gates_, p.width));
       Products::pack_units(p, part, 0, Products::panels(gates_), ih, hh, workspace);
       weight_ih_ = ih, weight_hh_ = hh;
     }
+    scratch_ = workspace;
+    sums_ = p.cell != Cell::gru && !p.norm_hh;
     // A part writes only its own units of what the parts share.
     for (int i = 0; i < 2; ++i) left_[i] = p.left[i] + (part.groups > 1 ? part.group * ((s_.batch + part.groups - 1) / part.groups) : 0) * left_row_;
   }
@@ -141,7 +143,7 @@ class RecurrenceForwardPart {
       }
       const int64_t first = s_.reverse ? end - done - steps : done;
       input_product(first, first + steps, rows);
-      const C* pre = s_.reverse ? pre_ + rows * gates_ : pre_;
+      C* pre = s_.reverse ? pre_ + rows * gates_ : pre_;
       for (int64_t i = 0; i < steps; ++i) {
         const int64_t t = s_.reverse ? first + steps - 1 - i : first + i, here = present(t) * gates_;
         if (s_.reverse) pre -= here;
@@ -150,6 +152,7 @@ class RecurrenceForwardPart {
       }
       done += steps;
     }
+    if (p_.streams) stream_end();
     for (int64_t row = 0; row < rows_; ++row) {
       const int64_t b = batch_row(row);
       p_.h_n.write(p_.h_n.data, b * p_.h_n.batch + part_.unit, own_, h_ + row * own_);
@@ -186,11 +189,11 @@ class RecurrenceForwardPart {
     if (p_.mask) multiply(own_, p_.mask + b * p_.width + part_.unit, left);
   }
 
-  // C = A W^T, the rows of W that this part has.
-  void unpacked_product(int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to) {
+  // C = or += A W^T, the rows of W that this part has.
+  void unpacked_product(int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to, bool add) {
     for (int64_t gate = 0; gate * units_ < gates_; ++gate)
-      p_.product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.batch, to + gate * units_, gates_,
-                 scratch_);
+      p_.product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.unit, w.batch, to + gate * units_,
+                 gates_, add, scratch_);
   }
 
   // W_ih x of the times [first, last), one row after another, time by time.
@@ -206,8 +209,8 @@ class RecurrenceForwardPart {
         for (int64_t row = 0; row < present(t); ++row, to += from_row)
           p_.x.read(p_.x.data, s_.place(batch_row(row), t, p_.x.batch, p_.x.time), p_.x.unit, p_.inputs, to);
     }
-    if (p_.product)
-      unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_);
+    if (p_.unpacked_ih)
+      unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, false);
     else
       Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, pre_, gates_, false, false);
     if (!p_.norm_ih) return;
@@ -221,12 +224,13 @@ class RecurrenceForwardPart {
   }
 
   // turn: which of the two left factors this step sees; the other takes what the next one will.
-  void step(int64_t t, const C* pre, int64_t turn) {
+  void step(int64_t t, C* pre, int64_t turn) {
     const int64_t here = present(t), next = s_.reverse ? t - 1 : t + 1;
-    if (p_.product)
-      unpacked_product(here, p_.width, left_[turn], left_row_, p_.weight_hh, rec_);
+    C* const to = sums_ ? pre : rec_;
+    if (p_.unpacked_hh)
+      unpacked_product(here, p_.width, left_[turn], left_row_, p_.weight_hh, to, sums_);
     else
-      Products::packed(here, gates_, p_.width, left_[turn], left_row_, weight_hh_, rec_, gates_, false, turn);
+      Products::packed(here, gates_, p_.width, left_[turn], left_row_, weight_hh_, to, gates_, sums_, turn);
     for (int64_t row = 0; row < here; ++row) units(t, row, pre + row * gates_, rec_ + row * gates_);
     if (p_.weight_hr) project(t, here);
     for (int64_t row = 0; row < here; ++row) {
@@ -240,9 +244,10 @@ class RecurrenceForwardPart {
     meet();
   }
 
-  void units(int64_t t, int64_t row, const C* pre, C* rec) {
+  // pre: the sum of both products where sums_.
+  void units(int64_t t, int64_t row, C* pre, C* rec) {
     const int64_t n = units_, all = p_.hidden, unit = part_.unit, at = batch_row(row) * s_.time + t, slot = this->slot(t, row);
-    C* gates = p_.gates ? p_.gates + slot * p_.gate_units + unit : nullptr;
+    C* const gates = p_.gates ? p_.gates + slot * p_.gate_units + unit : nullptr;
     C* const extra = p_.extra ? p_.extra + slot * all + unit : nullptr;
     C* const h = p_.weight_hr ? unprojected_ + row * n : h_ + row * n;
     const C* const bias = p_.bias + unit;
@@ -250,27 +255,27 @@ class RecurrenceForwardPart {
       C* const keep = p_.normed ? p_.normed + slot * p_.normed_row() : nullptr;
       const C scale = Products::normalise(gates_, rec, p_.norm_hh, keep ? keep + gates_ : nullptr, rec);
       if (keep) keep[2 * gates_ + 1] = scale;
+      if (p_.cell != Cell::gru) add_row(gates_, rec, pre);
     }
     const bool zoned = p_.zoneout.h > 0 && !p_.weight_hr;
     const Zones<C> zones{p_.zoneout, share_};
     if (zoned) std::memcpy(before_h_, h, static_cast<size_t>(n) * sizeof(C));
     if (p_.cell == Cell::gru) {
-      gru_units(n, all, pre, rec, bias, p_.bias_hn + unit, h, gates, extra);
+      gru_units(n, all, pre, rec, bias, p_.bias_hn + unit, h, gates, extra, p_.streams);
     } else if (p_.cell == Cell::lstm) {
       C* const c = c_ + row * n;
       if (p_.zoneout.c > 0) std::memcpy(before_c_, c, static_cast<size_t>(n) * sizeof(C));
       if (p_.norm_c) {
-        if (!gates) gates = rec;
-        lstm_units<C>(n, all, pre, rec, bias, c, nullptr, gates);
+        lstm_units<C>(n, all, pre, bias, c, nullptr, gates, p_.streams);
         Products::normalise(n, c, nullptr, nullptr, normed_c_);
-        lstm_output(n, normed_c_, p_.norm_c, p_.norm_b, gates + 3 * n, h);
+        lstm_output(n, normed_c_, p_.norm_c, p_.norm_b, pre + 3 * n, h);
       } else {
-        lstm_units(n, all, pre, rec, bias, c, h, gates);
+        lstm_units(n, all, pre, bias, c, h, gates, p_.streams);
       }
       if (p_.zoneout.c > 0) blend(n, zones.c(at, unit, n), before_c_, c);
-      if (extra) std::memcpy(extra, c, static_cast<size_t>(n) * sizeof(C));
+      if (extra) each_vector<C>(n, S2S_LAMBDA(auto v, int64_t j) { v.keep(extra + j, v.get(c + j), p_.streams); });
     } else {
-      rnn_units(n, p_.cell == Cell::rnn_relu, pre, rec, bias, h, gates);
+      rnn_units(n, p_.cell == Cell::rnn_relu, pre, bias, h, gates, p_.streams);
     }
     if (zoned) blend(n, zones.h(at, unit, n), before_h_, h);
   }
@@ -291,6 +296,7 @@ class RecurrenceForwardPart {
   const Part part_;
   Crew::Member* const others_;
   const C *weight_ih_, *weight_hh_;
+  bool sums_;  // the recurrent product is added to the input product
   int64_t rows_, units_, gates_, own_, left_row_;  // own_: of h, the columns that this part makes
-  C *pre_, *x_, *rec_, *h_, *c_, *unprojected_, *projected_, *share_, *before_h_, *before_c_, *normed_c_, *scratch_ = nullptr, *left_[2];
+  C *pre_, *x_, *rec_, *h_, *c_, *unprojected_, *projected_, *share_, *before_h_, *before_c_, *normed_c_, *scratch_, *left_[2];
 };

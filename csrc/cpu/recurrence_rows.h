@@ -5,6 +5,7 @@ template <class T>
 struct WholeVector {
   S2S_INLINE Vec<T> get(const T* from) { return load(from); }
   S2S_INLINE void put(T* to, Vec<T> v) { store(to, v); }
+  S2S_INLINE void keep(T* to, Vec<T> v, bool streams) { streams ? stream(to, v) : store(to, v); }
   S2S_INLINE Vec<T> only(Vec<T> v) { return v; }  // 0 where there is no element
 };
 template <class T>
@@ -12,6 +13,7 @@ struct PartVector {
   int64_t n;
   inline __attribute__((always_inline)) Vec<T> get(const T* from) const { return load_partial(from, n); }
   inline __attribute__((always_inline)) void put(T* to, Vec<T> v) const { store_partial(to, v, n); }
+  inline __attribute__((always_inline)) void keep(T* to, Vec<T> v, bool) const { store_partial(to, v, n); }
   inline __attribute__((always_inline)) Vec<T> only(Vec<T> v) const {
     return select(iota<T>() < broadcast(static_cast<T>(n)), v, Vec<T>{});
   }
@@ -77,14 +79,20 @@ void multiply(int64_t n, const T* factor, T* row) {
 template <class S>
 struct UnpackedProduct {
   using C = compute_t<S>;
-  static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, C* c,
-                  int64_t c_row, C* workspace) {
-    gemm<C, C, S>(m, n, k, a, a_row, 1, static_cast<const S*>(b) + b_offset, 1, b_row, c, c_row, false, workspace);
+  static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, int64_t b_col,
+                  C* c, int64_t c_row, bool add, C* workspace) {
+    gemm<C, C, S>(m, n, k, a, a_row, 1, static_cast<const S*>(b) + b_offset, b_row, b_col, c, c_row, add, workspace);
   }
 };
 
+template <class T>
+void add_row(int64_t n, const T* from, T* row) {
+  each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) + at.get(from + j)); });
+}
+
 template <class C>
 struct RecurrenceProducts {
+  static int64_t unpacked_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
   static int64_t panels(int64_t columns) { return (columns + gemm_nr<C> - 1) / gemm_nr<C>; }
   static int64_t packed_size(int64_t n, int64_t k) { return packed_b_size<C>(n, k); }
   // Scratch for packing.
@@ -93,7 +101,7 @@ struct RecurrenceProducts {
   // Panels [first, last) of the weights of a part's units, as the right factors of x W_ih^T and h W_hh^T.
   static void pack_units(const RecurrenceForward<C>& p, const Part& part, int64_t first, int64_t last, C* ih, C* hh, C* workspace) {
     const int64_t rows = p.gate_units / p.hidden * part.units;
-    pack_transposed(first, last, rows, p.inputs, part.units, p.hidden, part.unit, p.weight_ih, nullptr, ih, workspace);
+    if (ih) pack_transposed(first, last, rows, p.inputs, part.units, p.hidden, part.unit, p.weight_ih, nullptr, ih, workspace);
     pack_transposed(first, last, rows, p.width, part.units, p.hidden, part.unit, p.weight_hh, p.dropout, hh, workspace);
   }
 

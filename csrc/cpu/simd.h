@@ -33,6 +33,25 @@ S2S_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // and not x + 0, which would lose the sign of -0
 }
 
+// Writes past the caches, for what is read much later; `to` is aligned to the vector. After the last of them comes stream_end.
+template <class T>
+S2S_INLINE void stream(T* to, Vec<T> v) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__x86_64__) && S2S_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
+#else
+  std::memcpy(to, &v, sizeof v);
+#endif
+}
+S2S_INLINE void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Keeps the value where it is: the compiler would read memory again at every use.
 template <class T>
 S2S_INLINE void keep_in_register(Vec<T>& v) {
@@ -205,6 +224,27 @@ template <class T>
 S2S_INLINE std::enable_if_t<std::is_arithmetic_v<T>, T> max(T a, T b) {
   return a > b ? a : b;
 }
+
+// 1 / b and a / b for a b between 2^-125 and 2^126 in magnitude, within a unit in the last place: the divider would keep the multipliers of
+// a wide vector waiting.
+S2S_INLINE Vec<float> reciprocal(Vec<float> b) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  const Vec<float> about = S2S_OP(rcp14_ps, b);
+  return fma(about, fma(-b, about, broadcast(1.0f)), about);
+#else
+  return 1.0f / b;
+#endif
+}
+S2S_INLINE Vec<double> reciprocal(Vec<double> b) { return 1.0 / b; }
+S2S_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  const Vec<float> inverse = reciprocal(b), q = a * inverse;
+  return fma(inverse, fma(-b, q, a), q);
+#else
+  return a / b;
+#endif
+}
+S2S_INLINE Vec<double> quotient(Vec<double> a, Vec<double> b) { return a / b; }
 
 // mask ? a : b, lane by lane; the mask is what a comparison of vectors gives.
 S2S_INLINE Vec<float> select(Mask<float> mask, Vec<float> a, Vec<float> b) { return mask ? a : b; }

@@ -14,6 +14,7 @@ struct MathConstants<float> {
   static constexpr float exponent_tag_value = 8388608.0f + 127.0f, round = 12582912.0f;
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float exp_min = -104.0f, exp_max = 89.0f, exp_fast_min = -88.0f, exp_fast_max = 88.8f, tanh_max = 20.0f;
+  static constexpr float sigmoid_min = -87.33f;
   static constexpr float smallest_normal = 0x1p-126f, subnormal_scale = 0x1p25f, subnormal_exponent = 25.0f;
   // (expm1(r) - r) / r^2 for |r| <= ln(2) / 2
   static constexpr float exp[] = {0.5000000054f, 0.1666666691f, 0.04166632426f, 0.008333218874f, 0.00139434294f, 0.0001996291045f};
@@ -36,6 +37,7 @@ struct MathConstants<double> {
   static constexpr double exponent_tag_value = 4503599627370496.0 + 1023.0, round = 6755399441055744.0;
   static constexpr double log2e = 1.4426950408889634, ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   static constexpr double exp_min = -746.0, exp_max = 710.0, exp_fast_min = -709.0, exp_fast_max = 709.8, tanh_max = 40.0;
+  static constexpr double sigmoid_min = -708.39;
   static constexpr double smallest_normal = 0x1p-1022, subnormal_scale = 0x1p54, subnormal_exponent = 54.0;
   static constexpr double exp[] = {0.500000000000000088,   0.166666666666666711,   0.0416666666666520705,    0.00833333333332604455,
                                    0.00138888888956739041, 0.00019841269875147741, 0.0000248015744406941998, 2.75572549759880007e-6,
@@ -76,7 +78,15 @@ S2S_INLINE Vec<T> reduce_exponent(Vec<T> x, Vec<typename MathConstants<T>::Bits>
 // expm1(r) for |r| <= ln(2) / 2
 template <class T>
 S2S_INLINE Vec<T> expm1_reduced(Vec<T> r) {
-  return fma(r * r, polynomial<T>(MathConstants<T>::exp, r), r);
+  const auto& e = MathConstants<T>::exp;
+  const Vec<T> square = r * r;
+  if constexpr (std::is_same_v<T, float>) {  // in pairs, so that a term needn't wait for the last
+    const Vec<T> low = fma(r, broadcast(e[1]), broadcast(e[0])), middle = fma(r, broadcast(e[3]), broadcast(e[2]));
+    const Vec<T> high = fma(r, broadcast(e[5]), broadcast(e[4]));
+    return fma(square, fma(square, fma(square, high, middle), low), r);
+  } else {
+    return fma(square, polynomial<T>(e, r), r);
+  }
 }
 
 // 2^n from the low bits of `rounded`: 0 at n = -bias, infinity at n = bias + 1.
@@ -111,7 +121,7 @@ S2S_INLINE Vec<T> tanh_full(Vec<T> x) {
   const Vec<T> r = reduce_exponent<T>(max(broadcast(-M::tanh_max), min(broadcast(M::tanh_max), x + x)), rounded);
   const Vec<T> scale = power_of_two<T>(rounded);
   const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
-  return e / (e + T(2));
+  return quotient(e, e + T(2));
 }
 
 template <class T>
@@ -153,9 +163,18 @@ S2S_INLINE Vec<double> vlog(Vec<double> x) { return log_full<double>(x); }
 S2S_INLINE Vec<float> vtanh(Vec<float> x) { return tanh_full<float>(x); }
 S2S_INLINE Vec<double> vtanh(Vec<double> x) { return tanh_full<double>(x); }
 
-// A result below the smallest normal number may be 0.
-S2S_INLINE Vec<float> vsigmoid(Vec<float> x) { return 1.0f / (exp_fast<float>(-x) + 1.0f); }
-S2S_INLINE Vec<double> vsigmoid(Vec<double> x) { return 1.0 / (exp_fast<double>(-x) + 1.0); }
+// A result below the smallest normal number is 0.
+template <class T>
+S2S_INLINE Vec<T> sigmoid_full(Vec<T> x) {
+  using M = MathConstants<T>;
+  const Vec<T> least = broadcast(M::sigmoid_min);
+  Vec<typename M::Bits> rounded;
+  const Vec<T> r = reduce_exponent<T>(-max(least, min(broadcast(-M::sigmoid_min), x)), rounded);
+  const Vec<T> e = (expm1_reduced<T>(r) + T(1)) * power_of_two<T>(rounded);
+  return select(x < least, Vec<T>{}, reciprocal(e + T(1)));
+}
+S2S_INLINE Vec<float> vsigmoid(Vec<float> x) { return sigmoid_full<float>(x); }
+S2S_INLINE Vec<double> vsigmoid(Vec<double> x) { return sigmoid_full<double>(x); }
 
 S2S_INLINE Vec<float> verf(Vec<float> x) { return erf_full<float>(x); }
 S2S_INLINE Vec<double> verf(Vec<double> x) { return erf_full<double>(x); }
