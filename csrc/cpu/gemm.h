@@ -27,10 +27,11 @@ inline constexpr int64_t gemm_group_panels = 6;  // panels that a caller's loops
 constexpr int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // C (ROWS, PANELS * gemm_nr) of which the last panel has `columns` valid columns. Element (i, k) of A is a[i * a_row + k]; row k of panel p
-// of B starts at b + p * b_panel + k * b_row.
+// of B starts at b + p * b_panel + k * b_row. A cache line of `ahead`, and of what lies ahead_step bytes after it and so on, is brought nearer
+// for every other k.
 template <class T, int ROWS, int PANELS>
 __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
-                                         int64_t c_row, bool add, int64_t columns) {
+                                         int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step) {
   // A pointer for every three rows or panels, which an address reaches with its index times 0, 1 or 2: one a row would not fit the
   // registers, and their exchange with vector registers takes the multipliers' ports. The compiler must not see where they come from.
   constexpr int row_bases = (ROWS + 2) / 3, panel_bases = (PANELS + 2) / 3;
@@ -63,8 +64,11 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_ro
   for (; k + 4 <= depth; k += 4) {
     multiply(0);
     multiply(1);
+    if (ROWS > 3) __builtin_prefetch(ahead, 0, 2);
     multiply(2);
     multiply(3);
+    if (ROWS > 3) __builtin_prefetch(ahead + ahead_step, 0, 2);
+    ahead += 2 * ahead_step;
 #pragma GCC unroll 16
     for (int i = 0; i < row_bases; ++i) left[i] += 4;
   }
@@ -90,14 +94,14 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_ro
 // As gemm_tile, for any number of rows up to gemm_mr, over one panel or (if `wide`) gemm_wide(rows) of them.
 template <class T, int ROWS = gemm_mr>
 void gemm_rows(int64_t rows, bool wide, int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
-               int64_t c_row, bool add, int64_t columns) {
+               int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step) {
   if (rows == ROWS) {
     if (wide)
-      gemm_tile<T, ROWS, gemm_wide(ROWS)>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns);
+      gemm_tile<T, ROWS, gemm_wide(ROWS)>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step);
     else
-      gemm_tile<T, ROWS, 1>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns);
+      gemm_tile<T, ROWS, 1>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step);
   } else if constexpr (ROWS > 1) {
-    gemm_rows<T, ROWS - 1>(rows, wide, depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns);
+    gemm_rows<T, ROWS - 1>(rows, wide, depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step);
   }
 }
 
@@ -279,10 +283,17 @@ int64_t gemm_workspace(int64_t m, int64_t n, int64_t k) {
 // The first row of group g of `groups` groups into which `rows` rows are dealt evenly.
 constexpr int64_t gemm_group(int64_t rows, int64_t groups, int64_t g) { return rows / groups * g + gemm_min(g, rows % groups); }
 
+// What the caller needs next, and comes from memory while the multipliers work: [at, end), and after that the panels of B themselves, one
+// panel ahead, where they don't fit the caches.
+struct GemmAhead {
+  const char *at, *end;
+  bool panels;
+};
+
 // The columns [0, n) of one block of rows and of k, from panels: those of B itself (rows `right_row` apart) or packed ones.
 template <class T>
 void gemm_block(int64_t rows, int64_t n, int64_t depth, const T* left, int64_t left_row, const T* right, int64_t right_panel,
-                int64_t right_row, T* c, int64_t c_row, bool add) {
+                int64_t right_row, T* c, int64_t c_row, bool add, GemmAhead* ahead = nullptr) {
   constexpr int64_t nr = gemm_nr<T>;
   const int64_t groups = (rows + gemm_mr - 1) / gemm_mr, wide = groups == 1 ? gemm_wide(static_cast<int>(rows)) : 1;
   for (int64_t j = 0; j < n;) {
@@ -290,8 +301,20 @@ void gemm_block(int64_t rows, int64_t n, int64_t depth, const T* left, int64_t l
     const int64_t panels = is_wide ? wide : 1, last = gemm_min(n - j, panels * nr) - (panels - 1) * nr;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = gemm_group(rows, groups, g), count = gemm_group(rows, groups, g + 1) - begin;
-      gemm_rows<T>(count, is_wide && wide > 1, depth, left + begin * left_row, left_row, right + j / nr * right_panel, right_panel,
-                   right_row, c + begin * c_row + j, c_row, add, last);
+      const T* const a = left + begin * left_row;
+      const char* fetched = reinterpret_cast<const char*>(a);
+      int64_t step = 0;
+      if (ahead) {
+        const int64_t bytes = depth / 2 * 64, panel = panels * depth * nr * static_cast<int64_t>(sizeof(T));
+        if (ahead->at < ahead->end) {
+          fetched = ahead->at, step = 64;
+          ahead->at += bytes;
+        } else if (ahead->panels && j + panels * nr < n && g * bytes < panel) {
+          fetched = reinterpret_cast<const char*>(right + (j / nr + panels) * right_panel) + g * bytes, step = 64;
+        }
+      }
+      gemm_rows<T>(count, is_wide && wide > 1, depth, a, left_row, right + j / nr * right_panel, right_panel, right_row,
+                   c + begin * c_row + j, c_row, add, last, fetched, step);
     }
     j += panels * nr;
   }
@@ -374,7 +397,7 @@ void pack_b(int64_t n, int64_t k, const TB* b, int64_t b_row_stride, int64_t b_c
 // The columns of panels [panel_begin, panel_end) only; a, packed and c are those of the whole product. A has unit column stride.
 template <class T>
 void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride,
-                        bool accumulate, int64_t panel_begin, int64_t panel_end) {
+                        bool accumulate, int64_t panel_begin, int64_t panel_end, GemmAhead* ahead = nullptr) {
   constexpr int64_t nr = gemm_nr<T>;
   const int64_t begin = panel_begin * nr, end = gemm_min(panel_end * nr, n), step = gemm_group_panels * nr;
   if (m <= 0) return;
@@ -382,7 +405,7 @@ void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_r
     const int64_t columns = gemm_min(end - j, step);
     for (int64_t k0 = 0; k0 < k; k0 += gemm_kc)
       gemm_block<T>(m, columns, gemm_min(k - k0, gemm_kc), a + k0, a_row_stride, packed + j * k + k0 * nr, k * nr, nr, c + j, c_row_stride,
-                    accumulate || k0 > 0);
+                    accumulate || k0 > 0, ahead);
     for (int64_t i = 0; i < m && k <= 0 && !accumulate; ++i)
       std::memset(c + i * c_row_stride + j, 0, static_cast<size_t>(columns) * sizeof(T));
   }

@@ -443,7 +443,7 @@ class Backward : Runner<S> {
       (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, own, inputs, false, own + tile * inputs);
     } else {
       S2S_SELECT(RecurrenceProducts<C>::packed)
-      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, own, inputs, false, false);
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, own, inputs, false, false, nullptr, nullptr);
     }
     const Target<C> to = target<S>(*results_[want_x], a_.packed);
     const Schedule& s = plan_.schedule;

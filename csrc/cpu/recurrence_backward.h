@@ -224,7 +224,13 @@ class RecurrenceBackwardPart {
     if (t == last_ && !p_.grad_h0.data && !p_.grad_mask.data) return;  // of the state before the first step, which nobody asks for
     const C* const left = p_.grad_rec + (slot(t, 0) - p_.first_slot) * p_.grad_row;
     C* const to = p_.mask ? product_ : dh_;
-    Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2);
+    // The gates of the step to come, where all of them are this part's.
+    const int64_t next = s_.reverse ? t + 1 : t - 1;
+    const bool whole = t != last_ && part_.groups == 1 && units_ == p_.hidden;
+    const C* const gates = whole ? p_.gates + s_.offset[next] * p_.gate_units : nullptr;
+    const C* const gates_end = whole ? gates + s_.count[next] * p_.gate_units : nullptr;
+    Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2, gates,
+                     gates_end);
     for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
       const int64_t b = batch_row(row);
       C* const dh = dh_ + row * own_;

@@ -157,16 +157,19 @@ struct RecurrenceProducts {
 
   // C (m, n) = or += A (m, k) times packed B. A recurrence passes `backwards` on every second step: walking the panels to and fro, it finds
   // those of the turning point still in the second-level cache where the whole does not fit.
-  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add,
-                     bool backwards) {
+  // [next, next_end): what is wanted after the product.
+  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add, bool backwards,
+                     const C* next = nullptr, const C* next_end = nullptr) {
     if (m == 1) return few<1>(n, k, a, a_row, b, c, c_row, add, backwards);
     if (m == 2) return few<2>(n, k, a, a_row, b, c, c_row, add, backwards);
     if (m == 3) return few<3>(n, k, a, a_row, b, c, c_row, add, backwards);
     constexpr int64_t at_once = gemm_group_panels;
     const int64_t panels = (n + gemm_nr<C> - 1) / gemm_nr<C>, parts = (panels + at_once - 1) / at_once;
+    const bool large = n * k * static_cast<int64_t>(sizeof(C)) > (3 << 19);
+    GemmAhead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next_end), large};
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t part = backwards ? parts - 1 - i : i;
-      gemm_packed_panels(m, n, k, a, a_row, b, c, c_row, add, part * at_once, gemm_min(panels, (part + 1) * at_once));
+      gemm_packed_panels(m, n, k, a, a_row, b, c, c_row, add, part * at_once, gemm_min(panels, (part + 1) * at_once), &ahead);
     }
   }
 
@@ -191,7 +194,7 @@ struct RecurrenceProducts {
   static void tile_of(int64_t count, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t panel, C* c, int64_t c_row, bool add,
                       int64_t last) {
     if (count == Panels)
-      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, panel, gemm_nr<C>, c, c_row, add, last);
+      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, panel, gemm_nr<C>, c, c_row, add, last, reinterpret_cast<const char*>(a), 0);
     else if constexpr (Panels > 1)
       tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, panel, c, c_row, add, last);
   }
