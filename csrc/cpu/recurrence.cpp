@@ -55,7 +55,7 @@ class Forward : Runner<S> {
     to.gates = kept(save, s_.gate_units);
     to.extra = kept(save && (lstm || s_.cell == Cell::gru), s_.hidden);
     to.hidden = kept(exact, s_.width);
-    to.normed = kept(save && a_.norm_ih, 2 * s_.gate_units + 2);
+    to.normed = kept(save && a_.norm_ih, 2 * s_.gate_units + 16);
     run(to);
     return results;
   }
@@ -80,7 +80,7 @@ class Forward : Runner<S> {
     p.unpacked_ih = p.unpacked_hh || plan_.slots() < p.block_rows;
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
     p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;
-    for (const void* kept : {to.gates, to.extra})
+    for (const void* kept : {to.gates, to.extra, to.normed})
       if (reinterpret_cast<uintptr_t>(kept) % 64 != 0) p.streams = false;
 
     const auto split = this->split();
@@ -161,7 +161,7 @@ class Backward : Runner<S> {
     check("gates", kept.gates, s_.gate_units);
     check("hidden", kept.hidden, s_.width);
     if (s_.cell == Cell::lstm || s_.cell == Cell::gru) check("extra", kept.extra, s_.hidden);
-    if (a.norm_ih) check("normed", kept.normed, 2 * s_.gate_units + 2);
+    if (a.norm_ih) check("normed", kept.normed, 2 * s_.gate_units + 16);
     const OptionalTensor* given[wanted_count] = {nullptr,      nullptr, nullptr,    nullptr,    nullptr,   &a.h0,    &a.c0,
                                                  &a.weight_hr, &a.mask, &a.norm_ih, &a.norm_hh, &a.norm_c, &a.norm_b};
     for (int i = 0; i < wanted_count; ++i)

@@ -88,11 +88,12 @@ struct Recurrence {
   const C *norm_ih, *norm_hh, *norm_c, *norm_b;  // or null
   Zoneout zoneout;
   // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation; extra (N, H): an LSTM's cell state, a
-  // GRU's W_hn h + b_hn; normed (N, 2 G H + 2): both products normalised, and their reciprocal deviations.
+  // GRU's W_hn h + b_hn; normed (N, 2 G H + 16): both products normalised, and their reciprocal
+  // deviations in a cache line of their own.
   C *gates, *extra, *normed;
   C* hidden_exact;  // (B, T, P): the output before it is rounded to storage; in forward null where the output itself is as wide
 
-  int64_t normed_row() const { return 2 * gate_units + 2; }
+  int64_t normed_row() const { return 2 * gate_units + 16; }
   // Rows that are the left factor of a product lie this far apart: a power of two would crowd them into few sets of the caches.
   static int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
 };

@@ -276,7 +276,7 @@ class RecurrenceBackwardPart {
     }
     if (p_.norm_c) {
       lstm_cell_again(n, all, gates, before, cell_);
-      const C scale = Products::normalise(n, cell_, nullptr, nullptr, normed_);
+      const C scale = Products::normalise(n, cell_, nullptr, nullptr, false, normed_, false);
       lstm_norm_gradients(n, normed_, p_.norm_c, p_.norm_b, o, dh, cell_, through_);
       if (p_.grad_norm_c) {
         std::memcpy(p_.grad_norm_c + at * n, through_, static_cast<size_t>(n) * sizeof(C));

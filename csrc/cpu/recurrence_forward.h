@@ -218,8 +218,10 @@ class RecurrenceForwardPart {
     for (int64_t t = first; t < last; ++t)
       for (int64_t i = 0; i < present(t); ++i, row += gates_) {
         C* const keep = p_.normed ? p_.normed + slot(t, i) * p_.normed_row() : nullptr;
-        const C scale = Products::normalise(gates_, row, p_.norm_ih, keep, row);
-        if (keep) keep[2 * gates_] = scale;
+        const C scale = Products::normalise(gates_, row, p_.norm_ih, keep, p_.streams, row, false);
+        if (!keep) continue;
+        clear(keep + 2 * gates_, p_.normed_row() - 2 * gates_);
+        keep[2 * gates_] = scale;
       }
   }
 
@@ -253,9 +255,9 @@ class RecurrenceForwardPart {
     const C* const bias = p_.bias + unit;
     if (p_.norm_hh) {
       C* const keep = p_.normed ? p_.normed + slot * p_.normed_row() : nullptr;
-      const C scale = Products::normalise(gates_, rec, p_.norm_hh, keep ? keep + gates_ : nullptr, rec);
+      const bool sums = p_.cell != Cell::gru;
+      const C scale = Products::normalise(gates_, rec, p_.norm_hh, keep ? keep + gates_ : nullptr, p_.streams, sums ? pre : rec, sums);
       if (keep) keep[2 * gates_ + 1] = scale;
-      if (p_.cell != Cell::gru) add_row(gates_, rec, pre);
     }
     const bool zoned = p_.zoneout.h > 0 && !p_.weight_hr;
     const Zones<C> zones{p_.zoneout, share_};
@@ -267,7 +269,7 @@ class RecurrenceForwardPart {
       if (p_.zoneout.c > 0) std::memcpy(before_c_, c, static_cast<size_t>(n) * sizeof(C));
       if (p_.norm_c) {
         lstm_units<C>(n, all, pre, bias, c, nullptr, gates, p_.streams);
-        Products::normalise(n, c, nullptr, nullptr, normed_c_);
+        Products::normalise(n, c, nullptr, nullptr, false, normed_c_, false);
         lstm_output(n, normed_c_, p_.norm_c, p_.norm_b, pre + 3 * n, h);
       } else {
         lstm_units(n, all, pre, bias, c, h, gates, p_.streams);

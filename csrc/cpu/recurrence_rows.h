@@ -85,11 +85,6 @@ struct UnpackedProduct {
   }
 };
 
-template <class T>
-void add_row(int64_t n, const T* from, T* row) {
-  each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) + at.get(from + j)); });
-}
-
 template <class C>
 struct RecurrenceProducts {
   static int64_t unpacked_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
@@ -250,10 +245,10 @@ struct RecurrenceProducts {
     for (int v = 0; v < Count; ++v) at.put(to + v * lanes<C>, at.get(to + v * lanes<C>) + total[v]);
   }
 
-  // to = (from - mean) / deviation * weight, and the same without weight to `normed`; returns 1 / deviation. No weight: 1; normed may be
-  // null, to may be from. The mean is corrected by the mean of what is left: equal elements have their own value as mean, not one next to
-  // it, whose difference a small deviation would blow up.
-  static C normalise(int64_t n, const C* from, const C* weight, C* normed, C* to) {
+  // to = (from - mean) / deviation * weight, or is increased by it, and the same without weight goes to `normed`, past the caches if it
+  // streams; returns 1 / deviation. No weight: 1; normed may be null, to may be from. The mean is corrected by the mean of what is left:
+  // equal elements have their own value as mean, not one next to it, whose difference a small deviation would blow up.
+  static C normalise(int64_t n, const C* from, const C* weight, C* normed, bool streams, C* to, bool add) {
     const C size = static_cast<C>(n);
     Vec<C> sum[4] = {}, left[4] = {}, squares[4] = {};
     each_vector_by_four<C>(n, S2S_LAMBDA(auto at, int64_t j, int v) { sum[v] = sum[v] + at.get(from + j); });
@@ -270,8 +265,9 @@ struct RecurrenceProducts {
     each_vector<C>(
         n, S2S_LAMBDA(auto at, int64_t j) {
           const Vec<C> value = (at.get(from + j) - mean) * scale;
-          if (normed) at.put(normed + j, value);
-          at.put(to + j, weight ? value * at.get(weight + j) : value);
+          if (normed) at.keep(normed + j, value, streams);
+          const Vec<C> weighted = weight ? value * at.get(weight + j) : value;
+          at.put(to + j, add ? at.get(to + j) + weighted : weighted);
         });
     return scale;
   }

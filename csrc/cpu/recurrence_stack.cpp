@@ -158,7 +158,7 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
       to.c_n = s.lstm() ? bytes(c_n) + index * s.batch * s.hidden * item : nullptr;
       if (save) {
         const Tensor own[] = {kept(true, s.gate_units), kept(s.lstm() || s.cell == Cell::gru, s.hidden),
-                              kept(s.keeps_hidden(layer), s.width), kept(normed, 2 * s.gate_units + 2)};
+                              kept(s.keeps_hidden(layer), s.width), kept(normed, 2 * s.gate_units + 16)};
         void** const places[] = {&to.gates, &to.extra, &to.hidden, &to.normed};
         for (int i = 0; i < 4; ++i) {
           if (own[i].dim() > 1) *places[i] = own[i].mutable_data_ptr();

@@ -34,7 +34,7 @@ if dispatch.extension_missing is None:
             (save, rows),
             (save and name in ("lstm", "gru"), hidden),
             (save and wide != x.dtype, width),
-            (save and norm_ih is not None, 2 * rows + 2),
+            (save and norm_ih is not None, 2 * rows + 16),
         )
         saved = [x.new_empty(*positions, size, dtype=wide) for wanted, size in kept if wanted]
         return [x.new_empty(*positions, width), x.new_empty(batch, width), *lstm, *saved]

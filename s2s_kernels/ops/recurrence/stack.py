@@ -215,7 +215,7 @@ if dispatch.extension_missing is None:
                 (True, rows),
                 (name in ("lstm", "gru"), hidden),
                 (wide != x.dtype or directions == 2 or last, width),
-                (normed, 2 * rows + 2),
+                (normed, 2 * rows + 16),
             )
             for _ in range(directions):
                 saved += [x.new_empty((*positions, size) if wanted else (0,), dtype=wide) for wanted, size in kept]
