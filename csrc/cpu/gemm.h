@@ -214,8 +214,14 @@ template <class T, class S>
 void copy_transposed(int64_t rows, int64_t cols, const S* from, int64_t from_row, int64_t from_col, T* to, int64_t to_row) {
   constexpr int64_t block = gemm_transpose<T>;
   const int64_t whole_rows = from_col == 1 ? rows / block * block : 0, whole_cols = whole_rows ? cols / block * block : 0;
+  // Along the longer side; few rows by cache lines of each, which are read but once and whose columns are written together.
+  const int64_t line = 2 * block, lines = rows <= 4 * block ? whole_cols / line * line : 0;
+  for (int64_t j = 0; j < lines; j += line)
+    for (int64_t i = 0; i < whole_rows; i += block)
+      for (int64_t half = 0; half < line; half += block)
+        transpose_block(from + i * from_row + j + half, from_row, to + (j + half) * to_row + i, to_row);
   for (int64_t i = 0; i < whole_rows; i += block)
-    for (int64_t j = 0; j < whole_cols; j += block) transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+    for (int64_t j = lines; j < whole_cols; j += block) transpose_block(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * to_row + i] = to_compute(from[i * from_row + j * from_col]);
 }

@@ -21,6 +21,7 @@ struct Source {
   int64_t batch = 0, time = 0, unit = 0;  // strides in elements
   void (*read)(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) = nullptr;
   void (*add)(const void* data, int64_t offset, int64_t stride, int64_t n, C* to) = nullptr;
+  const C* plain = nullptr;  // the data, where they are of this very type and of unit stride over units
 };
 template <class C>
 struct Target {

@@ -107,8 +107,15 @@ struct RecurrenceProducts {
     constexpr int64_t nr = gemm_nr<C>;
     C* const factor = workspace + nr * columns;
     for (int64_t panel = first; panel < last; ++panel) {
+      C* const place = packed + panel * nr * columns;
+      const int64_t begin = panel * nr, in_gate = begin % units;
+      if (w.plain && !dropout && begin + nr <= rows && (units == all || in_gate + nr <= units)) {
+        const int64_t row = begin / units * all + unit + in_gate;
+        copy_transposed(nr, columns, w.plain + row * w.batch, w.batch, int64_t{1}, place, nr);
+        continue;
+      }
       for (int64_t i = 0; i < nr; ++i) {
-        const int64_t local = panel * nr + i, row = local / units * all + unit + local % units;
+        const int64_t local = begin + i, row = local / units * all + unit + local % units;
         C* const to = workspace + i * columns;
         if (local < rows)
           w.read(w.data, row * w.batch, w.unit, columns, to);
@@ -116,7 +123,7 @@ struct RecurrenceProducts {
           std::memset(to, 0, static_cast<size_t>(columns) * sizeof(C));
         if (local < rows && dropout) drop(*dropout, row, 0, columns, factor, to);
       }
-      copy_transposed(nr, columns, workspace, columns, int64_t{1}, packed + panel * nr * columns, nr);
+      copy_transposed(nr, columns, workspace, columns, int64_t{1}, place, nr);
     }
   }
 
@@ -125,6 +132,10 @@ struct RecurrenceProducts {
                    const WeightDropout* dropout, C* packed, C* workspace) {
     C* const factor = workspace + columns + lanes<C>;
     for (int64_t i = first; i < last; ++i) {
+      if (w.plain && !dropout) {
+        pack_row(i, rows, columns, w.plain + i * w.batch + begin, packed);
+        continue;
+      }
       w.read(w.data, i * w.batch + begin * w.unit, w.unit, columns, workspace);
       if (dropout) drop(*dropout, i, begin, columns, factor, workspace);
       pack_row(i, rows, columns, workspace, packed);

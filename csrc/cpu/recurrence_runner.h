@@ -137,7 +137,11 @@ template <class S>
 Source<compute_t<S>> source(const OptionalTensor& tensor, bool packed = false) {
   if (!tensor) return {};
   const auto [batch, time] = row_strides(*tensor, packed);
-  return {data<S>(*tensor), batch, time, tensor->stride(tensor->dim() - 1), S2S_SELECT(RowKernels<S>::read), S2S_SELECT(RowKernels<S>::add)};
+  const int64_t unit = tensor->stride(tensor->dim() - 1);
+  Source<compute_t<S>> found{data<S>(*tensor), batch, time, unit, S2S_SELECT(RowKernels<S>::read), S2S_SELECT(RowKernels<S>::add)};
+  if constexpr (std::is_same_v<S, compute_t<S>>)
+    if (unit == 1) found.plain = data<S>(*tensor);
+  return found;
 }
 
 template <class S>
