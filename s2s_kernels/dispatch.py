@@ -123,10 +123,10 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
     """Why `backend` doesn't serve this call; None where it does."""
     if backend == "reference":
         return None
-    if torch.onnx.is_in_onnx_export():
-        return "ONNX has no such operator: the reference is exported"
     if backend not in operator.gaps:
         return f"{operator.name} has no {backend} kernel"
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no such operator: the reference is exported"
     if backend in DEVICE and device.type != DEVICE[backend]:
         return f"its kernels take {DEVICE[backend].upper()} tensors, these are on {device}"
     if backend == "cpu" and extension_missing is not None:
@@ -195,6 +195,23 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     finally:
         _explaining.reset(token)
     raise ValueError(f"explain: function must call an operator of s2s_kernels, {function!r} called none")
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether the cpu kernel serves a call on these tensors with nothing around it: eager, all in the CPU's memory, no
+    gradient, no autocast, no transform, no forced backend, nothing to be explained or exported. A step then needn't
+    pay for what it doesn't use."""
+    return (
+        not torch.is_grad_enabled()
+        and extension_missing is None
+        and not torch.compiler.is_compiling()
+        and _forced.get() in (None, "cpu")
+        and not _explaining.get()
+        and not torch.is_autocast_enabled("cpu")
+        and all(t is None or (t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter)) for t in tensors)
+        and not transformed(*tensors)
+        and not torch.onnx.is_in_onnx_export()
+    )
 
 
 def transformed(*tensors: torch.Tensor | None) -> bool:

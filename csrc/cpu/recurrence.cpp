@@ -38,6 +38,17 @@ class Forward : Runner<S> {
       for (int64_t j = 0; j < s_.gate_units; ++j) bias_[j < summed ? j : s_.gate_units + j - summed] += from[j];
   }
 
+  // The state after one step: h and, of an LSTM, c.
+  std::vector<Tensor> step() {
+    std::vector<Tensor> states{empty_cpu({s_.batch, s_.width}, type_)};
+    if (s_.cell == Cell::lstm) states.push_back(empty_cpu({s_.batch, s_.hidden}, type_));
+    RecurrencePlaces to{};
+    to.output = to.h_n = states[0].mutable_data_ptr(), to.output_time = s_.width;
+    if (s_.cell == Cell::lstm) to.c_n = states[1].mutable_data_ptr();
+    run(to);
+    return states;
+  }
+
   std::vector<Tensor> run(bool save) {
     const bool lstm = s_.cell == Cell::lstm, exact = save && !std::is_same_v<S, C>;
     const ScalarType wide = scalar_type_of<C>;
@@ -77,6 +88,10 @@ class Forward : Runner<S> {
     // Weights that are used once would take longer to pack.
     p.product = S2S_SELECT(UnpackedProduct<S>::run);
     p.unpacked_hh = s_.time == 1 && !p.dropout;
+    // Step after step, weights that exceed the cache are found there in part when they are walked to and fro. A sum of two products is the
+    // same whichever comes first.
+    static thread_local bool turn = false;
+    p.backwards = p.unpacked_hh && s_.batch <= S2S_SELECT(UnpackedProduct<S>::few) && (turn = !turn);
     p.unpacked_ih = p.unpacked_hh || plan_.slots() < p.block_rows;
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
     p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;
@@ -440,7 +455,7 @@ class Backward : Runner<S> {
     if (unpacked_ih()) {
       const Source<C> w = source<S>(a_.weight_ih);
       S2S_SELECT(UnpackedProduct<S>::run)
-      (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, own, inputs, false, own + tile * inputs);
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, own, inputs, false, false, own + tile * inputs);
     } else {
       S2S_SELECT(RecurrenceProducts<C>::packed)
       (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, own, inputs, false, false, nullptr, nullptr);
@@ -509,6 +524,14 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
   return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);
 }
 
+std::vector<Tensor> recurrence_step(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                                    const OptionalTensor& bias_hh, const OptionalTensor& h0, const OptionalTensor& c0, int64_t cell) {
+  const OptionalTensor none;
+  const Arguments a{x, weight_ih, weight_hh, h0, c0, none, none, none, none, none, none, none, none, none, cell, false, 0, 0, false, 0, true};
+  return dispatch_floating("recurrence_step", "x", x,
+                           [&](auto zero) { return Forward<decltype(zero)>("recurrence_step", a, bias_ih, bias_hh).step(); });
+}
+
 }  // namespace
 
 void run_recurrence(const RecurrenceArguments& a, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
@@ -525,5 +548,6 @@ std::vector<Tensor> run_recurrence_backward(const RecurrenceArguments& a, const 
 
 STABLE_TORCH_LIBRARY_IMPL(s2s, CPU, m) {
   m.impl("recurrence_forward", TORCH_BOX(&s2s::recurrence_forward));
+  m.impl("recurrence_step", TORCH_BOX(&s2s::recurrence_step));
   m.impl("recurrence_backward", TORCH_BOX(&s2s::recurrence_backward));
 }

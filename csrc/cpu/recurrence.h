@@ -107,10 +107,10 @@ struct GradientFactor {
   C* to;
 };
 
-// C (m, n) = or += A (m, k) times B (k, n), of any storage type, its strides in elements.
+// C (m, n) = or += A (m, k) times B (k, n), of any storage type, its strides in elements; in either direction through B.
 template <class C>
 using Unpacked = void (*)(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row,
-                          int64_t b_col, C* c, int64_t c_row, bool add, C* workspace);
+                          int64_t b_col, C* c, int64_t c_row, bool add, bool backwards, C* workspace);
 
 template <class C>
 struct RecurrenceForward : Recurrence<C> {
@@ -124,8 +124,8 @@ struct RecurrenceForward : Recurrence<C> {
   int64_t block_rows;  // rows of the input product made at once, and used while they are in the cache
   Target<C> output, h_n, c_n;
   C* left[2];  // (rows of all groups, padded(P)) each: what the recurrent product of this step and of the next multiplies
-  // Weights that are used but once are read where they lie.
-  bool unpacked_ih, unpacked_hh;
+  // Weights that are used but once are read where they lie; backwards: in the opposite direction, W_hh first, for one step of few rows.
+  bool unpacked_ih, unpacked_hh, backwards;
   Unpacked<C> product;
   bool streams;  // what is kept goes past the caches, whose lines it fills wholly
 };

@@ -16,7 +16,8 @@ struct __attribute__((visibility("hidden"))) RecurrenceArguments {
   double zoneout_h, zoneout_c;
   bool training;
   double weight_dropout;
-  bool packed;  // x (N, I) is a packed sequence, its rows sorted by lengths, longest first; so are the output and what is kept
+  bool packed;  // x (N, I) is a packed sequence, its rows sorted by lengths, longest first; no lengths: one step. So are the output and
+                // what is kept
 };
 
 // Where forward puts its results, contiguous but for the output, whose strides are given in elements; null: not kept.

@@ -142,6 +142,8 @@ class RecurrenceForwardPart {
         ++steps;
       }
       const int64_t first = s_.reverse ? end - done - steps : done;
+      // A call of one step that walks its weights backwards begins with those that the call before ended with.
+      if (p_.backwards) recurrent_product(first, pre_, false, 0);
       input_product(first, first + steps, rows);
       C* pre = s_.reverse ? pre_ + rows * gates_ : pre_;
       for (int64_t i = 0; i < steps; ++i) {
@@ -191,9 +193,12 @@ class RecurrenceForwardPart {
 
   // C = or += A W^T, the rows of W that this part has.
   void unpacked_product(int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to, bool add) {
-    for (int64_t gate = 0; gate * units_ < gates_; ++gate)
+    const int64_t gates = gates_ / units_;
+    for (int64_t i = 0; i < gates; ++i) {
+      const int64_t gate = p_.backwards ? gates - 1 - i : i;
       p_.product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.unit, w.batch, to + gate * units_,
-                 gates_, add, scratch_);
+                 gates_, add, p_.backwards, scratch_);
+    }
   }
 
   // W_ih x of the times [first, last), one row after another, time by time.
@@ -210,7 +215,7 @@ class RecurrenceForwardPart {
           p_.x.read(p_.x.data, s_.place(batch_row(row), t, p_.x.batch, p_.x.time), p_.x.unit, p_.inputs, to);
     }
     if (p_.unpacked_ih)
-      unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, false);
+      unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.backwards && sums_);
     else
       Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, pre_, gates_, false, false);
     if (!p_.norm_ih) return;
@@ -225,14 +230,19 @@ class RecurrenceForwardPart {
       }
   }
 
+  // W_hh h, added to `pre` where both are summed.
+  void recurrent_product(int64_t t, C* pre, bool add, int64_t turn) {
+    C* const to = sums_ ? pre : rec_;
+    if (p_.unpacked_hh)
+      unpacked_product(present(t), p_.width, left_[turn], left_row_, p_.weight_hh, to, add);
+    else
+      Products::packed(present(t), gates_, p_.width, left_[turn], left_row_, weight_hh_, to, gates_, add, turn);
+  }
+
   // turn: which of the two left factors this step sees; the other takes what the next one will.
   void step(int64_t t, C* pre, int64_t turn) {
     const int64_t here = present(t), next = s_.reverse ? t - 1 : t + 1;
-    C* const to = sums_ ? pre : rec_;
-    if (p_.unpacked_hh)
-      unpacked_product(here, p_.width, left_[turn], left_row_, p_.weight_hh, to, sums_);
-    else
-      Products::packed(here, gates_, p_.width, left_[turn], left_row_, weight_hh_, to, gates_, sums_, turn);
+    if (!p_.backwards) recurrent_product(t, pre, sums_, turn);
     for (int64_t row = 0; row < here; ++row) units(t, row, pre + row * gates_, rec_ + row * gates_);
     if (p_.weight_hr) project(t, here);
     for (int64_t row = 0; row < here; ++row) {

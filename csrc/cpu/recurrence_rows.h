@@ -76,12 +76,56 @@ void multiply(int64_t n, const T* factor, T* row) {
   each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) * at.get(factor + j)); });
 }
 
+// Weights that are used once, read where they lie.
 template <class S>
 struct UnpackedProduct {
   using C = compute_t<S>;
+  static constexpr int64_t few = 4, at_once = 4;  // rows of A; rows of W together
+
+  // C (m, n) = or += A (m, k) times B (k, n). Few rows and columns that are contiguous, as those of W^T, are dot products: walked
+  // `backwards` if asked, a caller finds in the cache what it used last the time before.
   static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, int64_t b_col,
-                  C* c, int64_t c_row, bool add, C* workspace) {
-    gemm<C, C, S>(m, n, k, a, a_row, 1, static_cast<const S*>(b) + b_offset, b_row, b_col, c, c_row, add, workspace);
+                  C* c, int64_t c_row, bool add, bool backwards, C* workspace) {
+    const S* const from = static_cast<const S*>(b) + b_offset;
+    if (m > few || b_row != 1) return gemm<C, C, S>(m, n, k, a, a_row, 1, from, b_row, b_col, c, c_row, add, workspace);
+    const int64_t parts = (n + at_once - 1) / at_once;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t j = (backwards ? parts - 1 - i : i) * at_once, count = gemm_min(at_once, n - j);
+      const int64_t ahead = (backwards ? -2 : 2) * at_once * b_col;  // memory needs the time of two groups of rows
+      if (m == 1)
+        dots<1>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
+      else if (m == 2)
+        dots<2>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
+      else if (m == 3)
+        dots<3>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
+      else
+        dots<4>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
+    }
+  }
+
+  template <int M>
+  static void dots(int64_t count, int64_t k, const C* a, int64_t a_row, const S* w, int64_t w_row, int64_t ahead, C* c,
+                   int64_t c_row, bool add) {
+    Vec<C> sum[M][at_once] = {};
+    const S* row[at_once];
+    for (int j = 0; j < at_once; ++j) row[j] = w + (j < count ? j : 0) * w_row;  // a row that isn't there is one that is, and left out
+    int64_t at = 0;
+    for (; at + lanes<C> <= k; at += lanes<C>) {
+#pragma GCC unroll 4
+      for (int j = 0; j < at_once; ++j) {
+        const Vec<C> weights = load(row[j] + at);
+        __builtin_prefetch(row[j] + at + ahead);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; ++i) sum[i][j] = fma(load(a + i * a_row + at), weights, sum[i][j]);
+      }
+    }
+    if (at < k)
+      for (int j = 0; j < at_once; ++j) {
+        const Vec<C> weights = load_partial(row[j] + at, k - at);
+        for (int i = 0; i < M; ++i) sum[i][j] = fma(load_partial(a + i * a_row + at, k - at), weights, sum[i][j]);
+      }
+    for (int i = 0; i < M; ++i)
+      for (int64_t j = 0; j < count; ++j) c[i * c_row + j] = add ? c[i * c_row + j] + hsum(sum[i][j]) : hsum(sum[i][j]);
   }
 };
 

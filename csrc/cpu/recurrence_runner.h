@@ -23,7 +23,7 @@ struct Sizes {
 };
 
 // The longest of `lengths`.
-int64_t longest(const char* op, const Tensor& lengths) {
+int64_t longest(const Tensor& lengths) {
   const int64_t* from = data<int64_t>(lengths);
   int64_t most = 0;
   for (int64_t b = 0; b < lengths.size(0); ++b) most = std::max(most, from[b * lengths.stride(0)]);
@@ -40,11 +40,14 @@ Sizes checked(const char* op, const Arguments& a) {
   check_dim(op, "x", a.x, a.packed ? 2 : 3);
   check_dim(op, "weight_ih", a.weight_ih, 2);
   if (a.packed) {
-    STD_TORCH_CHECK(a.lengths && !a.reset, op, ": a packed x must have lengths, and no reset");
-    check_cpu(op, "lengths", *a.lengths);
-    check_dtype(op, "lengths", *a.lengths, ScalarType::Long);
-    check_dim(op, "lengths", *a.lengths, 1);
-    s.batch = a.lengths->size(0), s.time = longest(op, *a.lengths), s.positions = a.x.size(0);
+    STD_TORCH_CHECK(!a.reset, op, ": reset must be absent beside a packed x");
+    s.batch = s.positions = a.x.size(0), s.time = 1;
+    if (a.lengths) {
+      check_cpu(op, "lengths", *a.lengths);
+      check_dtype(op, "lengths", *a.lengths, ScalarType::Long);
+      check_dim(op, "lengths", *a.lengths, 1);
+      s.batch = a.lengths->size(0), s.time = longest(*a.lengths);
+    }
   } else {
     s.batch = a.x.size(0), s.time = a.x.size(1), s.positions = s.batch * s.time;
   }

@@ -52,13 +52,16 @@ class _Cell(Layer):
         Raises:
             TypeError, ValueError: an argument is not as above; the message names it.
         """
+        weights = parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        found = self._plain_step(input, hx, weights)
+        if found is not None:
+            return tuple(found) if len(found) == 2 else found[0]
         name = type(self).__name__
         checks.tensor(name, "input", input)
         rank = input.dim()
         if rank not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {rank}D instead")
-        weight_ih, weight_hh, bias_ih, bias_hh = parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        check_input(name, "input", input, self.input_size, weight_ih)
+        check_input(name, "input", input, self.input_size, weights[0])
         states: tuple[torch.Tensor | None, ...] = (None,) * len(self._state_names)
         if hx is not None:
             states = given = given_states(name, hx, self._state_names)
@@ -75,10 +78,7 @@ class _Cell(Layer):
         _, *final = ops.run(
             self._cell,
             input.unsqueeze(1) if rank == 2 else input[None, None],
-            weight_ih,
-            weight_hh,
-            bias_ih,
-            bias_hh,
+            *weights,
             *states,
             zoneout=self.zoneout,
             training=self.training,
@@ -87,6 +87,21 @@ class _Cell(Layer):
         if rank == 1:
             final = [state if state is None else state.squeeze(0) for state in final]
         return tuple(final) if len(states) == 2 else final[0]
+
+    def _plain_step(self, input: Any, hx: Any, weights: list[Any]) -> list[torch.Tensor] | None:
+        """The state after a step that asks for nothing but itself; None where anything is out of the ordinary, which is
+        `forward`'s to serve or to refuse. Decoding is such steps: what surrounds them must not outlast them."""
+        count = len(self._state_names)
+        states = (None,) * count if hx is None else hx if count == 2 else (hx,)
+        if self.layer_norm or self.zoneout != 0 or not isinstance(states, tuple) or len(states) != count:
+            return None
+        given = [input, *(state for state in states if state is not None)]
+        if not all(isinstance(v, torch.Tensor) and v.dim() == 2 and v.dtype == weights[0].dtype for v in given):
+            return None
+        expected = (input.shape[0], self.hidden_size)
+        if input.shape[1] != self.input_size or any(state.shape != expected for state in given[1:]):
+            return None
+        return ops.step(self._cell, input, weights, states) if input.dtype in checks.DTYPES else None
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"

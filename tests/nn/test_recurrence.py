@@ -218,6 +218,37 @@ def test_cells_equal_torch(kind, bias, batch, given_state):
 
 
 @pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_decoding_without_a_gradient(kind, batch, dtype):
+    """Steps that ask for nothing but themselves: of its layer's values, and the same bits whenever they are made."""
+    draw = Draw(dtype)
+    cell = getattr(s2s.nn, kind)(19, 37, dtype=dtype)
+    layer = getattr(s2s.nn, kind.removesuffix("Cell"))(19, 37, dtype=dtype)
+    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()}, strict=True)
+    x = draw(6, batch, 19)
+    runs = []
+    with torch.no_grad():
+        for _ in range(2):
+            state, steps = None, []
+            for step in x:
+                state = cell(step, state)
+                steps.append(outputs_of(state)[0])
+            runs.append([*steps, *outputs_of(state)])
+            cell(x[0])  # an odd number of steps between the two
+        output, final = layer(x)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    if dtype != torch.bfloat16:  # whose layer carries a wider state from step to step
+        torch.testing.assert_close(torch.stack(runs[0][:6]), output)
+        for a, b in zip(runs[0][6:], outputs_of(final), strict=True):
+            torch.testing.assert_close(a, b[0])
+    recorded = outputs_of(cell(x[0], state))
+    with torch.no_grad():
+        for a, b in zip(outputs_of(cell(x[0], state)), recorded, strict=True):
+            torch.testing.assert_close(a, b.detach())
+
+
+@pytest.mark.parametrize("kind", CELLS)
 def test_a_cell_is_one_step_of_its_layer(kind):
     draw = Draw(torch.float64)
     options = {"layer_norm": True, "zoneout": 0.25, "dtype": torch.float64}

@@ -417,6 +417,90 @@ def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(runs[0], run_, strict=True))
 
 
+@pytest.mark.parametrize("cell, hidden", [("lstm", 272), ("gru", 305), ("rnn_tanh", 529)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+def test_threads_that_share_the_units_of_few_rows(cell, hidden, batch):
+    """The same bits whoever has which units, and the definition's values: to torch's tolerance, since sums of so many terms
+    round by their order."""
+    options = {"lengths": (7, 4, 0)[:batch], "reset": 0.2, "recurrent_mask": True, "zoneout": 0.1, "training": True}
+    function, arguments = sample(cell, batch, 7, 5, hidden, state=True, **options)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for reverse in (False, True):
+                torch.manual_seed(0)
+                args, kwargs = prepared = prepare(arguments)
+                output, *states = function(*args, **kwargs, reverse=reverse, weight_dropout=0.1)
+                results = [output, *(state for state in states if state is not None)]
+                upstream = [noise_like(result, index) for index, result in enumerate(results)]
+                grads = torch.autograd.grad(results, leaves_of(prepared), upstream, allow_unused=True)
+                runs.append([*results, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for index, found in enumerate(runs[2:]):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(runs[index % 2], found, strict=True))
+    with use_backend("reference"):
+        torch.manual_seed(0)
+        expected = function(*arguments[0], **arguments[1], weight_dropout=0.1)
+    present = [value for value in expected if value is not None]
+    for a, b in zip(runs[0], present, strict=False):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_more_positions_than_backward_takes_at_once(cell, reverse):
+    function, arguments = sample(cell, 3, 160, 7, 260, lengths=(97, 160, 20), layer_norm=reverse, state=True, scale=0.5)
+    assert not broken(functools.partial(function, reverse=reverse), arguments)
+
+
+@every_cell
+@both_backends
+def test_packed_sequences_are_their_present_positions(cell, backend):
+    """The data of a PackedSequence give what the padded sequence gives at its present positions, to the bit."""
+    lengths = torch.tensor([6, 4, 4, 1])
+    function, (args, kwargs) = sample(cell, 4, 6, 3, 5, state=True, lengths=lengths.tolist())
+    where = torch.arange(6).unsqueeze(1) < lengths  # (T, B)
+    x, *others = args
+    for options in ({}, {"reverse": True}, {"zoneout": 0.3, "training": True}):
+        with use_backend(backend):
+            padded, data = x.clone().requires_grad_(), x.transpose(0, 1)[where].requires_grad_()
+            torch.manual_seed(1)
+            whole, *states = function(padded, *others, **kwargs, **options)
+            torch.manual_seed(1)
+            packed, *same = function(data, *others, **kwargs, **options, packed=True)
+            assert torch.equal(packed, whole.transpose(0, 1)[where])
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(states, same, strict=True))
+            upstream = noise_like(packed, 0)
+            (grad,) = torch.autograd.grad(packed, data, upstream)
+            (expected,) = torch.autograd.grad(whole.transpose(0, 1)[where], padded, upstream)
+            torch.testing.assert_close(grad, expected.transpose(0, 1)[where])
+
+
+@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+def test_packed_operators_and_steps_pass_opcheck():
+    function, (args, kwargs) = sample("lstm", 3, 4, 3, 5, state=True, lengths=(4, 2, 1))
+    x, weight_ih, weight_hh, bias_ih, bias_hh = args
+    data, rest = x.reshape(-1, 3)[:7], (None,) * 6
+    tensors = (weight_ih, weight_hh, bias_ih, bias_hh, kwargs["h0"], kwargs["c0"])
+    options = (0, False, 0.0, 0.0, False, 0.0, True)
+    torch.library.opcheck(
+        torch.ops.s2s.recurrence_forward.default, (data, *tensors, *rest, kwargs["lengths"], None, None, *options, True)
+    )
+    torch.library.opcheck(torch.ops.s2s.recurrence_step.default, (x[:, 0], *tensors, 0))
+
+
+@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+def test_packed_input_is_checked_again():
+    function, (args, kwargs) = sample("gru", 2, 3, 3, 5)
+    x = args[0].reshape(-1, 3)
+    for lengths, message in (((2, 3), "descending"), ((3, 2), "as many rows")):
+        with pytest.raises(RuntimeError, match=message):
+            function(x, *args[1:], **kwargs, lengths=torch.tensor(lengths), packed=True)
+
+
 @every_cell
 def test_without_a_gradient_the_bits_are_the_same(cell):
     """Nothing is kept then, in blocks of time."""
@@ -448,7 +532,7 @@ def test_explains():
 @st.composite
 def drawn_calls(draw):
     cell = draw(st.sampled_from(CELLS))
-    batch, time = draw(st.integers(0, 5)), draw(st.integers(0, 6))
+    batch, time = draw(st.integers(0, 5)), draw(st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6]))  # one step has its own ways
     inputs, hidden = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     options = {
         "bias": draw(st.booleans()),

@@ -1,5 +1,6 @@
 """Recurrent layers over a whole sequence: LSTM, GRU and the plain RNN, one layer and direction a call."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -285,6 +286,21 @@ def run(
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
+
+
+def step(
+    cell: str, x: torch.Tensor, weights: Sequence[torch.Tensor | None], states: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor] | None:
+    """One step without an option: x (B, I); weight_ih, weight_hh, bias_ih, bias_hh; h and, of an LSTM, c before it. The
+    caller has checked shapes and dtypes.
+
+    Returns:
+        h and c after it; None where more surrounds the call than a kernel (`dispatch.is_plain`): it is `run`'s then.
+    """
+    if not dispatch.is_plain(x, *weights, *states):
+        return None
+    h, c = states if len(states) == 2 else (states[0], None)
+    return torch.ops.s2s.recurrence_step.default(x, *weights, h, c, autograd.CELLS.index(cell))
 
 
 def _layer_norm(name: str, layer_norm: Any) -> tuple[torch.Tensor | None, ...]:

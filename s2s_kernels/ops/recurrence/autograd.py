@@ -54,6 +54,12 @@ if dispatch.extension_missing is None:
         return [x.new_empty(shape) for place, shape in enumerate(shapes) if needs >> place & 1]
 
 
+    @torch.library.register_fake("s2s::recurrence_step")
+    def _(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, cell):
+        states = 2 if CELLS[cell] == "lstm" else 1
+        return [x.new_empty(x.shape[0], weight_hh.shape[1]) for _ in range(states)]
+
+
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     cell, *rest = options
     results = iter(torch.ops.s2s.recurrence_forward(*tensors, CELLS.index(cell), *rest, save))
