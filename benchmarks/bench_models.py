@@ -66,7 +66,7 @@ class School:
     """All families trained on one text, in turns."""
 
     trainers: dict[str, Trainer]
-    peak_bytes: dict[str, int]
+    peak_bytes: dict[str, int | None]
     text: str
     loads: tuple[float, float]
 

@@ -141,6 +141,42 @@ def regularised(label: str, batch: int = 16, time: int = 256, width: int = 256, 
     )
 
 
+def decoding(kind: str, rival: str, batch: int = 1, time: int = 256, width: int = 512) -> Case:
+    """A cell step by step, as a decoder calls it, against torch's cell ("torch") or the whole sequence in one call of
+    ours ("ours sequence")."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        theirs = inputs.module(getattr(nn, f"{kind}Cell")(width, width))
+        ours = inputs.module(getattr(s2s.nn, f"{kind}Cell")(width, width), like=theirs)
+        layer = getattr(s2s.nn, kind)(width, width, batch_first=True)
+        layer.load_state_dict({f"{name}_l0": value for name, value in theirs.state_dict().items()})
+        whole, x = inputs.module(layer), inputs.noise(batch, time, width)
+
+        def loop(cell: Any) -> torch.Tensor:
+            state, outputs = None, []
+            for step in x.unbind(1):
+                state = cell(step, state)
+                outputs.append(state[0] if kind == "LSTM" else state)
+            return torch.stack(outputs, 1)  # type: ignore[arg-type]
+
+        peers = {
+            "torch": Entrant(lambda: loop(theirs), (x, *theirs.parameters())),
+            "ours sequence": Entrant(lambda: whole(x)[0], (x, *whole.parameters())),
+        }
+        return {"ours": Entrant(lambda: loop(ours), (x, *ours.parameters())), rival: peers[rival]}
+
+    return Case(
+        f"{kind} cell{'' if rival == 'torch' else ' / sequence'} B{batch} H{width}",
+        time,
+        batch * time,
+        build,
+        lambda t: work.recurrence(GATES[kind], batch, t, width, width, t),
+        ("ours", rival),
+        (FORWARD,),
+        quick=True,
+    )
+
+
 def tiny(batch: int = 5, time: int = 3, width: int = 16) -> Case:
     """Three bidirectional layers over three positions: the cost of a call."""
 
@@ -173,6 +209,9 @@ def cases(grid: Grid) -> list[Case]:
         *layer(grid, "LSTM", 1, 256, quick=(32, 128, 512, 1024)),
         *layer(grid, "LSTM", 8, 256, quick=(512,)),
         *layer(grid, "LSTM", 32, 256, quick=(64,)),
+        *layer(grid, "LSTM", 1, 512),
+        *layer(grid, "LSTM", 8, 100),
+        *layer(grid, "LSTM", 8, 257),
         *layer(grid, "GRU", 1, 256, quick=(32, 128, 512)),
         *layer(grid, "GRU", 8, 256),
         *layer(grid, "GRU", 1, 128, quick=(64,)),
@@ -185,6 +224,7 @@ def cases(grid: Grid) -> list[Case]:
         regularised("weight drop", weight_dropout=0.5),
         regularised("recurrent dropout", recurrent_dropout=0.3),
         regularised("zoneout", zoneout=0.1),
+        *(decoding(kind, rival) for kind in GATES for rival in ("torch", "ours sequence")),
         tiny(),
     ]
 

@@ -138,7 +138,7 @@ class Measured:
     """One entrant of one case: seconds a call in each round, scaled to T; peak bytes; what ran."""
 
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    peak_bytes: int | None = None  # None: not torch's memory
     algorithm: str = ""
     backend: str = ""
 
@@ -269,7 +269,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def observe(call: Callable[[], Any], device: str) -> tuple[int, str]:
+def observe(call: Callable[[], Any], device: str) -> tuple[int | None, str]:
     """Peak bytes of one call over the level before it, and the operations in which it spends most of its time."""
     synchronize(device)
     if device == "cuda":
@@ -287,7 +287,7 @@ def observe(call: Callable[[], Any], device: str) -> tuple[int, str]:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak, dominant(events)
+    return peak or None, dominant(events)
 
 
 def dominant(events: Iterable[Any], count: int = 2) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .harness import threads_of
 from .plots import TITLE
 from .results import Results
-from .table import COLUMNS, cells, rate, summary, titles
+from .table import COLUMNS, cells, mebibytes, rate, summary, titles
 
 SECTIONS = {
     "models": "Model families over sequence length",
@@ -177,7 +177,7 @@ def training_table(results: Results) -> str:
             f"{r.training_seconds:.0f} s, {threads_of(r.threads)}",
             f"{r.training_tokens:,}",
             rate(r.training_tokens / r.training_seconds),
-            f"{r.peak_bytes / 2**20:,.1f}",
+            mebibytes(r.peak_bytes),
         )
         body = "".join(f"<td>{text(value)}</td>" for value in values)
         rows.append(f"<tr><td class=text>{TITLE[r.entrant]}</td>{body}</tr>")

@@ -29,6 +29,11 @@ def titles(rows: Sequence[tuple[Group, Group | None]]) -> list[str]:
     return [name.replace("more threads", more) for name, _ in COLUMNS]
 
 
+def mebibytes(size: int | None) -> str:
+    """Nothing of memory that isn't torch's, and so isn't known."""
+    return "" if size is None else f"{size / 2**20:,.2f}"
+
+
 def cells(group: Group, wider: Group | None) -> tuple[str, ...]:
     """What the columns say of a group and of the same case on more threads."""
     ours, rival = group.ours, group.rival
@@ -40,8 +45,8 @@ def cells(group: Group, wider: Group | None) -> tuple[str, ...]:
         "" if rival is None else rival.entrant,
         times(group.ratio),
         f"{100 * ours.fraction_of_limit:.0f}",
-        f"{ours.peak_bytes / 2**20:.2f}",
-        "" if rival is None else f"{rival.peak_bytes / 2**20:.2f}",
+        mebibytes(ours.peak_bytes),
+        "" if rival is None else mebibytes(rival.peak_bytes),
         rate(ours.tokens_per_second),
         "" if wider is None else milliseconds(wider.ours.best),
         "" if wider is None else times(wider.ratio),

@@ -8,7 +8,8 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "recurrence_forward(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? "
       "weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? "
       "reset, "
-      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, bool save) -> "
+      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, bool "
+      "save) -> "
       "Tensor[]");
   m.def(
       "recurrence_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? h0, "
@@ -16,11 +17,13 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "lengths, Tensor? reset, Tensor? seed, Tensor? gates, Tensor? extra, Tensor? hidden, Tensor? normed, int cell, bool reverse, float "
       "zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, int needs) -> Tensor[]");
   m.def(
-      "recurrence_step(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, int cell) -> "
+      "recurrence_step(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, int cell) "
+      "-> "
       "Tensor[]");
   m.def(
       "recurrence_stack_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int "
-      "directions, bool bias, bool projected, bool normed, float zoneout_h, float zoneout_c, bool time_first, bool packed, bool save) -> Tensor[]");
+      "directions, bool bias, bool projected, bool normed, float zoneout_h, float zoneout_c, bool time_first, bool packed, bool save) -> "
+      "Tensor[]");
   m.def(
       "recurrence_stack_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "
       "Tensor? lengths, Tensor? reset, Tensor output, Tensor[] saved, int cell, int directions, bool bias, bool projected, bool normed, "

@@ -9,8 +9,8 @@
 
 namespace s2s {
 
-// The pool may start fewer threads than it has, so they are counted by the range that each of them gets: ranges are equally long but for the
-// last, and the one that starts at 0 says how long.
+// The pool may start fewer threads than it has, so they are counted by the range that each of them gets: ranges are equally long but for
+// the last, and the one that starts at 0 says how long.
 class Crew {
  public:
   // One thread of the crew, for as long as its range.

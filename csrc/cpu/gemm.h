@@ -27,8 +27,8 @@ inline constexpr int64_t gemm_group_panels = 6;  // panels that a caller's loops
 constexpr int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // C (ROWS, PANELS * gemm_nr) of which the last panel has `columns` valid columns. Element (i, k) of A is a[i * a_row + k]; row k of panel p
-// of B starts at b + p * b_panel + k * b_row. A cache line of `ahead`, and of what lies ahead_step bytes after it and so on, is brought nearer
-// for every other k.
+// of B starts at b + p * b_panel + k * b_row. A cache line of `ahead`, and of what lies ahead_step bytes after it and so on, is brought
+// nearer for every other k.
 template <class T, int ROWS, int PANELS>
 __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
                                          int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step) {

@@ -102,7 +102,8 @@ class Forward : Runner<S> {
     const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
     const bool shares = split.slices == 1 && !p.unpacked_hh;  // packed weights
     p.x_rows = groups == 1 ? this->rows_of_x(p.x_row) : nullptr;
-    const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs) : 0, hh = shares ? this->packed_size(s_.gate_units, s_.width) : 0;
+    const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs) : 0,
+                  hh = shares ? this->packed_size(s_.gate_units, s_.width) : 0;
     const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden) : 0, left = groups * rows * p.padded(s_.width);
     const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(std::max({s_.inputs, s_.width, s_.hidden}));
     const int64_t each = std::max(scratch, S2S_SELECT(RecurrenceForwardPart<C>::workspace)(p, rows, split.most_units(), !shares));
@@ -259,7 +260,8 @@ class Backward : Runner<S> {
       const C* const hh_of = shares ? hhs[begin] : hhs[0];
       if (shares) {
         const Part units = part(0);
-        S2S_SELECT(RecurrenceProducts<C>::pack)(0, gates, gates, units.unit, units.units, source<S>(a_.weight_hh), dropout(), hhs[begin], own);
+        S2S_SELECT(RecurrenceProducts<C>::pack)(0, gates, gates, units.unit, units.units, source<S>(a_.weight_hh), dropout(), hhs[begin],
+                                                own);
       }
       RecurrenceBackward<C> here = p;
       for (int64_t i = 0; i < count; ++i) enter(here, part(i), states[begin + i]);
@@ -274,7 +276,8 @@ class Backward : Runner<S> {
       if (dropout() && wants(want_hh)) {
         const auto drop = S2S_SELECT(RecurrenceProducts<C>::drop);
         member.tasks((gates + 63) / 64, [&](int64_t i) {
-          for (int64_t r = i * 64; r < std::min(gates, (i + 1) * 64); ++r) drop(this->dropout_, r, 0, width, own, matrices_[want_hh] + r * width);
+          for (int64_t r = i * 64; r < std::min(gates, (i + 1) * 64); ++r)
+            drop(this->dropout_, r, 0, width, own, matrices_[want_hh] + r * width);
         });
       }
     });
@@ -300,7 +303,7 @@ class Backward : Runner<S> {
     const Schedule& s = plan_.schedule;
     int64_t end = 0;  // of the times at which any row is present
     while (end < s.time && s.count[end] > 0) ++end;
-    const int64_t most = std::max<int64_t>(256, (1 << 18) / s_.gate_units / 256 * 256);
+    const int64_t most = std::max<int64_t>(256, (1 << 17) / s_.gate_units / 256 * 256);
     for (int64_t done = 0; done < end;) {
       int64_t steps = 0, slots = 0;
       while (done + steps < end) {
@@ -317,8 +320,19 @@ class Backward : Runner<S> {
 
   void make_results() {
     const int64_t gates = s_.gate_units, width = s_.width, hidden = s_.hidden;
-    const int64_t sizes[wanted_count][2] = {{},         {gates, s_.inputs}, {gates, width},  {gates}, {gates}, {s_.batch, width}, {s_.batch, hidden},
-                                            {width, hidden}, {s_.batch, width}, {gates}, {gates}, {hidden}, {hidden}};
+    const int64_t sizes[wanted_count][2] = {{},
+                                            {gates, s_.inputs},
+                                            {gates, width},
+                                            {gates},
+                                            {gates},
+                                            {s_.batch, width},
+                                            {s_.batch, hidden},
+                                            {width, hidden},
+                                            {s_.batch, width},
+                                            {gates},
+                                            {gates},
+                                            {hidden},
+                                            {hidden}};
     for (int i = 0; i < wanted_count; ++i) {
       if (!wants(i)) continue;
       const bool matrix = i == want_ih || i == want_hh || i == want_h0 || i == want_c0 || i == want_hr || i == want_mask;
@@ -337,7 +351,8 @@ class Backward : Runner<S> {
       if (i == 2 * pieces) return pack(0, width, width, 0, s_.hidden, source<S>(a_.weight_hr), nullptr, hr, own);
       const int64_t first = i / 2 * rows, last = std::min(gates, first + rows);
       if (i % 2 == 0 && hh) pack(first, last, gates, 0, width, source<S>(a_.weight_hh), dropout(), hh, own);
-      if (i % 2 == 1 && wants(want_x) && !unpacked_ih()) pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih_, own);
+      if (i % 2 == 1 && wants(want_x) && !unpacked_ih())
+        pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih_, own);
     });
   }
 
@@ -494,8 +509,8 @@ class Backward : Runner<S> {
   std::vector<Chunk> chunks_;
   int64_t chunk_slots_ = 0;
   C *weight_ih_ = nullptr, *sums_ = nullptr;
-  std::array<C*, 3> values_{};        // packed: x, the recurrent input, h before its projection
-  C* matrices_[wanted_count] = {};    // gradients of weights in the compute type
+  std::array<C*, 3> values_{};      // packed: x, the recurrent input, h before its projection
+  C* matrices_[wanted_count] = {};  // gradients of weights in the compute type
 };
 
 std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
@@ -505,8 +520,8 @@ std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih,
                                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& seed, int64_t cell,
                                        bool reverse, double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed,
                                        bool save) {
-  const Arguments a{x,     weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
-                    lengths, reset,   seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
+  const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
+                    lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   return dispatch_floating("recurrence", "x", x,
                            [&](auto zero) { return Forward<decltype(zero)>("recurrence", a, bias_ih, bias_hh).run(save); });
 }
@@ -518,16 +533,18 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         const OptionalTensor& norm_b, const OptionalTensor& lengths, const OptionalTensor& reset,
                                         const OptionalTensor& seed, const OptionalTensor& gates, const OptionalTensor& extra,
                                         const OptionalTensor& hidden, const OptionalTensor& normed, int64_t cell, bool reverse,
-                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed, int64_t needs) {
-  const Arguments a{x,     weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
-                    lengths, reset,   seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
+                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed,
+                                        int64_t needs) {
+  const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
+                    lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);
 }
 
 std::vector<Tensor> recurrence_step(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                                     const OptionalTensor& bias_hh, const OptionalTensor& h0, const OptionalTensor& c0, int64_t cell) {
   const OptionalTensor none;
-  const Arguments a{x, weight_ih, weight_hh, h0, c0, none, none, none, none, none, none, none, none, none, cell, false, 0, 0, false, 0, true};
+  const Arguments a{x,    weight_ih, weight_hh, h0,   c0,    none, none, none,  none, none, none,
+                    none, none,      none,      cell, false, 0,    0,    false, 0,    true};
   return dispatch_floating("recurrence_step", "x", x,
                            [&](auto zero) { return Forward<decltype(zero)>("recurrence_step", a, bias_ih, bias_hh).step(); });
 }

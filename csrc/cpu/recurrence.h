@@ -38,7 +38,8 @@ struct WeightDropout {
 };
 
 // The rows of a batch, sorted by length, longest first: at time t the first count[t] of them are present, and take the slots offset[t],
-// offset[t] + 1, ... of a buffer that holds the present positions only, time by time. A packed sequence is such a buffer, its rows in order.
+// offset[t] + 1, ... of a buffer that holds the present positions only, time by time. A packed sequence is such a buffer, its rows in
+// order.
 struct Schedule {
   int64_t batch, time;
   bool reverse, packed;

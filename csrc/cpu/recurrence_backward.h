@@ -6,7 +6,8 @@
 // state, out, of the one before. to: of the gates before their activation.
 // tanh_c and through_norm where the cell is normalised: tanh of the normalised cell, and what reaches the new cell through h.
 template <class T>
-void lstm_unit_gradients(int64_t n, int64_t all, const T* gates, const T* c_before, const T* dh, const T* tanh_c, const T* through_norm, T* dc, T* to) {
+void lstm_unit_gradients(int64_t n, int64_t all, const T* gates, const T* c_before, const T* dh, const T* tanh_c, const T* through_norm,
+                         T* dc, T* to) {
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
         const int64_t k = all + j, l = 2 * all + j, m = 3 * all + j;
@@ -97,7 +98,7 @@ class RecurrenceBackwardPart {
  public:
   // Elements of scratch for a part of `rows` rows and `units` units, which hold its state from one advance to the next.
   static int64_t workspace(const RecurrenceBackward<C>& p, int64_t rows, int64_t units) {
-    const int64_t own = p.weight_hr ? p.width : units;
+    const int64_t own = units < p.hidden ? units : p.width;  // only a part of all units projects
     return rows * (4 * own + 2 * units) + 2 * (own + units) + 4 * units + 16 * 16;
   }
 
@@ -300,7 +301,7 @@ class RecurrenceBackwardPart {
   Crew::Member* const others_;
   const C* const weight_hh_;
   int64_t rows_, units_, own_;  // own_: of the gradient of h, the columns that this part makes
-  int64_t last_;  // the time of the last step
+  int64_t last_;                // the time of the last step
   bool direct_;
   C *dh_, *dc_, *own_dh_, *unprojected_, *product_, *grad_mask_, *zeros_, *share_, *kept_c_, *cell_, *normed_, *through_;
 };

@@ -76,8 +76,8 @@ class RecurrenceForwardPart {
     const int64_t blocks = p.block_rows + rows, gates = p.gate_units / p.hidden * units;
     int64_t weights = packs ? packed_b_size<C>(gates, p.inputs + p.width) + Products::pack_workspace(p.inputs + p.width) : 0;
     if (p.unpacked_ih) weights += gemm_workspace<C>(blocks, units, p.inputs > p.width ? p.inputs : p.width);
-    return blocks * (gates + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * units + gates) +
-           3 * (p.width + units) + weights + 20 * 16;
+    return blocks * (gates + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * units + gates) + 3 * (p.width + units) +
+           weights + 20 * 16;
   }
 
   // weight_ih, weight_hh: packed for all units; null: the part packs its own, unless they stay unpacked.
@@ -121,7 +121,8 @@ class RecurrenceForwardPart {
     scratch_ = workspace;
     sums_ = p.cell != Cell::gru && !p.norm_hh;
     // A part writes only its own units of what the parts share.
-    for (int i = 0; i < 2; ++i) left_[i] = p.left[i] + (part.groups > 1 ? part.group * ((s_.batch + part.groups - 1) / part.groups) : 0) * left_row_;
+    for (int i = 0; i < 2; ++i)
+      left_[i] = p.left[i] + (part.groups > 1 ? part.group * ((s_.batch + part.groups - 1) / part.groups) : 0) * left_row_;
   }
 
   void through_time() {
@@ -308,7 +309,7 @@ class RecurrenceForwardPart {
   const Part part_;
   Crew::Member* const others_;
   const C *weight_ih_, *weight_hh_;
-  bool sums_;  // the recurrent product is added to the input product
+  bool sums_;                                      // the recurrent product is added to the input product
   int64_t rows_, units_, gates_, own_, left_row_;  // own_: of h, the columns that this part makes
   C *pre_, *x_, *rec_, *h_, *c_, *unprojected_, *projected_, *share_, *before_h_, *before_c_, *normed_c_, *scratch_, *left_[2];
 };

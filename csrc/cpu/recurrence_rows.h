@@ -104,8 +104,8 @@ struct UnpackedProduct {
   }
 
   template <int M>
-  static void dots(int64_t count, int64_t k, const C* a, int64_t a_row, const S* w, int64_t w_row, int64_t ahead, C* c,
-                   int64_t c_row, bool add) {
+  static void dots(int64_t count, int64_t k, const C* a, int64_t a_row, const S* w, int64_t w_row, int64_t ahead, C* c, int64_t c_row,
+                   bool add) {
     Vec<C> sum[M][at_once] = {};
     const S* row[at_once];
     for (int j = 0; j < at_once; ++j) row[j] = w + (j < count ? j : 0) * w_row;  // a row that isn't there is one that is, and left out

@@ -107,8 +107,8 @@ class Plan {
       count_[t] = present;
       offset_[t + 1] = offset_[t] + present;
     }
-    STD_TORCH_CHECK(!a.packed || slots() == s.positions, op, ": a packed x must have as many rows as lengths sum up to, ", slots(), ", got ",
-                    s.positions);
+    STD_TORCH_CHECK(!a.packed || slots() == s.positions, op, ": a packed x must have as many rows as lengths sum up to, ", slots(),
+                    ", got ", s.positions);
     schedule = {s.batch, s.time, a.reverse, a.packed, order_.data(), length_.data(), count_.data(), offset_.data(), nullptr, 0, 0};
     if (a.reset) {
       schedule.reset = data<bool>(*a.reset);

@@ -196,7 +196,8 @@ std::vector<Tensor> recurrence_stack_backward(const OptionalTensor& grad_output,
                                               bool projected, bool normed, double zoneout_h, double zoneout_c, bool time_first, bool packed,
                                               std::vector<int64_t> needs) {
   const char* op = "recurrence_stack_backward";
-  const Stack s(op, x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed);
+  const Stack s(op, x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first,
+                packed);
   const int64_t each = s.weights_each(), count = s.cells * each, features = directions * s.width;
   STD_TORCH_CHECK(static_cast<int64_t>(needs.size()) == count + 3, op, ": needs must have ", count + 3, " flags, got ", needs.size());
   STD_TORCH_CHECK(static_cast<int64_t>(saved.size()) == s.layers() - 1 + 4 * s.cells, op, ": saved must be what forward gave");
@@ -238,7 +239,8 @@ std::vector<Tensor> recurrence_stack_backward(const OptionalTensor& grad_output,
       if (needs[count + 1]) wanted |= int64_t{1} << want_h0;
       if (needs[count + 2]) wanted |= int64_t{1} << want_c0;
       if (wanted == 0) continue;
-      const OptionalTensor grad_own = grad && directions == 2 ? OptionalTensor(narrow(*grad, packed ? 1 : 2, direction * s.width, s.width)) : grad;
+      const OptionalTensor grad_own =
+          grad && directions == 2 ? OptionalTensor(narrow(*grad, packed ? 1 : 2, direction * s.width, s.width)) : grad;
       const OptionalTensor grad_h_n = Stack::row(grad_h, index), grad_c_n = Stack::row(grad_c, index);
       const Tensor* kept = &saved[place + 4 * direction];
       const Tensor& whole = s.is_last(layer) ? output : saved[place + 4 * directions];

@@ -113,15 +113,17 @@ S2S_INLINE Vec<T> exp_fast(Vec<T> x) {
   return (expm1_reduced<T>(r) + T(1)) * power_of_two<T>(rounded);
 }
 
-// tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n expm1(r) + (2^n - 1), which cancels nowhere.
+// tanh(|x|) = e / (e + 2) with e = expm1(2|x|) = 2^n expm1(r) + (2^n - 1), which cancels nowhere. Of a negative x, e would be near -1 and
+// its last bit the result's.
 template <class T>
 S2S_INLINE Vec<T> tanh_full(Vec<T> x) {
   using M = MathConstants<T>;
   Vec<typename M::Bits> rounded;
-  const Vec<T> r = reduce_exponent<T>(max(broadcast(-M::tanh_max), min(broadcast(M::tanh_max), x + x)), rounded);
+  const Vec<T> magnitude = vabs(x);
+  const Vec<T> r = reduce_exponent<T>(min(broadcast(M::tanh_max), magnitude + magnitude), rounded);
   const Vec<T> scale = power_of_two<T>(rounded);
   const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
-  return quotient(e, e + T(2));
+  return copy_sign(quotient(e, e + T(2)), x);
 }
 
 template <class T>

@@ -421,8 +421,8 @@ def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 def test_threads_that_share_the_units_of_few_rows(cell, hidden, batch):
-    """The same bits whoever has which units, and the definition's values: to torch's tolerance, since sums of so many terms
-    round by their order."""
+    """The same bits whoever has which units, and the definition's values: to torch's tolerance, since sums of so many
+    terms round by their order."""
     options = {"lengths": (7, 4, 0)[:batch], "reset": 0.2, "recurrent_mask": True, "zoneout": 0.1, "training": True}
     function, arguments = sample(cell, batch, 7, 5, hidden, state=True, **options)
     threads, runs = torch.get_num_threads(), []
@@ -481,7 +481,7 @@ def test_packed_sequences_are_their_present_positions(cell, backend):
 
 @pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 def test_packed_operators_and_steps_pass_opcheck():
-    function, (args, kwargs) = sample("lstm", 3, 4, 3, 5, state=True, lengths=(4, 2, 1))
+    _, (args, kwargs) = sample("lstm", 3, 4, 3, 5, state=True, lengths=(4, 2, 1))
     x, weight_ih, weight_hh, bias_ih, bias_hh = args
     data, rest = x.reshape(-1, 3)[:7], (None,) * 6
     tensors = (weight_ih, weight_hh, bias_ih, bias_hh, kwargs["h0"], kwargs["c0"])
@@ -530,8 +530,7 @@ def test_explains():
 
 
 @st.composite
-def drawn_calls(draw):
-    cell = draw(st.sampled_from(CELLS))
+def drawn_calls(draw, cell):
     batch, time = draw(st.integers(0, 5)), draw(st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6]))  # one step has its own ways
     inputs, hidden = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     options = {
@@ -555,7 +554,8 @@ def drawn_calls(draw):
     return functools.partial(function, weight_dropout=dropout), arguments
 
 
-@given(drawn_calls())
-def test_any_call(drawn):
-    function, arguments = drawn
+@every_cell
+@given(data=st.data())
+def test_any_call(cell, data):
+    function, arguments = data.draw(drawn_calls(cell))
     assert not broken(function, arguments)

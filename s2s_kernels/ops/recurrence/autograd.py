@@ -53,7 +53,6 @@ if dispatch.extension_missing is None:
         )  # fmt: skip
         return [x.new_empty(shape) for place, shape in enumerate(shapes) if needs >> place & 1]
 
-
     @torch.library.register_fake("s2s::recurrence_step")
     def _(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, cell):
         states = 2 if CELLS[cell] == "lstm" else 1
