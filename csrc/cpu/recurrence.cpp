@@ -86,12 +86,15 @@ class Forward : Runner<S> {
     if (s_.cell == Cell::lstm) p.c_n = {to.c_n, s_.hidden, 0, write};
     p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
     // Weights that are used once would take longer to pack.
-    p.product = S2S_SELECT(UnpackedProduct<S>::run);
     p.unpacked_hh = s_.time == 1 && !p.dropout;
+    // Dot products round in another order than products do, so who makes them must not depend on the threads.
+    const bool few = p.unpacked_hh && s_.batch <= S2S_SELECT(UnpackedProduct<S>::few) && std::is_same_v<C, float> &&
+                     p.weight_ih.unit == 1 && p.weight_hh.unit == 1;
+    p.product = few ? S2S_SELECT(UnpackedProduct<S>::run_few) : S2S_SELECT(UnpackedProduct<S>::run);
     // Step after step, weights that exceed the cache are found there in part when they are walked to and fro. A sum of two products is the
     // same whichever comes first.
     static thread_local bool turn = false;
-    p.backwards = p.unpacked_hh && s_.batch <= S2S_SELECT(UnpackedProduct<S>::few) && (turn = !turn);
+    p.backwards = few && (turn = !turn);
     p.unpacked_ih = p.unpacked_hh || plan_.slots() < p.block_rows;
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
     p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;

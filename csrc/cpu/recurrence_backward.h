@@ -222,7 +222,6 @@ class RecurrenceBackwardPart {
     const C* const units = p_.weight_hr ? unprojected_ : own;
     for (int64_t row = 0; row < here; ++row) cell(t, row, units + row * units_);
     if (others_) others_->wait();
-    if (t == last_ && !p_.grad_h0.data && !p_.grad_mask.data) return;  // of the state before the first step, which nobody asks for
     const C* const left = p_.grad_rec + (slot(t, 0) - p_.first_slot) * p_.grad_row;
     C* const to = p_.mask ? product_ : dh_;
     // The gates of the step to come, where all of them are this part's.
@@ -230,8 +229,10 @@ class RecurrenceBackwardPart {
     const bool whole = t != last_ && part_.groups == 1 && units_ == p_.hidden;
     const C* const gates = whole ? p_.gates + s_.offset[next] * p_.gate_units : nullptr;
     const C* const gates_end = whole ? gates + s_.count[next] * p_.gate_units : nullptr;
-    Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2, gates,
-                     gates_end);
+    // The gradient of the state before the first step may be nobody's.
+    if (t != last_ || p_.grad_h0.data || p_.grad_mask.data)
+      Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2, gates,
+                       gates_end);
     for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
       const int64_t b = batch_row(row);
       C* const dh = dh_ + row * own_;

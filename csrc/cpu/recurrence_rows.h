@@ -82,12 +82,18 @@ struct UnpackedProduct {
   using C = compute_t<S>;
   static constexpr int64_t few = 4, at_once = 4;  // rows of A; rows of W together
 
-  // C (m, n) = or += A (m, k) times B (k, n). Few rows and columns that are contiguous, as those of W^T, are dot products: walked
-  // `backwards` if asked, a caller finds in the cache what it used last the time before.
+  // C (m, n) = or += A (m, k) times B (k, n).
   static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, int64_t b_col,
-                  C* c, int64_t c_row, bool add, bool backwards, C* workspace) {
+                  C* c, int64_t c_row, bool add, bool, C* workspace) {
     const S* const from = static_cast<const S*>(b) + b_offset;
-    if (m > few || b_row != 1) return gemm<C, C, S>(m, n, k, a, a_row, 1, from, b_row, b_col, c, c_row, add, workspace);
+    gemm<C, C, S>(m, n, k, a, a_row, 1, from, b_row, b_col, c, c_row, add, workspace);
+  }
+
+  // The same for up to `few` rows and columns that are contiguous, as those of W^T: dot products. Walked `backwards` if asked, a caller
+  // finds in the cache what it used last the time before.
+  static void run_few(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t, int64_t b_col,
+                      C* c, int64_t c_row, bool add, bool backwards, C*) {
+    const S* const from = static_cast<const S*>(b) + b_offset;
     const int64_t parts = (n + at_once - 1) / at_once;
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t j = (backwards ? parts - 1 - i : i) * at_once, count = gemm_min(at_once, n - j);

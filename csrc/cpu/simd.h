@@ -225,8 +225,8 @@ S2S_INLINE std::enable_if_t<std::is_arithmetic_v<T>, T> max(T a, T b) {
   return a > b ? a : b;
 }
 
-// 1 / b and a / b for a b between 2^-125 and 2^126 in magnitude, within a unit in the last place: the divider would keep the multipliers of
-// a wide vector waiting.
+// 1 / b for a b between 2^-125 and 2^126 in magnitude, within a unit in the last place: the divider would keep the multipliers of a wide
+// vector waiting.
 S2S_INLINE Vec<float> reciprocal(Vec<float> b) {
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
   const Vec<float> about = S2S_OP(rcp14_ps, b);
@@ -236,16 +236,6 @@ S2S_INLINE Vec<float> reciprocal(Vec<float> b) {
 #endif
 }
 S2S_INLINE Vec<double> reciprocal(Vec<double> b) { return 1.0 / b; }
-S2S_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
-#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-  const Vec<float> inverse = reciprocal(b), q = a * inverse;
-  return fma(inverse, fma(-b, q, a), q);
-#else
-  return a / b;
-#endif
-}
-S2S_INLINE Vec<double> quotient(Vec<double> a, Vec<double> b) { return a / b; }
-
 // mask ? a : b, lane by lane; the mask is what a comparison of vectors gives.
 S2S_INLINE Vec<float> select(Mask<float> mask, Vec<float> a, Vec<float> b) { return mask ? a : b; }
 S2S_INLINE Vec<double> select(Mask<double> mask, Vec<double> a, Vec<double> b) { return mask ? a : b; }

@@ -78,15 +78,7 @@ S2S_INLINE Vec<T> reduce_exponent(Vec<T> x, Vec<typename MathConstants<T>::Bits>
 // expm1(r) for |r| <= ln(2) / 2
 template <class T>
 S2S_INLINE Vec<T> expm1_reduced(Vec<T> r) {
-  const auto& e = MathConstants<T>::exp;
-  const Vec<T> square = r * r;
-  if constexpr (std::is_same_v<T, float>) {  // in pairs, so that a term needn't wait for the last
-    const Vec<T> low = fma(r, broadcast(e[1]), broadcast(e[0])), middle = fma(r, broadcast(e[3]), broadcast(e[2]));
-    const Vec<T> high = fma(r, broadcast(e[5]), broadcast(e[4]));
-    return fma(square, fma(square, fma(square, high, middle), low), r);
-  } else {
-    return fma(square, polynomial<T>(e, r), r);
-  }
+  return fma(r * r, polynomial<T>(MathConstants<T>::exp, r), r);
 }
 
 // 2^n from the low bits of `rounded`: 0 at n = -bias, infinity at n = bias + 1.
@@ -113,17 +105,25 @@ S2S_INLINE Vec<T> exp_fast(Vec<T> x) {
   return (expm1_reduced<T>(r) + T(1)) * power_of_two<T>(rounded);
 }
 
-// tanh(|x|) = e / (e + 2) with e = expm1(2|x|) = 2^n expm1(r) + (2^n - 1), which cancels nowhere. Of a negative x, e would be near -1 and
-// its last bit the result's.
+// tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n expm1(r) + (2^n - 1), which cancels nowhere.
 template <class T>
 S2S_INLINE Vec<T> tanh_full(Vec<T> x) {
   using M = MathConstants<T>;
   Vec<typename M::Bits> rounded;
-  const Vec<T> magnitude = vabs(x);
-  const Vec<T> r = reduce_exponent<T>(min(broadcast(M::tanh_max), magnitude + magnitude), rounded);
-  const Vec<T> scale = power_of_two<T>(rounded);
-  const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
-  return copy_sign(quotient(e, e + T(2)), x);
+  if constexpr (std::is_same_v<T, double>) {
+    const Vec<T> r = reduce_exponent<T>(max(broadcast(-M::tanh_max), min(broadcast(M::tanh_max), x + x)), rounded);
+    const Vec<T> scale = power_of_two<T>(rounded);
+    const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
+    return e / (e + T(2));
+  } else {
+    // Of |x|: near -1 the last bit of e would be the result's. The quotient by Newton's step, from what e + 2 lost in rounding too.
+    const Vec<T> magnitude = vabs(x);
+    const Vec<T> r = reduce_exponent<T>(min(broadcast(M::tanh_max), magnitude + magnitude), rounded);
+    const Vec<T> scale = power_of_two<T>(rounded);
+    const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
+    const Vec<T> d = e + T(2), lost = e - (d - T(2)), inverse = reciprocal(d), q = e * inverse;
+    return copy_sign(fma(fma(-lost, q, fma(-d, q, e)), inverse, q), x);
+  }
 }
 
 template <class T>

@@ -19,6 +19,7 @@ def recurrent_layers(
     cell: str,
     zoneout: float | tuple[float, float] | None = None,
     time_first: bool = False,
+    packed: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     output, states = stack(
@@ -32,6 +33,7 @@ def recurrent_layers(
         zoneout=zoneout or 0.0,
         training=False,
         time_first=time_first,
+        packed=packed,
         **options,
     )
     return output, *states
