@@ -153,11 +153,12 @@ def decoding(kind: str, rival: str, batch: int = 1, time: int = 256, width: int 
         whole, x = inputs.module(layer), inputs.noise(batch, time, width)
 
         def loop(cell: Any) -> torch.Tensor:
-            state, outputs = None, []
+            state: Any = None
+            outputs = []
             for step in x.unbind(1):
                 state = cell(step, state)
                 outputs.append(state[0] if kind == "LSTM" else state)
-            return torch.stack(outputs, 1)  # type: ignore[arg-type]
+            return torch.stack(outputs, 1)
 
         peers = {
             "torch": Entrant(lambda: loop(theirs), (x, *theirs.parameters())),

@@ -21,14 +21,10 @@ class Crew {
       if (begin == 0) crew_.share_.store(end, std::memory_order_release);
       int64_t share;
       crew_.spin([&] { return (share = crew_.share_.load(std::memory_order_acquire)) != 0; });
-      index_ = begin / share;
       count_ = (ranges + share - 1) / share;
     }
     Member(const Member&) = delete;
     Member& operator=(const Member&) = delete;
-
-    int64_t index() const { return index_; }
-    int64_t count() const { return count_; }
 
     // Waits for all of the crew, and sees what they wrote before.
     void wait() {
@@ -52,7 +48,7 @@ class Crew {
 
    private:
     Crew& crew_;
-    int64_t index_, count_, round_ = 0, base_ = 0;
+    int64_t count_, round_ = 0, base_ = 0;
   };
 
  private:

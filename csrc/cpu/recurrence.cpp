@@ -57,16 +57,16 @@ class Forward : Runner<S> {
       results.push_back(tensor);
       return tensor.mutable_data_ptr();
     };
-    const auto kept = [&](bool wanted, int64_t last) { return wanted ? place(this->over_positions(last, wide)) : nullptr; };
+    const auto kept = [&](bool wanted, int64_t last) { return wanted ? place(over_positions(a_.x, last, wide)) : nullptr; };
     RecurrencePlaces to{};
-    to.output = place(this->over_positions(s_.width, type_));
+    to.output = place(over_positions(a_.x, s_.width, type_));
     to.output_batch = s_.time * s_.width, to.output_time = s_.width;
     to.h_n = place(empty_cpu({s_.batch, s_.width}, type_));
     if (lstm) to.c_n = place(empty_cpu({s_.batch, s_.hidden}, type_));
     to.gates = kept(save, s_.gate_units);
     to.extra = kept(save && (lstm || s_.cell == Cell::gru), s_.hidden);
     to.hidden = kept(exact, s_.width);
-    to.normed = kept(save && a_.norm_ih, 2 * s_.gate_units + 16);
+    to.normed = kept(save && a_.norm_ih, normed_row(s_.gate_units));
     run(to);
     return results;
   }
@@ -162,25 +162,18 @@ class Backward : Runner<S> {
 
  public:
   Backward(const char* op, const Arguments& a, const Kept& kept, int64_t needs) : Base(op, a), kept_(kept), needs_(needs) {
-    if (a.packed)
-      check_argument(op, "grad_output", kept.grad_output, type_, {s_.positions, s_.width});
-    else
-      check_argument(op, "grad_output", kept.grad_output, type_, {s_.batch, s_.time, s_.width});
+    if (kept.grad_output) check_positions(op, "grad_output", *kept.grad_output, a.x, s_.width, type_);
     check_argument(op, "grad_h", kept.grad_h, type_, {s_.batch, s_.width});
     check_argument(op, "grad_c", kept.grad_c, type_, {s_.batch, s_.hidden});
-    const ScalarType wide = scalar_type_of<C>;
     const auto check = [&](const char* name, const OptionalTensor& tensor, int64_t last) {
       STD_TORCH_CHECK(tensor, op, ": ", name, " must be given");
-      if (a.packed)
-        check_argument(op, name, *tensor, wide, {s_.positions, last});
-      else
-        check_argument(op, name, *tensor, wide, {s_.batch, s_.time, last});
+      check_positions(op, name, *tensor, a.x, last, scalar_type_of<C>);
       STD_TORCH_CHECK(tensor->is_contiguous(), op, ": ", name, " must be contiguous");
     };
     check("gates", kept.gates, s_.gate_units);
     check("hidden", kept.hidden, s_.width);
     if (s_.cell == Cell::lstm || s_.cell == Cell::gru) check("extra", kept.extra, s_.hidden);
-    if (a.norm_ih) check("normed", kept.normed, 2 * s_.gate_units + 16);
+    if (a.norm_ih) check("normed", kept.normed, normed_row(s_.gate_units));
     const OptionalTensor* given[wanted_count] = {nullptr,      nullptr, nullptr,    nullptr,    nullptr,   &a.h0,    &a.c0,
                                                  &a.weight_hr, &a.mask, &a.norm_ih, &a.norm_hh, &a.norm_c, &a.norm_b};
     for (int i = 0; i < wanted_count; ++i)
@@ -339,7 +332,7 @@ class Backward : Runner<S> {
     for (int i = 0; i < wanted_count; ++i) {
       if (!wants(i)) continue;
       const bool matrix = i == want_ih || i == want_hh || i == want_h0 || i == want_c0 || i == want_hr || i == want_mask;
-      results_[i] = i == want_x ? this->over_positions(s_.inputs, type_)
+      results_[i] = i == want_x ? over_positions(a_.x, s_.inputs, type_)
                     : matrix    ? empty_cpu({sizes[i][0], sizes[i][1]}, type_)
                                 : empty_cpu({sizes[i][0]}, type_);
     }
@@ -388,10 +381,21 @@ class Backward : Runner<S> {
       if (i < weights)
         weight_gradients(p, slots, i * rows, std::min(gates, (i + 1) * rows), add, own);
       else if (i < weights + tiles)
-        input_gradients(p, chunk, (i - weights) * tile, std::min(slots, (i - weights + 1) * tile), own);
+        input_gradients(p, (i - weights) * tile, std::min(slots, (i - weights + 1) * tile), own);
       else
         projection_gradients(p, slots, (i - weights - tiles) * rows, std::min(s_.width, (i - weights - tiles + 1) * rows), add, own);
     });
+  }
+
+  // Calls f(position of the chunk, row of the batch, time) for the positions [begin, end) of a chunk.
+  template <class F>
+  void each_position(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, const F& f) const {
+    const Schedule& s = plan_.schedule;
+    int64_t t = plan_.time_of_slot(p.first_slot + begin);
+    for (int64_t at = begin; at < end; ++at) {
+      while (p.first_slot + at >= s.offset[t + 1]) ++t;
+      f(at, s.order[p.first_slot + at - s.offset[t]], t);
+    }
   }
 
   // What the gradients of the positions [begin, end) of a chunk are multiplied with, packed block by block.
@@ -400,17 +404,14 @@ class Backward : Runner<S> {
     const auto recurrent_input = S2S_SELECT(RecurrenceBackwardPart<C>::recurrent_input);
     const int64_t depth = S2S_SELECT(RecurrenceProducts<C>::gradient_depth);
     const Source<C> x = source<S>(a_.x, a_.packed);
-    const Schedule& s = plan_.schedule;
-    int64_t t = plan_.time_of_slot(p.first_slot + begin);
-    for (int64_t at = begin; at < end; ++at) {
-      while (p.first_slot + at >= s.offset[t + 1]) ++t;
-      const int64_t b = s.order[p.first_slot + at - s.offset[t]], block = at / depth * depth, k = at - block;
+    each_position(p, begin, end, [&](int64_t at, int64_t b, int64_t t) {
+      const int64_t block = at / depth * depth, k = at - block;
       const int64_t here = std::min(depth, slots - block);
       const auto put = [&](int which, int64_t columns, const C* from) {
         pack_row(k, here, columns, from, values_[which] + this->packed_size(columns, block));
       };
       if (wants(want_ih)) {
-        x.read(x.data, s.place(b, t, x.batch, x.time), x.unit, s_.inputs, row);
+        x.read(x.data, plan_.schedule.place(b, t, x.batch, x.time), x.unit, s_.inputs, row);
         put(0, s_.inputs, row);
       }
       if (wants(want_hh)) {
@@ -418,7 +419,7 @@ class Backward : Runner<S> {
         put(1, s_.width, row);
       }
       if (wants(want_hr)) put(2, s_.hidden, p.unprojected + at * s_.hidden);
-    }
+    });
   }
 
   // Of the gates' columns [begin, end).
@@ -467,7 +468,7 @@ class Backward : Runner<S> {
   }
 
   // x's gradient at the positions [begin, end) of a chunk.
-  void input_gradients(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin, int64_t end, C* own) {
+  void input_gradients(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, C* own) {
     const int64_t inputs = s_.inputs;
     const C* const grad = p.grad_in + begin * p.grad_row;
     if (unpacked_ih()) {
@@ -479,13 +480,9 @@ class Backward : Runner<S> {
       (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, own, inputs, false, false, nullptr, nullptr);
     }
     const Target<C> to = target<S>(*results_[want_x], a_.packed);
-    const Schedule& s = plan_.schedule;
-    int64_t t = plan_.time_of_slot(p.first_slot + begin);
-    for (int64_t at = begin; at < end; ++at) {
-      while (p.first_slot + at >= s.offset[t + 1]) ++t;
-      const int64_t b = s.order[p.first_slot + at - s.offset[t]];
-      to.write(to.data, s.place(b, t, to.batch, to.time), inputs, own + (at - begin) * inputs);
-    }
+    each_position(p, begin, end, [&](int64_t at, int64_t b, int64_t t) {
+      to.write(to.data, plan_.schedule.place(b, t, to.batch, to.time), inputs, own + (at - begin) * inputs);
+    });
   }
 
   std::vector<Tensor> finished() {

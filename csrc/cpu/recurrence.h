@@ -79,6 +79,9 @@ struct Zoneout {
   int64_t seed0 = 0, seed1 = 0;
 };
 
+// Elements that both products, normalised, take for a position, and their reciprocal deviations, in a cache line of their own.
+constexpr int64_t normed_row(int64_t gate_units) { return 2 * gate_units + 16; }
+
 // What both directions know. Shapes: P is `width`, G H `gate_units`.
 template <class C>
 struct Recurrence {
@@ -90,12 +93,11 @@ struct Recurrence {
   const C *norm_ih, *norm_hh, *norm_c, *norm_b;  // or null
   Zoneout zoneout;
   // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation; extra (N, H): an LSTM's cell state, a
-  // GRU's W_hn h + b_hn; normed (N, 2 G H + 16): both products normalised, and their reciprocal
-  // deviations in a cache line of their own.
+  // GRU's W_hn h + b_hn; normed (N, normed_row): what layer normalisation made.
   C *gates, *extra, *normed;
   C* hidden_exact;  // (B, T, P): the output before it is rounded to storage; in forward null where the output itself is as wide
 
-  int64_t normed_row() const { return 2 * gate_units + 16; }
+  int64_t normed_row() const { return s2s::normed_row(gate_units); }
   // Rows that are the left factor of a product lie this far apart: a power of two would crowd them into few sets of the caches.
   static int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16 + 16; }
 };

@@ -52,6 +52,17 @@ enum Wanted {
   wanted_count
 };
 
+// A new tensor over the positions of x: (B, T, last), or (N, last) of a packed sequence.
+inline Tensor over_positions(const Tensor& x, int64_t last, ScalarType type) {
+  return x.dim() == 2 ? empty_cpu({x.size(0), last}, type) : empty_cpu({x.size(0), x.size(1), last}, type);
+}
+inline void check_positions(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t last, ScalarType type) {
+  if (x.dim() == 2)
+    check_argument(op, name, tensor, type, {x.size(0), last});
+  else
+    check_argument(op, name, tensor, type, {x.size(0), x.size(1), last});
+}
+
 void run_recurrence(const RecurrenceArguments& a, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const RecurrencePlaces& to);
 std::vector<Tensor> run_recurrence_backward(const RecurrenceArguments& a, const RecurrenceKept& kept, int64_t needs);
 

@@ -193,13 +193,12 @@ class Runner {
   const C* rows_of_x(int64_t& row) const {
     if constexpr (std::is_same_v<S, C>) {
       const Tensor& x = a_.x;
-      if (a_.packed && (x.stride(1) == 1 || s_.inputs == 1)) {
+      if (x.stride(-1) != 1 && s_.inputs != 1) return nullptr;
+      if (a_.packed) {
         row = x.stride(0);
         return data<S>(x);
       }
-      if (a_.packed) return nullptr;
-      const bool ordered = s_.batch == 1 || (plan_.sorted_as_given() && plan_.every_row_whole());
-      if (!ordered || (x.stride(2) != 1 && s_.inputs != 1)) return nullptr;
+      if (s_.batch != 1 && !(plan_.sorted_as_given() && plan_.every_row_whole())) return nullptr;
       if (s_.batch != 1 && s_.time != 1 && x.stride(1) != s_.batch * x.stride(0)) return nullptr;
       row = s_.batch == 1 ? x.stride(1) : x.stride(0);
       return data<S>(x);
@@ -244,10 +243,6 @@ class Runner {
       Crew::Member member(crew, begin, end, ranges);
       f(member, begin, end);
     });
-  }
-
-  Tensor over_positions(int64_t last, ScalarType type) const {
-    return a_.packed ? empty_cpu({s_.positions, last}, type) : empty_cpu({s_.batch, s_.time, last}, type);
   }
 
   // Zeros the positions of a (B, T, n) result that are absent; its strides in elements.

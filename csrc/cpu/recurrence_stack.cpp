@@ -72,11 +72,6 @@ struct Stack {
     check_argument(op, "c0", c0, type, {cells, batch, hidden});
   }
 
-  // A new tensor over the positions of x.
-  Tensor over_positions(int64_t last, ScalarType of, bool turned = false) const {
-    if (packed) return empty_cpu({x.size(0), last}, of);
-    return turned ? empty_cpu({x.size(1), batch, last}, of) : empty_cpu({batch, x.size(1), last}, of);
-  }
   bool lstm() const { return cell == Cell::lstm; }
   int64_t weights_each() const { return 2 + 2 * bias + projected + (normed ? lstm() ? 4 : 2 : 0); }
   int64_t layers() const { return cells / directions; }
@@ -141,12 +136,12 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
   const int64_t item = size_of(s.type), features = directions * s.width;
   const Tensor h_n = empty_cpu({s.cells, s.batch, s.width}, s.type);
   const Tensor c_n = s.lstm() ? empty_cpu({s.cells, s.batch, s.hidden}, s.type) : empty_cpu({0}, s.type);
-  const auto kept = [&](bool wanted, int64_t size) { return wanted ? s.over_positions(size, s.wide) : empty_cpu({0}, s.wide); };
+  const auto kept = [&](bool wanted, int64_t size) { return wanted ? over_positions(x, size, s.wide) : empty_cpu({0}, s.wide); };
   std::vector<Tensor> saved;
   OptionalTensor from = x;
   for (int64_t layer = 0; layer < s.layers(); ++layer) {
     const bool turned = time_first && s.is_last(layer);
-    const Tensor output = s.over_positions(features, s.type, turned);
+    const Tensor output = turned ? empty_cpu({x.size(1), s.batch, features}, s.type) : over_positions(x, features, s.type);
     if (save && layer > 0) saved.push_back(*from);
     for (int64_t direction = 0; direction < directions; ++direction) {
       const int64_t index = layer * directions + direction;
@@ -158,7 +153,7 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
       to.c_n = s.lstm() ? bytes(c_n) + index * s.batch * s.hidden * item : nullptr;
       if (save) {
         const Tensor own[] = {kept(true, s.gate_units), kept(s.lstm() || s.cell == Cell::gru, s.hidden),
-                              kept(s.keeps_hidden(layer), s.width), kept(normed, 2 * s.gate_units + 16)};
+                              kept(s.keeps_hidden(layer), s.width), kept(normed, normed_row(s.gate_units))};
         void** const places[] = {&to.gates, &to.extra, &to.hidden, &to.normed};
         for (int i = 0; i < 4; ++i) {
           if (own[i].dim() > 1) *places[i] = own[i].mutable_data_ptr();
@@ -202,12 +197,10 @@ std::vector<Tensor> recurrence_stack_backward(const OptionalTensor& grad_output,
   STD_TORCH_CHECK(static_cast<int64_t>(needs.size()) == count + 3, op, ": needs must have ", count + 3, " flags, got ", needs.size());
   STD_TORCH_CHECK(static_cast<int64_t>(saved.size()) == s.layers() - 1 + 4 * s.cells, op, ": saved must be what forward gave");
   STD_TORCH_CHECK((!needs[count + 1] || h0) && (!needs[count + 2] || c0), op, ": needs must ask for gradients of given arguments only");
-  if (packed)
-    check_argument(op, "grad_output", grad_output, s.type, {x.size(0), features});
-  else if (time_first)
+  if (time_first)
     check_argument(op, "grad_output", grad_output, s.type, {x.size(1), s.batch, features});
-  else
-    check_argument(op, "grad_output", grad_output, s.type, {s.batch, x.size(1), features});
+  else if (grad_output)
+    check_positions(op, "grad_output", *grad_output, x, features, s.type);
   check_argument(op, "grad_h", grad_h, s.type, {s.cells, s.batch, s.width});
   check_argument(op, "grad_c", grad_c, s.type, {s.cells, s.batch, s.hidden});
 

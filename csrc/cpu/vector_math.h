@@ -105,25 +105,21 @@ S2S_INLINE Vec<T> exp_fast(Vec<T> x) {
   return (expm1_reduced<T>(r) + T(1)) * power_of_two<T>(rounded);
 }
 
-// tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n expm1(r) + (2^n - 1), which cancels nowhere.
+// tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n expm1(r) + (2^n - 1), which cancels nowhere. In float32 of |x|: near -1 the last bit of e
+// would be the result's.
 template <class T>
 S2S_INLINE Vec<T> tanh_full(Vec<T> x) {
   using M = MathConstants<T>;
+  constexpr bool of_magnitude = std::is_same_v<T, float>;
   Vec<typename M::Bits> rounded;
-  if constexpr (std::is_same_v<T, double>) {
-    const Vec<T> r = reduce_exponent<T>(max(broadcast(-M::tanh_max), min(broadcast(M::tanh_max), x + x)), rounded);
-    const Vec<T> scale = power_of_two<T>(rounded);
-    const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
-    return e / (e + T(2));
-  } else {
-    // Of |x|: near -1 the last bit of e would be the result's. The quotient by Newton's step, from what e + 2 lost in rounding too.
-    const Vec<T> magnitude = vabs(x);
-    const Vec<T> r = reduce_exponent<T>(min(broadcast(M::tanh_max), magnitude + magnitude), rounded);
-    const Vec<T> scale = power_of_two<T>(rounded);
-    const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1));
-    const Vec<T> d = e + T(2), lost = e - (d - T(2)), inverse = reciprocal(d), q = e * inverse;
-    return copy_sign(fma(fma(-lost, q, fma(-d, q, e)), inverse, q), x);
-  }
+  const Vec<T> twice = min(broadcast(M::tanh_max), of_magnitude ? vabs(x + x) : x + x);
+  const Vec<T> r = reduce_exponent<T>(of_magnitude ? twice : max(broadcast(-M::tanh_max), twice), rounded);
+  const Vec<T> scale = power_of_two<T>(rounded);
+  const Vec<T> e = fma(scale, expm1_reduced<T>(r), scale - T(1)), d = e + T(2);
+  if constexpr (!of_magnitude) return e / d;
+  // The quotient by Newton's step, from what e + 2 lost in rounding too.
+  const Vec<T> lost = e - (d - T(2)), inverse = reciprocal(d), q = e * inverse;
+  return copy_sign(fma(fma(-lost, q, fma(-d, q, e)), inverse, q), x);
 }
 
 template <class T>

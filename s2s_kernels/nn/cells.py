@@ -98,8 +98,12 @@ class _Cell(Layer):
         given = [input, *(state for state in states if state is not None)]
         if not all(isinstance(v, torch.Tensor) and v.dim() == 2 and v.dtype == weights[0].dtype for v in given):
             return None
-        expected = (input.shape[0], self.hidden_size)
-        if input.shape[1] != self.input_size or any(state.shape != expected for state in given[1:]):
+        hidden, rows = self.hidden_size, ops.GATES[self._cell] * self.hidden_size
+        shapes = ((input.shape[0], self.input_size), *((input.shape[0], hidden),) * (len(given) - 1))
+        sizes = ((rows, self.input_size), (rows, hidden), (rows,), (rows,))
+        if any(v.shape != shape for v, shape in zip(given, shapes, strict=True)):
+            return None
+        if any(w is not None and (w.shape != s or w.dtype != input.dtype) for w, s in zip(weights, sizes, strict=True)):
             return None
         return ops.step(self._cell, input, weights, states) if input.dtype in checks.DTYPES else None
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU, RNN and their cells: torch's numbers, parameters and interface, and the options beyond it."""
+"""LSTM, GRU and RNN: torch's numbers, parameters and interface, and the options beyond it."""
 
 import copy
 import pickle
@@ -15,10 +15,10 @@ from torch.nn.utils import rnn as packing
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.testing import Draw, outputs_of
+from s2s_kernels.testing.twins import leaves, pair, same_function
 
 needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 KINDS = ("LSTM", "GRU", "RNN")
-CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 SHAPES = {
     "plain": {},
     "two layers": {"num_layers": 2},
@@ -36,46 +36,12 @@ OPTIONS = [
 ]
 
 
-def pair(kind, *sizes, dtype=torch.float64, **options):
-    """torch's layer and ours with the same weights."""
-    torch.manual_seed(1)
-    theirs = getattr(nn, kind)(*sizes, **options, dtype=dtype)
-    ours = getattr(s2s.nn, kind)(*sizes, **options, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
-
-
 def state_of(layer, batch, draw):
     """A state before the sequence, as this layer takes it."""
     rows = layer.num_layers * (1 + layer.bidirectional)
     shape = () if batch is None else (batch,)
     h = draw(rows, *shape, layer.proj_size or layer.hidden_size)
     return (h, draw(rows, *shape, layer.hidden_size)) if layer.mode == "LSTM" else h
-
-
-def leaves(value):
-    return [v.requires_grad_() for v in outputs_of(value) if v.is_floating_point()]
-
-
-def same_function(theirs, ours, arguments, **options):
-    """Equal outputs and, for one upstream gradient, equal gradients of inputs and parameters."""
-    inputs = leaves(arguments)
-    expected, actual = outputs_of(theirs(*arguments)), outputs_of(ours(*arguments, **options))
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    upstream = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in expected]
-    floating = [i for i, o in enumerate(expected) if o.is_floating_point()]
-    for name, a, b in zip(
-        [f"input {i}" for i in range(len(inputs))] + [n for n, _ in theirs.named_parameters()],
-        torch.autograd.grad(
-            [actual[i] for i in floating], inputs + list(ours.parameters()), [upstream[i] for i in floating]
-        ),
-        torch.autograd.grad(
-            [expected[i] for i in floating], inputs + list(theirs.parameters()), [upstream[i] for i in floating]
-        ),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # Parameters and construction.
@@ -113,19 +79,6 @@ def test_positional_arguments(kind, arguments):
     assert {n: (p.shape, p.dtype) for n, p in ours.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in theirs.named_parameters()
     }
-
-
-@pytest.mark.parametrize("kind", CELLS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_cell_parameters_are_torchs(kind, bias):
-    torch.manual_seed(5)
-    theirs = getattr(nn, kind)(4, 6, bias)
-    torch.manual_seed(5)
-    ours = getattr(s2s.nn, kind)(4, 6, bias)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert repr(ours) == repr(theirs)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
 def test_layer_norm_parameters():
@@ -201,76 +154,6 @@ def test_results_can_be_viewed(bidirectional, num_layers):
     layer = s2s.nn.LSTM(4, 6, num_layers, bidirectional=bidirectional)
     output, (h_n, c_n) = layer(torch.ones(5, 3, 4))
     assert output.is_contiguous() and h_n.is_contiguous() and c_n.is_contiguous()
-
-
-@pytest.mark.parametrize("kind", CELLS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batch", [(3,), ()], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("given_state", [True, False])
-def test_cells_equal_torch(kind, bias, batch, given_state):
-    draw = Draw(torch.float64)
-    theirs, ours = pair(kind, 4, 6, bias=bias)
-    h, c = draw(*batch, 6), draw(*batch, 6)
-    state = (h, c) if kind == "LSTMCell" else h
-    if kind == "RNNCell":
-        theirs.nonlinearity = ours.nonlinearity = "relu"
-    same_function(theirs, ours, (draw(*batch, 4), state) if given_state else (draw(*batch, 4),))
-
-
-@pytest.mark.parametrize("kind", CELLS)
-@pytest.mark.parametrize("batch", [1, 3, 4, 5, 20])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_decoding_without_a_gradient(kind, batch, dtype):
-    """Steps that ask for nothing but themselves: of its layer's values, and the same bits whenever they are made."""
-    draw = Draw(dtype)
-    cell = getattr(s2s.nn, kind)(19, 37, dtype=dtype)
-    layer = getattr(s2s.nn, kind.removesuffix("Cell"))(19, 37, dtype=dtype)
-    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()}, strict=True)
-    x = draw(6, batch, 19)
-    runs = []
-    with torch.no_grad():
-        for _ in range(2):
-            state, steps = None, []
-            for step in x:
-                state = cell(step, state)
-                steps.append(outputs_of(state)[0])
-            runs.append([*steps, *outputs_of(state)])
-            cell(x[0])  # an odd number of steps between the two
-        output, final = layer(x)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    if dtype != torch.bfloat16:  # whose layer carries a wider state from step to step
-        torch.testing.assert_close(torch.stack(runs[0][:6]), output)
-        for a, b in zip(runs[0][6:], outputs_of(final), strict=True):
-            torch.testing.assert_close(a, b[0])
-    recorded = outputs_of(cell(x[0], state))
-    with torch.no_grad():
-        for a, b in zip(outputs_of(cell(x[0], state)), recorded, strict=True):
-            torch.testing.assert_close(a, b.detach())
-
-
-@pytest.mark.parametrize("kind", CELLS)
-def test_a_cell_is_one_step_of_its_layer(kind):
-    draw = Draw(torch.float64)
-    options = {"layer_norm": True, "zoneout": 0.25, "dtype": torch.float64}
-    cell, layer = getattr(s2s.nn, kind)(4, 6, **options), getattr(s2s.nn, kind.removesuffix("Cell"))(4, 6, **options)
-    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()}, strict=True)
-    x, state = draw(4, 3, 4), None
-    for module in (cell, layer):
-        module.eval()
-        for name, parameter in module.named_parameters():
-            if name.startswith("ln_"):
-                nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(len(name) % 7))
-    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()}, strict=True)
-    for t in range(4):
-        state = cell(x[t], state)
-    _, final = layer(x)
-    for a, b in zip(outputs_of(state), outputs_of(final), strict=True):
-        torch.testing.assert_close(a, b[0])
-    cell.train()
-    torch.manual_seed(3)
-    first = outputs_of(cell(x[0]))
-    torch.manual_seed(3)
-    assert all(torch.equal(a, b) for a, b in zip(first, outputs_of(cell(x[0])), strict=True))
 
 
 @given(
@@ -700,151 +583,3 @@ def test_copies_keep_the_options():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(other) == repr(layer) and torch.equal(other(x)[0], layer(x)[0])
         assert other.weight_hh_l0 is not layer.weight_hh_l0
-
-
-# Errors.
-
-ZEROS = torch.zeros
-LSTM_ERRORS = {
-    "4-D input": (lambda m: m(ZEROS(1, 2, 3, 4)), ValueError, "Expected input to be 2D or 3D, got 4D"),
-    "no tensor": (lambda m: m([1.0]), TypeError, "input"),
-    "wrong width": (lambda m: m(ZEROS(5, 3, 7)), ValueError, r"input.*Expected 4, got 7"),
-    "wrong dtype": (lambda m: m(ZEROS(5, 3, 4).double()), ValueError, "input dtype.*float64.*weight dtype.*float32"),
-    "integers": (lambda m: m(ZEROS(5, 3, 4).long()), ValueError, "input"),
-    "no pair": (lambda m: m(ZEROS(5, 3, 4), ZEROS(1, 3, 6)), TypeError, "hx"),
-    "three states": (lambda m: m(ZEROS(5, 3, 4), (ZEROS(1, 3, 6),) * 3), TypeError, "hx"),
-    "no state": (lambda m: m(ZEROS(5, 3, 4), (None, None)), TypeError, r"hx\[0\]"),
-    "h of another batch": (
-        lambda m: m(ZEROS(5, 3, 4), (ZEROS(1, 2, 6), ZEROS(1, 3, 6))),
-        ValueError,
-        r"hx\[0\].*Expected hidden size \(1, 3, 6\), got \[1, 2, 6\]",
-    ),
-    "c of another width": (lambda m: m(ZEROS(5, 3, 4), (ZEROS(1, 3, 6), ZEROS(1, 3, 5))), ValueError, r"hx\[1\]"),
-    "2-D state": (lambda m: m(ZEROS(5, 3, 4), (ZEROS(3, 6), ZEROS(3, 6))), ValueError, r"hx\[0\] should also be 3-D"),
-    "3-D state of unbatched": (
-        lambda m: m(ZEROS(5, 4), (ZEROS(1, 1, 6), ZEROS(1, 1, 6))),
-        ValueError,
-        r"unbatched 2-D input, hx\[0\] should also be 2-D",
-    ),
-    "state of another dtype": (
-        lambda m: m(ZEROS(5, 3, 4), (ZEROS(1, 3, 6), ZEROS(1, 3, 6).double())),
-        TypeError,
-        r"hx\[1\]",
-    ),
-    "state elsewhere": (
-        lambda m: m(ZEROS(5, 3, 4), (ZEROS(1, 3, 6), ZEROS(1, 3, 6, device="meta"))),
-        ValueError,
-        r"hx\[1\]",
-    ),
-    "lengths too long": (lambda m: m(ZEROS(5, 3, 4), lengths=torch.tensor([6, 1, 1])), ValueError, "lengths"),
-    "lengths of another batch": (lambda m: m(ZEROS(5, 3, 4), lengths=torch.tensor([5, 1])), ValueError, "lengths"),
-    "float lengths": (lambda m: m(ZEROS(5, 3, 4), lengths=ZEROS(3)), TypeError, "lengths"),
-    "lengths without a batch": (lambda m: m(ZEROS(5, 4), lengths=torch.tensor([5])), ValueError, "lengths"),
-    "reset of the other layout": (
-        lambda m: m(ZEROS(5, 3, 4), reset=ZEROS(3, 5, dtype=torch.bool)),
-        ValueError,
-        r"reset must be \(5, 3\)",
-    ),
-    "float reset": (lambda m: m(ZEROS(5, 3, 4), reset=ZEROS(5, 3)), TypeError, "reset"),
-    "lengths beside a PackedSequence": (
-        lambda m: m(packed(ZEROS(5, 3, 4), [5, 2, 1], False), lengths=torch.tensor([5, 2, 1])),
-        ValueError,
-        "lengths must be absent beside a PackedSequence",
-    ),
-    "reset beside a PackedSequence": (
-        lambda m: m(packed(ZEROS(5, 3, 4), [5, 2, 1], False), reset=ZEROS(5, 3, dtype=torch.bool)),
-        ValueError,
-        "reset",
-    ),
-    "packed of another width": (
-        lambda m: m(packed(ZEROS(5, 3, 7), [5, 2, 1], False)),
-        ValueError,
-        r"input\.data.*Expected 4, got 7",
-    ),
-    "packed of another dtype": (
-        lambda m: m(packed(ZEROS(5, 3, 4).double(), [5, 2, 1], False)),
-        ValueError,
-        r"input\.data dtype",
-    ),
-    "packed 3-D data": (
-        lambda m: m(packing.PackedSequence(ZEROS(8, 4, 1), torch.tensor([3, 2, 1, 1, 1]))),
-        ValueError,
-        r"input\.data must have 2 dimensions",
-    ),
-    "packed with too little data": (
-        lambda m: m(packing.PackedSequence(ZEROS(7, 4), torch.tensor([3, 2, 1, 1, 1]))),
-        ValueError,
-        r"input\.data.*8.*7",
-    ),
-    "packed with increasing sizes": (
-        lambda m: m(packing.PackedSequence(ZEROS(8, 4), torch.tensor([1, 3, 2, 1, 1]))),
-        ValueError,
-        r"input\.batch_sizes",
-    ),
-    "packed with a state of another batch": (
-        lambda m: m(packed(ZEROS(5, 3, 4), [5, 2, 1], False), (ZEROS(1, 2, 6), ZEROS(1, 2, 6))),
-        ValueError,
-        r"hx\[0\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LSTM_ERRORS)
-def test_errors_name_the_argument(name):
-    call, error, message = LSTM_ERRORS[name]
-    with pytest.raises(error, match=message):
-        call(s2s.nn.LSTM(4, 6))
-
-
-CELL_ERRORS = {
-    "3-D input": (lambda m, s: m(ZEROS(1, 2, 4)), ValueError, "input to be 1D or 2D"),
-    "wrong width": (lambda m, s: m(ZEROS(3, 5)), ValueError, "input.*Expected 4, got 5"),
-    "wrong dtype": (lambda m, s: m(ZEROS(3, 4).half()), ValueError, "input dtype"),
-    "no tensor": (lambda m, s: m(None), TypeError, "input"),
-    "state of another batch": (lambda m, s: m(ZEROS(3, 4), s(2, 6)), ValueError, "hx"),
-    "state of another width": (lambda m, s: m(ZEROS(3, 4), s(3, 5)), ValueError, "hx"),
-    "state without a batch": (lambda m, s: m(ZEROS(3, 4), s(6)), ValueError, "hx"),
-    "state with a batch": (lambda m, s: m(ZEROS(4), s(1, 6)), ValueError, "hx"),
-    "state of another dtype": (lambda m, s: m(ZEROS(3, 4), s(3, 6, dtype=torch.float64)), TypeError, "hx"),
-    "state elsewhere": (lambda m, s: m(ZEROS(3, 4), s(3, 6, device="meta")), ValueError, "hx"),
-}
-
-
-@pytest.mark.parametrize("name", CELL_ERRORS)
-@pytest.mark.parametrize("kind", CELLS)
-def test_cell_errors_name_the_argument(kind, name):
-    call, error, message = CELL_ERRORS[name]
-
-    def state(*shape, **options):
-        h = ZEROS(*shape, **options)
-        return (h, h) if kind == "LSTMCell" else h
-
-    with pytest.raises(error, match=message):
-        call(getattr(s2s.nn, kind)(4, 6), state)
-
-
-CONSTRUCTION_ERRORS = {
-    "hidden_size 0": (lambda: s2s.nn.LSTM(4, 0), ValueError, "hidden_size"),
-    "float input_size": (lambda: s2s.nn.LSTM(4.0, 6), TypeError, "input_size"),
-    "dropout 2": (lambda: s2s.nn.GRU(4, 6, 2, dropout=2), ValueError, "dropout"),
-    "projection too wide": (lambda: s2s.nn.LSTM(4, 6, proj_size=6), ValueError, "proj_size"),
-    "projection of a GRU": (lambda: s2s.nn.GRU(4, 6, proj_size=3), ValueError, "proj_size"),
-    "projection of an RNN": (lambda: s2s.nn.RNN(4, 6, proj_size=3), ValueError, "proj_size"),
-    "unknown argument": (lambda: s2s.nn.RNN(4, 6, gates=3), TypeError, "gates"),
-    "nonlinearity": (lambda: s2s.nn.RNN(4, 6, nonlinearity="sin"), ValueError, "nonlinearity"),
-    "nonlinearity of a cell": (lambda: s2s.nn.RNNCell(4, 6, nonlinearity="sin"), ValueError, "nonlinearity"),
-    "zoneout 2": (lambda: s2s.nn.LSTM(4, 6, zoneout=2.0), ValueError, "zoneout"),
-    "zoneout of three": (lambda: s2s.nn.LSTM(4, 6, zoneout=(0.1, 0.1, 0.1)), ValueError, "zoneout"),
-    "pair of zoneout for a GRU": (lambda: s2s.nn.GRU(4, 6, zoneout=(0.1, 0.1)), ValueError, "zoneout"),
-    "zoneout of a cell": (lambda: s2s.nn.GRUCell(4, 6, zoneout=-0.1), ValueError, "zoneout"),
-    "recurrent_dropout": (lambda: s2s.nn.LSTM(4, 6, recurrent_dropout=-1), ValueError, "recurrent_dropout"),
-    "weight_dropout": (lambda: s2s.nn.LSTM(4, 6, weight_dropout=1.5), ValueError, "weight_dropout"),
-    "positional option": (lambda: s2s.nn.LSTM(4, 6, 1, True, True, 0.0, False, 0, None, None, True), TypeError, ""),
-}
-
-
-@pytest.mark.parametrize("name", CONSTRUCTION_ERRORS)
-def test_construction_errors_name_the_argument(name):
-    build, error, message = CONSTRUCTION_ERRORS[name]
-    with pytest.raises(error, match=message):
-        build()

@@ -1,6 +1,10 @@
 """lstm, gru and rnn: literal values, torch's own layers, what lengths, reset and the regularisers mean, drawn calls."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -14,10 +18,12 @@ from s2s_kernels.ops.recurrence import run
 from s2s_kernels.testing import Draw, call, compare, leaves_of, noise_like, prepare
 from s2s_kernels.testing.recurrence import CASES, recurrence_sample
 
+ROOT = Path(__file__).parents[2]
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 BACKENDS = ("reference", "cpu") if dispatch.extension_missing is None else ("reference",)
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 every_cell = pytest.mark.parametrize("cell", CELLS)
+needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 gates_of = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
@@ -391,7 +397,7 @@ def test_int32_lengths_unsorted(cell):
 
 
 @every_cell
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+@needs_extension
 def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
     options = {
         "lengths": (9, 24, 1, 24, 13, 0, 24),
@@ -419,7 +425,7 @@ def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
 
 @pytest.mark.parametrize("cell, hidden", [("lstm", 272), ("gru", 305), ("rnn_tanh", 529)])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+@needs_extension
 def test_threads_that_share_the_units_of_few_rows(cell, hidden, batch):
     """The same bits whoever has which units, and the definition's values: to torch's tolerance, since sums of so many
     terms round by their order."""
@@ -447,6 +453,27 @@ def test_threads_that_share_the_units_of_few_rows(cell, hidden, batch):
     present = [value for value in expected if value is not None]
     for a, b in zip(runs[0], present, strict=False):
         torch.testing.assert_close(a, b)
+
+
+SHARED_UNITS = """
+import torch, s2s_kernels as s2s
+runs = []
+for threads in (1, 3, 5):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    layer, x = s2s.nn.LSTM(5, 272, batch_first=True), torch.randn(1, 7, 5, requires_grad=True)
+    output = layer(x)[0]
+    runs.append([output.detach(), *torch.autograd.grad(output.sum(), [x, *layer.parameters()])])
+assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("limit", ["1", "2", "4"])
+def test_fewer_threads_come_than_were_asked_for(limit):
+    """Threads that wait for each other count those that came."""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": limit}
+    subprocess.run([sys.executable, "-c", SHARED_UNITS], check=True, cwd=ROOT, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -479,7 +506,7 @@ def test_packed_sequences_are_their_present_positions(cell, backend):
             torch.testing.assert_close(grad, expected.transpose(0, 1)[where])
 
 
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+@needs_extension
 def test_packed_operators_and_steps_pass_opcheck():
     _, (args, kwargs) = sample("lstm", 3, 4, 3, 5, state=True, lengths=(4, 2, 1))
     x, weight_ih, weight_hh, bias_ih, bias_hh = args
@@ -492,7 +519,7 @@ def test_packed_operators_and_steps_pass_opcheck():
     torch.library.opcheck(torch.ops.s2s.recurrence_step.default, (x[:, 0], *tensors, 0))
 
 
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+@needs_extension
 def test_packed_input_is_checked_again():
     function, (args, kwargs) = sample("gru", 2, 3, 3, 5)
     x = args[0].reshape(-1, 3)

@@ -243,8 +243,11 @@ def run(
     floating = (weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms)
     x, *cast = checks.autocast(x, *floating)  # type: ignore[assignment]
     checks.data(name, "x", x, 2 if packed else 3, "(N, I)" if packed else "(B, T, I)")
-    assert not packed or lengths is not None
-    batch, time, inputs = (len(lengths), *x.shape) if packed else x.shape  # type: ignore[arg-type]
+    if packed:
+        assert lengths is not None
+        batch, (time, inputs) = lengths.shape[0], x.shape  # no row is longer than all of them
+    else:
+        batch, time, inputs = x.shape
     weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms = cast  # type: ignore[assignment]
 
     rows, suffix = (f"{gates}H", "P or H" if name == "lstm" else "H") if gates > 1 else ("H", "H")

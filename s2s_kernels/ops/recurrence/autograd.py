@@ -17,6 +17,11 @@ STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
 CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
 
 
+def normed_row(rows: int) -> int:
+    """What layer normalisation keeps of a position, in elements, as the C++ side lays it out."""
+    return 2 * rows + 16
+
+
 if dispatch.extension_missing is None:
 
     @torch.library.register_fake("s2s::recurrence_forward")
@@ -34,7 +39,7 @@ if dispatch.extension_missing is None:
             (save, rows),
             (save and name in ("lstm", "gru"), hidden),
             (save and wide != x.dtype, width),
-            (save and norm_ih is not None, 2 * rows + 16),
+            (save and norm_ih is not None, normed_row(rows)),
         )
         saved = [x.new_empty(*positions, size, dtype=wide) for wanted, size in kept if wanted]
         return [x.new_empty(*positions, width), x.new_empty(batch, width), *lstm, *saved]

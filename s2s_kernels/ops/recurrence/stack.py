@@ -71,12 +71,12 @@ def stack(
             return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
 
     grouped = list(_grouped(weights, bias, projected, normed, lstm))
+    batch = (lengths if packed and lengths is not None else x).shape[0]
 
     def one(x: torch.Tensor, index: int, reverse: bool) -> Tensors:
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = grouped[index]
         mask = None
         if training and recurrent_dropout > 0:
-            batch = len(lengths) if packed else x.shape[0]  # type: ignore[arg-type]
             mask = F.dropout(x.new_ones(batch, weight_hh.shape[1]), recurrent_dropout)
         return run(
             cell,
@@ -215,7 +215,7 @@ if dispatch.extension_missing is None:
                 (True, rows),
                 (name in ("lstm", "gru"), hidden),
                 (wide != x.dtype or directions == 2 or last, width),
-                (normed, 2 * rows + 16),
+                (normed, autograd.normed_row(rows)),
             )
             for _ in range(directions):
                 saved += [x.new_empty((*positions, size) if wanted else (0,), dtype=wide) for wanted, size in kept]
