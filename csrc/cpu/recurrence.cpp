@@ -63,7 +63,7 @@ class Forward : Runner<S> {
     to.output_batch = s_.time * s_.width, to.output_time = s_.width;
     to.h_n = place(empty_cpu({s_.batch, s_.width}, type_));
     if (lstm) to.c_n = place(empty_cpu({s_.batch, s_.hidden}, type_));
-    to.gates = kept(save, s_.gate_units);
+    to.gates = kept(save && keeps_gates(s_.cell, a_.zoneout_h), s_.gate_units);
     to.extra = kept(save && (lstm || s_.cell == Cell::gru), s_.hidden);
     to.hidden = kept(exact, s_.width);
     to.normed = kept(save && a_.norm_ih, normed_row(s_.gate_units));
@@ -170,7 +170,7 @@ class Backward : Runner<S> {
       check_positions(op, name, *tensor, a.x, last, scalar_type_of<C>);
       STD_TORCH_CHECK(tensor->is_contiguous(), op, ": ", name, " must be contiguous");
     };
-    check("gates", kept.gates, s_.gate_units);
+    if (keeps_gates(s_.cell, a.zoneout_h)) check("gates", kept.gates, s_.gate_units);
     check("hidden", kept.hidden, s_.width);
     if (s_.cell == Cell::lstm || s_.cell == Cell::gru) check("extra", kept.extra, s_.hidden);
     if (a.norm_ih) check("normed", kept.normed, normed_row(s_.gate_units));
@@ -185,7 +185,8 @@ class Backward : Runner<S> {
     this->fill(p);
     const int64_t gates = s_.gate_units, hidden = s_.hidden, width = s_.width;
     const bool two = s_.cell == Cell::gru || a_.norm_ih, projects = a_.weight_hr.has_value(), norm_c = a_.norm_c.has_value();
-    p.gates = mutable_data<C>(kept_.gates), p.hidden_exact = mutable_data<C>(kept_.hidden);
+    p.hidden_exact = mutable_data<C>(kept_.hidden);
+    if (keeps_gates(s_.cell, a_.zoneout_h)) p.gates = mutable_data<C>(kept_.gates);
     if (s_.cell == Cell::lstm || s_.cell == Cell::gru) p.extra = mutable_data<C>(kept_.extra);
     if (a_.norm_ih) p.normed = mutable_data<C>(kept_.normed);
     p.grad_output = source<S>(kept_.grad_output, a_.packed), p.grad_h = source<S>(kept_.grad_h), p.grad_c = source<S>(kept_.grad_c);
@@ -285,7 +286,7 @@ class Backward : Runner<S> {
   struct Chunk {
     int64_t first, last;
   };
-  static constexpr int64_t tile = 192;  // rows of x's gradient that one task makes
+  static constexpr int64_t tile = 192, tile_rows = 4;  // positions, or rows of the batch, of x's gradient that one task makes
   // The sums over all positions of one value a unit: biases and the weights of layer normalisation.
   enum { sum_bias_ih, sum_bias_hh, sum_norm_ih, sum_norm_hh, sum_norm_c, sum_norm_b, sum_count };
 
@@ -376,10 +377,14 @@ class Backward : Runner<S> {
     }
     const int64_t rows = S2S_SELECT(RecurrenceProducts<C>::gradient_rows), pieces = (gates + rows - 1) / rows;
     const int64_t weights = wants(want_ih) || wants(want_hh) ? pieces : 0;
-    const int64_t tiles = wants(want_x) ? (slots + tile - 1) / tile : 0, projections = wants(want_hr) ? (s_.width + rows - 1) / rows : 0;
+    const bool by_row = in_place_by_row(chunk, slots);
+    const int64_t tiles = !wants(want_x) ? 0 : by_row ? (s_.batch + tile_rows - 1) / tile_rows : (slots + tile - 1) / tile;
+    const int64_t projections = wants(want_hr) ? (s_.width + rows - 1) / rows : 0;
     member.tasks(weights + tiles + projections, [&](int64_t i) {
       if (i < weights)
         weight_gradients(p, slots, i * rows, std::min(gates, (i + 1) * rows), add, own);
+      else if (i < weights + tiles && by_row)
+        input_gradients_by_row(p, chunk, (i - weights) * tile_rows);
       else if (i < weights + tiles)
         input_gradients(p, (i - weights) * tile, std::min(slots, (i - weights + 1) * tile), own);
       else
@@ -411,13 +416,11 @@ class Backward : Runner<S> {
         pack_row(k, here, columns, from, values_[which] + this->packed_size(columns, block));
       };
       if (wants(want_ih)) {
-        x.read(x.data, plan_.schedule.place(b, t, x.batch, x.time), x.unit, s_.inputs, row);
-        put(0, s_.inputs, row);
+        const int64_t place = plan_.schedule.place(b, t, x.batch, x.time);
+        if (!x.plain) x.read(x.data, place, x.unit, s_.inputs, row);
+        put(0, s_.inputs, x.plain ? x.plain + place : row);
       }
-      if (wants(want_hh)) {
-        recurrent_input(p, b, t, row);
-        put(1, s_.width, row);
-      }
+      if (wants(want_hh)) put(1, s_.width, recurrent_input(p, b, t, row));
       if (wants(want_hr)) put(2, s_.hidden, p.unprojected + at * s_.hidden);
     });
   }
@@ -467,18 +470,45 @@ class Backward : Runner<S> {
     (begin, end, slots, p.grad_projected, p.padded(s_.width), add, &factor, 1, own);
   }
 
+  // Where all rows are present all the time, and long enough for a product each, x's gradient is made where it belongs.
+  bool in_place_by_row(const Chunk& chunk, int64_t slots) const {
+    const int64_t times = chunk.last - chunk.first;
+    return std::is_same_v<S, C> && s_.batch > 1 && slots == times * s_.batch && !a_.packed && !unpacked_ih() &&
+           times >= worth_a_product;
+  }
+  void input_gradients_by_row(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin) {
+    if constexpr (std::is_same_v<S, C>) {
+      const C* left[tile_rows];
+      C* to[tile_rows];
+      const int64_t count = std::min(tile_rows, s_.batch - begin);
+      for (int64_t i = 0; i < count; ++i) {
+        left[i] = p.grad_in + (begin + i) * p.grad_row;
+        to[i] = mutable_data<S>(*results_[want_x]) + (plan_.schedule.order[begin + i] * s_.time + chunk.first) * s_.inputs;
+      }
+      S2S_SELECT(RecurrenceProducts<C>::packed_several)
+      (count, chunk.last - chunk.first, s_.inputs, s_.gate_units, left, s_.batch * p.grad_row, weight_ih_, to, s_.inputs);
+    }
+  }
+
   // x's gradient at the positions [begin, end) of a chunk.
   void input_gradients(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, C* own) {
     const int64_t inputs = s_.inputs;
+    C* to_rows = own;
+    // Of one row, and of a packed sequence, the result has the order of the slots.
+    const bool in_place = std::is_same_v<S, C> && (a_.packed || s_.batch == 1);
+    if constexpr (std::is_same_v<S, C>)
+      if (in_place) to_rows = mutable_data<S>(*results_[want_x]) + (p.first_slot + begin) * inputs;
     const C* const grad = p.grad_in + begin * p.grad_row;
     if (unpacked_ih()) {
       const Source<C> w = source<S>(a_.weight_ih);
       S2S_SELECT(UnpackedProduct<S>::run)
-      (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, own, inputs, false, false, own + tile * inputs);
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, to_rows, inputs, false, false,
+       own + tile * inputs);
     } else {
       S2S_SELECT(RecurrenceProducts<C>::packed)
-      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, own, inputs, false, false, nullptr, nullptr);
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, to_rows, inputs, false, false, nullptr, nullptr);
     }
+    if (in_place) return;
     const Target<C> to = target<S>(*results_[want_x], a_.packed);
     each_position(p, begin, end, [&](int64_t at, int64_t b, int64_t t) {
       to.write(to.data, plan_.schedule.place(b, t, to.batch, to.time), inputs, own + (at - begin) * inputs);

@@ -11,6 +11,9 @@ enum class Cell : int64_t { lstm, gru, rnn_tanh, rnn_relu };
 
 constexpr int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
+// Whether backward needs the gates themselves: an RNN's is its output, unless zoneout takes the output from before.
+constexpr bool keeps_gates(Cell cell, double zoneout_h) { return cell == Cell::lstm || cell == Cell::gru || zoneout_h > 0; }
+
 // Which random numbers of the call's seed each mask takes.
 enum Stream : uint32_t { stream_h = 0, stream_c = 1, stream_weight = 2 };
 
@@ -79,6 +82,8 @@ struct Zoneout {
   int64_t seed0 = 0, seed1 = 0;
 };
 
+constexpr int64_t worth_a_product = 48;  // rows that make a product of their own as fast as those of a larger one
+
 // Elements that both products, normalised, take for a position, and their reciprocal deviations, in a cache line of their own.
 constexpr int64_t normed_row(int64_t gate_units) { return 2 * gate_units + 16; }
 
@@ -92,7 +97,7 @@ struct Recurrence {
   const C* mask;                                 // (B, P) or null: multiplies h in the recurrent product
   const C *norm_ih, *norm_hh, *norm_c, *norm_b;  // or null
   Zoneout zoneout;
-  // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation; extra (N, H): an LSTM's cell state, a
+  // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation, if keeps_gates; extra (N, H): an LSTM's cell state, a
   // GRU's W_hn h + b_hn; normed (N, normed_row): what layer normalisation made.
   C *gates, *extra, *normed;
   C* hidden_exact;  // (B, T, P): the output before it is rounded to storage; in forward null where the output itself is as wide

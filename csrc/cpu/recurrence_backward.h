@@ -115,15 +115,17 @@ class RecurrenceBackwardPart {
     RecurrenceBackwardPart(p, part, nullptr, workspace, nullptr).end();
   }
 
-  // What the products of position (b, t) with W_hh multiplied, (P).
-  static void recurrent_input(const RecurrenceBackward<C>& p, int64_t b, int64_t t, C* to) {
+  // What the product of position (b, t) with W_hh multiplied, (P), where it lies or in `scratch`.
+  static const C* recurrent_input(const RecurrenceBackward<C>& p, int64_t b, int64_t t, C* scratch) {
     const C* const from = h_before(p, b, t);
+    if (from && !p.mask) return from;
     const size_t bytes = static_cast<size_t>(p.width) * sizeof(C);
     if (from)
-      std::memcpy(to, from, bytes);
+      std::memcpy(scratch, from, bytes);
     else
-      std::memset(to, 0, bytes);
-    if (p.mask) multiply(p.width, p.mask + b * p.width, to);
+      std::memset(scratch, 0, bytes);
+    if (p.mask) multiply(p.width, p.mask + b * p.width, scratch);
+    return scratch;
   }
 
  private:
@@ -226,7 +228,7 @@ class RecurrenceBackwardPart {
     C* const to = p_.mask ? product_ : dh_;
     // The gates of the step to come, where all of them are this part's.
     const int64_t next = s_.reverse ? t + 1 : t - 1;
-    const bool whole = t != last_ && part_.groups == 1 && units_ == p_.hidden;
+    const bool whole = t != last_ && part_.groups == 1 && units_ == p_.hidden && p_.gates;
     const C* const gates = whole ? p_.gates + s_.offset[next] * p_.gate_units : nullptr;
     const C* const gates_end = whole ? gates + s_.count[next] * p_.gate_units : nullptr;
     // The gradient of the state before the first step may be nobody's.
@@ -247,7 +249,7 @@ class RecurrenceBackwardPart {
   // dh: of what the cell gave, before zoneout and projection.
   void cell(int64_t t, int64_t row, const C* dh) {
     const int64_t n = units_, all = p_.hidden, unit = part_.unit, slot = this->slot(t, row), at = slot - p_.first_slot;
-    const C* const gates = p_.gates + slot * p_.gate_units + unit;
+    const C* const gates = p_.gates ? p_.gates + slot * p_.gate_units + unit : nullptr;
     C* const in = p_.grad_in + at * p_.grad_row + unit;
     C* const rec = p_.grad_rec + at * p_.grad_row + unit;
     if (p_.cell == Cell::gru) {
@@ -256,7 +258,8 @@ class RecurrenceBackwardPart {
     } else if (p_.cell == Cell::lstm) {
       lstm(t, row, at, gates, dh, in);
     } else {
-      rnn_unit_gradients(n, p_.cell == Cell::rnn_relu, gates, dh, in);
+      const C* const value = gates ? gates : p_.hidden_exact + s_.place(batch_row(row), t, s_.time * p_.width, p_.width) + unit;
+      rnn_unit_gradients(n, p_.cell == Cell::rnn_relu, value, dh, in);
     }
     if (p_.norm_hh) {
       const C* const normed = p_.normed + slot * p_.normed_row();

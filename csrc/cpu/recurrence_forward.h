@@ -206,6 +206,14 @@ class RecurrenceForwardPart {
   void input_product(int64_t first, int64_t last, int64_t rows) {
     const C* from = x_;
     int64_t from_row = p_.inputs + gemm_row_pad;
+    const int64_t steps = last - first;
+    if (p_.x.plain && rows == steps * rows_ && steps >= worth_a_product && !p_.x_rows && !p_.unpacked_ih) {
+      // The rows of x of each row of the batch lie one after another: they needn't be gathered.
+      const auto left = S2S_LAMBDA(int64_t row) { return p_.x.plain + s_.place(batch_row(row), first, p_.x.batch, p_.x.time); };
+      const auto to = S2S_LAMBDA(int64_t row) { return pre_ + row * gates_; };
+      Products::packed_each(rows_, steps, gates_, p_.inputs, left, p_.x.time, weight_ih_, to, rows_ * gates_);
+      return normalise_input_product(first, last);
+    }
     if (p_.x_rows) {
       from = p_.x_rows + s_.offset[first] * p_.x_row;
       from_row = p_.x_row;
@@ -219,6 +227,10 @@ class RecurrenceForwardPart {
       unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.backwards && sums_);
     else
       Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, pre_, gates_, false, false);
+    normalise_input_product(first, last);
+  }
+
+  void normalise_input_product(int64_t first, int64_t last) {
     if (!p_.norm_ih) return;
     C* row = pre_;
     for (int64_t t = first; t < last; ++t)

@@ -229,6 +229,19 @@ struct RecurrenceProducts {
     }
   }
 
+  // `count` products of m rows with the same right factor, left(i) times packed B = to(i). Each panel serves all of them.
+  template <class Left, class To>
+  static void packed_each(int64_t count, int64_t m, int64_t n, int64_t k, const Left& left, int64_t a_row, const C* b, const To& to,
+                          int64_t c_row) {
+    for (int64_t j = 0; j < panels(n); j += gemm_group_panels)
+      for (int64_t i = 0; i < count; ++i)
+        gemm_packed_panels(m, n, k, left(i), a_row, b, to(i), c_row, false, j, gemm_min(panels(n), j + gemm_group_panels));
+  }
+  static void packed_several(int64_t count, int64_t m, int64_t n, int64_t k, const C* const* a, int64_t a_row, const C* b, C* const* c,
+                             int64_t c_row) {
+    packed_each(count, m, n, k, S2S_LAMBDA(int64_t i) { return a[i]; }, a_row, b, S2S_LAMBDA(int64_t i) { return c[i]; }, c_row);
+  }
+
   // Few rows of A. The panels are dealt evenly to tiles: a tile of one panel would wait for its multiply-adds.
   template <int Rows>
   static void few(int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add, bool backwards) {

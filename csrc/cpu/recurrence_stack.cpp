@@ -152,7 +152,7 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
       to.h_n = bytes(h_n) + index * s.batch * s.width * item;
       to.c_n = s.lstm() ? bytes(c_n) + index * s.batch * s.hidden * item : nullptr;
       if (save) {
-        const Tensor own[] = {kept(true, s.gate_units), kept(s.lstm() || s.cell == Cell::gru, s.hidden),
+        const Tensor own[] = {kept(keeps_gates(s.cell, zoneout_h), s.gate_units), kept(s.lstm() || s.cell == Cell::gru, s.hidden),
                               kept(s.keeps_hidden(layer), s.width), kept(normed, normed_row(s.gate_units))};
         void** const places[] = {&to.gates, &to.extra, &to.hidden, &to.normed};
         for (int i = 0; i < 4; ++i) {

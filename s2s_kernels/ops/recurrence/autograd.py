@@ -22,6 +22,11 @@ def normed_row(rows: int) -> int:
     return 2 * rows + 16
 
 
+def keeps_gates(cell: str, zoneout_h: float) -> bool:
+    """Whether backward needs the gates themselves: an RNN's is its output, unless zoneout takes it from before."""
+    return cell in ("lstm", "gru") or zoneout_h > 0
+
+
 if dispatch.extension_missing is None:
 
     @torch.library.register_fake("s2s::recurrence_forward")
@@ -36,7 +41,7 @@ if dispatch.extension_missing is None:
         wide = torch.promote_types(x.dtype, torch.float32)
         lstm = [x.new_empty(batch, hidden)] if name == "lstm" else []
         kept = (
-            (save, rows),
+            (save and keeps_gates(name, zoneout_h), rows),
             (save and name in ("lstm", "gru"), hidden),
             (save and wide != x.dtype, width),
             (save and norm_ih is not None, normed_row(rows)),
@@ -73,7 +78,7 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
         return (output, h_n, c_n), ()
     x, norm_ih = tensors[0], tensors[9]
     assert x is not None
-    gates = next(results)
+    gates = next(results) if keeps_gates(cell, options[2]) else None
     extra = next(results) if cell in ("lstm", "gru") else None
     # As wide as the computation, the output serves backward itself.
     hidden = output if x.dtype in (torch.float64, torch.float32) else next(results)

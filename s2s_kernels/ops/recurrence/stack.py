@@ -212,7 +212,7 @@ if dispatch.extension_missing is None:
             if first:
                 saved.append(x.new_empty(*positions, directions * width))
             kept = (
-                (True, rows),
+                (autograd.keeps_gates(name, zoneout_h), rows),
                 (name in ("lstm", "gru"), hidden),
                 (wide != x.dtype or directions == 2 or last, width),
                 (normed, autograd.normed_row(rows)),
