@@ -195,12 +195,13 @@ class Backward : Runner<S> {
 
     const auto split = this->split();
     const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
-    const int64_t depth = S2S_SELECT(RecurrenceProducts<C>::gradient_depth), blocks = (chunk_slots_ + depth - 1) / depth * depth;
-    const auto values = [&](bool wanted, int64_t columns) { return wanted ? this->packed_size(columns, blocks) : 0; };
-    const int64_t hh = this->packed_size(split.most_units(), gates);
+    const auto values = [&](bool wanted, int64_t columns) { return wanted ? this->packed_size(columns, chunk_slots_) : 0; };
+    if (reads_hh_in_place(split, rows)) p.weight_hh = source<S>(a_.weight_hh).plain, p.weight_hh_row = a_.weight_hh.stride(0);
+    const int64_t hh = p.weight_hh ? 0 : this->packed_size(split.most_units(), gates);
     const int64_t row = std::max({s_.inputs, width, hidden}) + 16;
     const int64_t unpacked = unpacked_ih() ? S2S_SELECT(RecurrenceProducts<C>::unpacked_workspace)(tile, s_.inputs, gates) : 0;
-    const int64_t scratch = std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(), (tile + 1) * s_.inputs + unpacked,
+    const int64_t scratch = std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(),
+                                      in_place() ? unpacked : (tile + 1) * s_.inputs + unpacked,
                                       S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
     const int64_t state = S2S_SELECT(RecurrenceBackwardPart<C>::workspace)(p, rows, split.most_units());
     const bool narrows = !std::is_same_v<S, C>;
@@ -250,12 +251,12 @@ class Backward : Runner<S> {
       const auto enter = S2S_SELECT(RecurrenceBackwardPart<C>::enter), leave = S2S_SELECT(RecurrenceBackwardPart<C>::leave);
       const auto advance = S2S_SELECT(RecurrenceBackwardPart<C>::advance);
       C* const own = scratches[begin];
-      pack_weights(member, split.slices == 1 ? hhs[0] : nullptr, parts[6], own);
+      pack_weights(member, split.slices == 1 && !p.weight_hh ? hhs[0] : nullptr, parts[6], own);
       const bool shares = split.slices > 1;
       const int64_t count = shares ? 1 : end - begin;  // parts of this thread
       const auto part = [&](int64_t i) { return shares ? split.part(begin, end) : split.part(begin + i, begin + i + 1); };
       const C* const hh_of = shares ? hhs[begin] : hhs[0];
-      if (shares) {
+      if (shares && !p.weight_hh) {
         const Part units = part(0);
         S2S_SELECT(RecurrenceProducts<C>::pack)(0, gates, gates, units.unit, units.units, source<S>(a_.weight_hh), dropout(), hhs[begin],
                                                 own);
@@ -286,21 +287,37 @@ class Backward : Runner<S> {
   struct Chunk {
     int64_t first, last;
   };
-  static constexpr int64_t tile = 192, tile_rows = 4;  // positions, or rows of the batch, of x's gradient that one task makes
   // The sums over all positions of one value a unit: biases and the weights of layer normalisation.
   enum { sum_bias_ih, sum_bias_hh, sum_norm_ih, sum_norm_hh, sum_norm_c, sum_norm_b, sum_count };
 
   bool wants(int i) const { return needs_ >> i & 1; }
   const WeightDropout* dropout() const { return a_.weight_dropout > 0 ? &this->dropout_ : nullptr; }
-  // Whether the product with W_ih is made once: packing the weights would take longer.
-  bool unpacked_ih() const { return plan_.slots() <= tile; }
+  // Positions of x's gradient that one task makes: of the few of one row's chunk, some for each thread.
+  const int64_t tile = s_.batch == 1 && thread_count() > 1 ? 64 : 192;
+  static constexpr int64_t tile_rows = 4;  // rows of the batch, where tasks go by these
+  // Whether the product with W_ih is made of so few positions that packing the weights would take longer.
+  bool unpacked_ih() const { return plan_.slots() <= 192; }
+  // Of one row, and of a packed sequence, x's gradient has the order of the slots: products make it there.
+  bool in_place() const { return std::is_same_v<S, C> && (a_.packed || s_.batch == 1); }
+  // For one row, weights of whole panels are read as fast where they lie, if a second-level cache holds them.
+  bool reads_hh_in_place(const typename Base::Split& split, int64_t rows) const {
+    if (rows != 1 || dropout() || !source<S>(a_.weight_hh).plain) return false;
+    if (s_.gate_units * s_.width * static_cast<int64_t>(sizeof(C)) > (3 << 19) * split.slices) return false;
+    if (split.slices == 1) return s_.width == this->packed_size(s_.width, 1);
+    for (int64_t i = 0; i < split.slices; ++i) {
+      const int64_t units = split.bound(i + 1) - split.bound(i);
+      if (units != this->packed_size(units, 1)) return false;
+    }
+    return true;
+  }
   int64_t sum_row() const { return (s_.gate_units + 15) / 16 * 16; }
 
   void plan_chunks() {
     const Schedule& s = plan_.schedule;
     int64_t end = 0;  // of the times at which any row is present
     while (end < s.time && s.count[end] > 0) ++end;
-    const int64_t most = std::max<int64_t>(256, (1 << 17) / s_.gate_units / 256 * 256);
+    // One row has little to keep for long; several rows keep the products of narrow layers large.
+    const int64_t most = s.batch == 1 ? 128 : std::max<int64_t>(256, (1 << 17) / s_.gate_units / 256 * 256);
     for (int64_t done = 0; done < end;) {
       int64_t steps = 0, slots = 0;
       while (done + steps < end) {
@@ -381,12 +398,12 @@ class Backward : Runner<S> {
     const int64_t tiles = !wants(want_x) ? 0 : by_row ? (s_.batch + tile_rows - 1) / tile_rows : (slots + tile - 1) / tile;
     const int64_t projections = wants(want_hr) ? (s_.width + rows - 1) / rows : 0;
     member.tasks(weights + tiles + projections, [&](int64_t i) {
-      if (i < weights)
-        weight_gradients(p, slots, i * rows, std::min(gates, (i + 1) * rows), add, own);
-      else if (i < weights + tiles && by_row)
-        input_gradients_by_row(p, chunk, (i - weights) * tile_rows);
-      else if (i < weights + tiles)
-        input_gradients(p, (i - weights) * tile, std::min(slots, (i - weights + 1) * tile), own);
+      if (i < tiles && by_row)
+        input_gradients_by_row(p, chunk, i * tile_rows);
+      else if (i < tiles)
+        input_gradients(p, i * tile, std::min(slots, (i + 1) * tile), own);
+      else if (i < tiles + weights)
+        weight_gradients(p, slots, (i - tiles) * rows, std::min(gates, (i - tiles + 1) * rows), add, own);
       else
         projection_gradients(p, slots, (i - weights - tiles) * rows, std::min(s_.width, (i - weights - tiles + 1) * rows), add, own);
     });
@@ -494,21 +511,19 @@ class Backward : Runner<S> {
   void input_gradients(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, C* own) {
     const int64_t inputs = s_.inputs;
     C* to_rows = own;
-    // Of one row, and of a packed sequence, the result has the order of the slots.
-    const bool in_place = std::is_same_v<S, C> && (a_.packed || s_.batch == 1);
     if constexpr (std::is_same_v<S, C>)
-      if (in_place) to_rows = mutable_data<S>(*results_[want_x]) + (p.first_slot + begin) * inputs;
+      if (in_place()) to_rows = mutable_data<S>(*results_[want_x]) + (p.first_slot + begin) * inputs;
     const C* const grad = p.grad_in + begin * p.grad_row;
     if (unpacked_ih()) {
       const Source<C> w = source<S>(a_.weight_ih);
       S2S_SELECT(UnpackedProduct<S>::run)
       (end - begin, inputs, s_.gate_units, grad, p.grad_row, w.data, 0, w.batch, w.unit, to_rows, inputs, false, false,
-       own + tile * inputs);
+       in_place() ? own : own + tile * inputs);
     } else {
       S2S_SELECT(RecurrenceProducts<C>::packed)
       (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, to_rows, inputs, false, false, nullptr, nullptr);
     }
-    if (in_place) return;
+    if (in_place()) return;
     const Target<C> to = target<S>(*results_[want_x], a_.packed);
     each_position(p, begin, end, [&](int64_t at, int64_t b, int64_t t) {
       to.write(to.data, plan_.schedule.place(b, t, to.batch, to.time), inputs, own + (at - begin) * inputs);

@@ -140,7 +140,9 @@ struct RecurrenceForward : Recurrence<C> {
 
 template <class C>
 struct RecurrenceBackward : Recurrence<C> {
-  const C *weight_hh, *weight_hr;  // packed: (G H, P) or the part of it that gives the units of a part, (P, H) or null
+  const C* weight_hh;  // (G H, P) where it lies, for parts of one row; null: each part has its units' columns packed
+  int64_t weight_hh_row;
+  const C* weight_hr;  // packed: (P, H), or null
   Source<C> grad_output, grad_h, grad_c;
   // The gradients of some times, by slot from the first of them on: of the gates before their activation (N, grad_row apart), as the input
   // part and the recurrent part see them (one buffer where they are equal).

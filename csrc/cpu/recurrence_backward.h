@@ -105,7 +105,8 @@ class RecurrenceBackwardPart {
   static void enter(const RecurrenceBackward<C>& p, const Part& part, C* workspace) {
     RecurrenceBackwardPart(p, part, nullptr, workspace, nullptr).begin();
   }
-  // Through the times [first, last), the latest step of forward first. weight_hh: packed, the columns that belong to the part's units.
+  // Through the times [first, last), the latest step of forward first. weight_hh: packed, the columns that belong to the part's units, or
+  // null.
   static void advance(const RecurrenceBackward<C>& p, const Part& part, const C* weight_hh, int64_t first, int64_t last, C* workspace,
                       Crew::Member* others) {
     RecurrenceBackwardPart self(p, part, weight_hh, workspace, others);
@@ -232,9 +233,11 @@ class RecurrenceBackwardPart {
     const C* const gates = whole ? p_.gates + s_.offset[next] * p_.gate_units : nullptr;
     const C* const gates_end = whole ? gates + s_.count[next] * p_.gate_units : nullptr;
     // The gradient of the state before the first step may be nobody's.
-    if (t != last_ || p_.grad_h0.data || p_.grad_mask.data)
-      Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, direct_ && !p_.mask, t % 2, gates,
-                       gates_end);
+    const bool wanted = t != last_ || p_.grad_h0.data || p_.grad_mask.data, adds = direct_ && !p_.mask;
+    if (wanted && p_.weight_hh)
+      Products::in_place(own_, p_.gate_units, left, p_.weight_hh + unit, p_.weight_hh_row, to, adds, t % 2);
+    else if (wanted)
+      Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, adds, t % 2, gates, gates_end);
     for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
       const int64_t b = batch_row(row);
       C* const dh = dh_ + row * own_;

@@ -245,6 +245,16 @@ struct RecurrenceProducts {
   // Few rows of A. The panels are dealt evenly to tiles: a tile of one panel would wait for its multiply-adds.
   template <int Rows>
   static void few(int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add, bool backwards) {
+    few_of<Rows>(n, k, a, a_row, b, k * gemm_nr<C>, gemm_nr<C>, c, c_row, add, backwards);
+  }
+  // One row of A times B where it lies, its rows b_row apart and of whole panels.
+  static void in_place(int64_t n, int64_t k, const C* a, const C* b, int64_t b_row, C* c, bool add, bool backwards) {
+    few_of<1>(n, k, a, 0, b, gemm_nr<C>, b_row, c, 0, add, backwards);
+  }
+
+  template <int Rows>
+  static void few_of(int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, int64_t b_panel, int64_t b_row, C* c, int64_t c_row,
+                     bool add, bool backwards) {
     constexpr int64_t nr = gemm_nr<C>, most = gemm_wide(Rows);
     const int64_t panels = (n + nr - 1) / nr, tiles = (panels + most - 1) / most;
     for (int64_t i = 0; k <= 0 && !add && i < Rows; ++i)
@@ -254,18 +264,18 @@ struct RecurrenceProducts {
       const int64_t begin = gemm_group(panels, tiles, tile), count = gemm_group(panels, tiles, tile + 1) - begin;
       const int64_t last = gemm_min(n - begin * nr, count * nr) - (count - 1) * nr;
       for (int64_t k0 = 0; k0 < k; k0 += gemm_kc)
-        tile_of<Rows, most>(count, gemm_min(k - k0, gemm_kc), a + k0, a_row, b + begin * nr * k + k0 * nr, k * nr, c + begin * nr, c_row,
-                            add || k0 > 0, last);
+        tile_of<Rows, most>(count, gemm_min(k - k0, gemm_kc), a + k0, a_row, b + begin * b_panel + k0 * b_row, b_panel, b_row,
+                            c + begin * nr, c_row, add || k0 > 0, last);
     }
   }
 
   template <int Rows, int Panels>
-  static void tile_of(int64_t count, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t panel, C* c, int64_t c_row, bool add,
-                      int64_t last) {
+  static void tile_of(int64_t count, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t b_panel, int64_t b_row, C* c,
+                      int64_t c_row, bool add, int64_t last) {
     if (count == Panels)
-      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, panel, gemm_nr<C>, c, c_row, add, last, reinterpret_cast<const char*>(a), 0);
+      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, last, reinterpret_cast<const char*>(a), 0);
     else if constexpr (Panels > 1)
-      tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, panel, c, c_row, add, last);
+      tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, b_panel, b_row, c, c_row, add, last);
   }
 
   static int64_t gradient_workspace() { return gemm_mc * (gemm_kc + gemm_row_pad); }
