@@ -125,13 +125,18 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
         return None
     if backend not in operator.gaps:
         return f"{operator.name} has no {backend} kernel"
-    if torch.onnx.is_in_onnx_export():
+    if _exporting_onnx():
         return "ONNX has no such operator: the reference is exported"
     if backend in DEVICE and device.type != DEVICE[backend]:
         return f"its kernels take {DEVICE[backend].upper()} tensors, these are on {device}"
     if backend == "cpu" and extension_missing is not None:
         return extension_missing
     return operator.gaps[backend](call)
+
+
+def _exporting_onnx() -> bool:
+    # The question itself imports modules, 2 us a call: it is asked only where something is being traced.
+    return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
 
 
 def choose(operator: Operator, device: torch.device, call: Any) -> str:
@@ -197,10 +202,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     raise ValueError(f"explain: function must call an operator of s2s_kernels, {function!r} called none")
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether the cpu kernel serves a call on these tensors with nothing around it: eager, all in the CPU's memory, no
     gradient, no autocast, no transform, no forced backend, nothing to be explained or exported. A step then needn't
     pay for what it doesn't use."""
+    for tensor in tensors:  # a generator would cost as much as the rest
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+            return False
     return (
         not torch.is_grad_enabled()
         and extension_missing is None
@@ -208,9 +219,8 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         and _forced.get() in (None, "cpu")
         and not _explaining.get()
         and not torch.is_autocast_enabled("cpu")
-        and all(t is None or (t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter)) for t in tensors)
         and not transformed(*tensors)
-        and not torch.onnx.is_in_onnx_export()
+        and not _exporting_onnx()
     )
 
 

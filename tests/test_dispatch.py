@@ -1,11 +1,14 @@
+import io
 import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 
+import s2s_kernels
 from s2s_kernels import dispatch
 from s2s_kernels.dispatch import Operator, choose, explain, use_backend
 
@@ -97,3 +100,21 @@ def test_the_environment_variable(value, expected):
         text=True,
     )
     assert expected in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_gets_the_reference(dynamo):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+    class Module(torch.nn.Module):
+        def forward(self, x, weight):
+            return s2s_kernels.causal_conv1d(x, weight, dilation=2, activation="relu")
+
+    target = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the older exporter, about itself
+        torch.onnx.export(Module(), (torch.randn(1, 4, 16), torch.randn(4, 4, 3)), target, dynamo=dynamo)
+    nodes = onnx.load_from_string(target.getvalue()).graph.node
+    assert nodes and all(node.domain in ("", "ai.onnx") for node in nodes)
+    assert any(node.op_type == "Relu" for node in nodes)

@@ -294,11 +294,13 @@ def run(
 def step(
     cell: str, x: torch.Tensor, weights: Sequence[torch.Tensor | None], states: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor] | None:
-    """One step without an option: x (B, I); weight_ih, weight_hh, bias_ih, bias_hh; h and, of an LSTM, c before it. The
-    caller has checked shapes and dtypes.
+    """One step without an option: x (B, I); weight_ih, weight_hh, bias_ih, bias_hh; h and, of an LSTM, c before it.
 
     Returns:
         h and c after it; None where more surrounds the call than a kernel (`dispatch.is_plain`): it is `run`'s then.
+
+    Raises:
+        RuntimeError: the kernel refuses a shape or a dtype. `run` says it in the words of an operator.
     """
     if not dispatch.is_plain(x, *weights, *states):
         return None
