@@ -219,7 +219,8 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         and _forced.get() in (None, "cpu")
         and not _explaining.get()
         and not torch.is_autocast_enabled("cpu")
-        and not transformed(*tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and not _exporting_onnx()
     )
 

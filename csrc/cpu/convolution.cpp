@@ -478,7 +478,7 @@ class Stepper {
   Stepper(int64_t batch, int64_t taps) : taps_(taps), tap_(taps), tap_batch_(taps), batch_(batch) {}
 
   void sums(const S* x, const RingView<S>& ring, const S* weight, const S* bias, int64_t channels, int64_t outputs, int64_t groups,
-            int64_t dilation, C* u, C* panel, int64_t panel_size) {
+            int64_t dilation, C* u, C* panel, int64_t panel_size, const Tensor* following = nullptr) {
     for (int64_t k = 0; k + 1 < taps_; ++k) {
       int64_t slot = ring.slot + k * dilation;
       if (slot >= ring.span) slot -= ring.span;
@@ -487,7 +487,9 @@ class Stepper {
     }
     tap_[taps_ - 1] = x;
     tap_batch_[taps_ - 1] = channels;
-    ConvolutionStep<S> p{batch_, channels, outputs, taps_, groups, weight, bias, tap_.data(), tap_batch_.data(), u, panel};
+    ConvolutionStep<S> p{batch_, channels, outputs, taps_, groups, weight, bias, tap_.data(), tap_batch_.data(), u, panel, nullptr, 0};
+    if (following)
+      p.ahead = static_cast<const char*>(following->const_data_ptr()), p.ahead_bytes = following->numel() * static_cast<int64_t>(sizeof(S));
     const int64_t per_group = outputs / groups;
     if (per_group == 1 && channels == groups) {
       S2S_SELECT(ConvolutionStepKernels<S>::depthwise)(p, 0, outputs, panel);
@@ -549,6 +551,7 @@ Tensor causal_conv1d_step(const Tensor& x_in, const Tensor& ring, const Tensor& 
     Workspace workspace(Workspace::bytes<C>(threads * panel_size) + Workspace::bytes<C>(s.batch * s.outputs + 16));
     C* panel = workspace.take<C>(threads * panel_size);
     C* u = workspace.take<C>(s.batch * s.outputs + 16);
+    std::fill(u, u + s.batch * s.outputs + 16, C(0));  // vectors are read to their ends, where denormal numbers would cost a microsecond
     const RingView<S> view{mutable_data<S>(ring), s.span * s.channels, s.channels, s.span, *at};
     Stepper<S> stepper(s.batch, s.taps);
     stepper.sums(data<S>(x), view, data<S>(weight), data<S>(bias), s.channels, s.outputs, groups, dilation, u, panel, panel_size);
@@ -609,6 +612,7 @@ Tensor wavenet_step(const Tensor& x_in, const Tensor& ring, const Tensor& positi
                         3 * Workspace::bytes<S>(batch * (channels + skips) + 16));
     C* panel = workspace.take<C>(threads * panel_size);
     C* u = workspace.take<C>(u_size);
+    std::fill(u, u + u_size, C(0));  // vectors are read to their ends, where denormal numbers would cost a microsecond
     S* x = workspace.take<S>(batch * channels);
     S* z = workspace.take<S>(batch * channels);
     S* both = workspace.take<S>(batch * (channels + skips));
@@ -622,12 +626,14 @@ Tensor wavenet_step(const Tensor& x_in, const Tensor& ring, const Tensor& positi
       const int64_t span = (taps - 1) * dilations[l];
       const RingView<S> view{rings, slots * channels, channels, span, span ? *at % span : 0};
       rings += span * channels;
-      conv.sums(x, view, data<S>(conv_weight[l]), data<S>(conv_bias[l]), channels, 2 * channels, 1, dilations[l], u, panel, panel_size);
+      conv.sums(x, view, data<S>(conv_weight[l]), data<S>(conv_bias[l]), channels, 2 * channels, 1, dilations[l], u, panel, panel_size,
+                &out_weight[l]);
       Stepper<S>::push(x, view, batch);
       const S* extra = condition ? data<S>(*condition) + l * 2 * channels * condition->stride(1) : nullptr;
       finish(Activation::gated_tanh, u, batch, 2 * channels, extra, condition ? condition->stride(0) : 0,
              condition ? condition->stride(1) : 0, nullptr, 0, 0, z);
-      out.sums(z, RingView<S>{}, data<S>(out_weight[l]), data<S>(out_bias[l]), channels, channels + skips, 1, 1, u, panel, panel_size);
+      out.sums(z, RingView<S>{}, data<S>(out_weight[l]), data<S>(out_bias[l]), channels, channels + skips, 1, 1, u, panel, panel_size,
+               &conv_weight[(l + 1) % layers]);
       finish(Activation::none, u, batch, channels + skips, nullptr, 0, 0, nullptr, 0, 0, both);
       for (int64_t b = 0; b < batch; ++b) {
         const S* row = both + b * (channels + skips);

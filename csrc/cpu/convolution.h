@@ -66,8 +66,10 @@ struct ConvolutionStep {
   const S* bias;        // (outputs), or null
   const S* const* tap;  // K pointers: tap[k][b * tap_batch[k] + c]
   const int64_t* tap_batch;
-  C* u;      // (batch, outputs): what enters the activation
-  C* panel;  // scratch of step_panel() elements for each thread
+  C* u;               // (batch, outputs): what enters the activation
+  C* panel;           // scratch of step_panel() elements for each thread
+  const char* ahead;  // what is wanted after this step, or null
+  int64_t ahead_bytes;
 };
 
 // The positions of a tile: a multiple of every instruction set's vector, with the inputs of a tap in the first-level cache.

@@ -3,6 +3,33 @@
 
 static constexpr int64_t panel_vectors = 4;
 
+#if defined(__x86_64__)
+// v[i] lane l = the element `column + i` of row l, rows `stride` apart: sixteen bytes of each of the rows i, i + 4, ... at a time, so that
+// what is left is a 4 by 4 transposition within 128 bits. at(row) gives a row.
+template <class Row>
+S2S_INLINE void load_columns(const Row& at, int64_t column, Vec<float> (&v)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if S2S_VECTOR_BYTES == 16
+    v[i] = (Vec<float>)_mm_loadu_ps(at(i) + column);
+#elif S2S_VECTOR_BYTES == 32
+    v[i] = (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at(i) + column)), _mm_loadu_ps(at(i + 4) + column), 1);
+#else
+    v[i] = (Vec<float>)_mm512_insertf32x4(
+        _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(at(i) + column)), _mm_loadu_ps(at(i + 4) + column), 1),
+                           _mm_loadu_ps(at(i + 8) + column), 2),
+        _mm_loadu_ps(at(i + 12) + column), 3);
+#endif
+  }
+  const auto a = S2S_MM(unpacklo_ps)(v[0], v[1]), b = S2S_MM(unpackhi_ps)(v[0], v[1]);
+  const auto d = S2S_MM(unpacklo_ps)(v[2], v[3]), e = S2S_MM(unpackhi_ps)(v[2], v[3]);
+  v[0] = (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0x44);
+  v[1] = (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0xee);
+  v[2] = (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0x44);
+  v[3] = (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0xee);
+}
+#endif
+
 // Columns [0, n) of `rows` rows, as to[column place][lane]; the places are k * channels + c for the column c * taps + k.
 template <class S>
 S2S_INLINE void turn_panel(const S* from, int64_t rows, int64_t channels, int64_t taps, compute_t<S>* to) {
@@ -13,38 +40,16 @@ S2S_INLINE void turn_panel(const S* from, int64_t rows, int64_t channels, int64_
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<S, float>) {
     for (int64_t lane = 0; lane < width; lane += lanes<C>) {
-      // Sixteen bytes of each of rows i, i + 4, ... at a time: what is left is a 4 by 4 transposition within 128 bits.
-      const float* row[4][lanes<C> / 4];
-      for (int i = 0; i < 4; ++i)
-        for (int64_t j = 0; j < lanes<C> / 4; ++j) row[i][j] = from + min(lane + i + 4 * j, rows - 1) * columns;
+      const float* row[lanes<C>];
+      for (int i = 0; i < lanes<C>; ++i) row[i] = from + min(lane + i, rows - 1) * columns;
       int64_t c = 0, k = 0;
       for (column = 0; column + 4 <= columns; column += 4) {
-        float* place[4];
+        Vec<float> v[4];
+        load_columns(S2S_LAMBDA(int i) { return row[i]; }, column, v);
         for (int i = 0; i < 4; ++i) {
-          place[i] = to + (k * channels + c) * width + lane;
+          store(to + (k * channels + c) * width + lane, v[i]);
           if (++k == taps) k = 0, ++c;
         }
-        Vec<float> v[4];
-        for (int i = 0; i < 4; ++i) {
-#if S2S_VECTOR_BYTES == 16
-          v[i] = (Vec<float>)_mm_loadu_ps(row[i][0] + column);
-#elif S2S_VECTOR_BYTES == 32
-          v[i] = (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i][0] + column)),
-                                                  _mm_loadu_ps(row[i][1] + column), 1);
-#else
-          v[i] = (Vec<float>)_mm512_insertf32x4(
-              _mm512_insertf32x4(
-                  _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(row[i][0] + column)), _mm_loadu_ps(row[i][1] + column), 1),
-                  _mm_loadu_ps(row[i][2] + column), 2),
-              _mm_loadu_ps(row[i][3] + column), 3);
-#endif
-        }
-        const auto a = S2S_MM(unpacklo_ps)(v[0], v[1]), b = S2S_MM(unpackhi_ps)(v[0], v[1]);
-        const auto d = S2S_MM(unpacklo_ps)(v[2], v[3]), e = S2S_MM(unpackhi_ps)(v[2], v[3]);
-        store(place[0], (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0x44));
-        store(place[1], (Vec<float>)S2S_MM(shuffle_ps)(a, d, 0xee));
-        store(place[2], (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0x44));
-        store(place[3], (Vec<float>)S2S_MM(shuffle_ps)(b, e, 0xee));
       }
     }
   }
@@ -53,6 +58,45 @@ S2S_INLINE void turn_panel(const S* from, int64_t rows, int64_t channels, int64_
     for (int64_t lane = 0; lane < width; ++lane)
       to[(column % taps * channels + column / taps) * width + lane] = to_compute(from[min(lane, rows - 1) * columns + column]);
 }
+
+#if defined(__x86_64__)
+// One row of the batch uses each weight once: what belongs to the oldest tap is multiplied as it is turned over, the rest waits in `later`
+// for its place in the chain. Two vectors of outputs from `output` on, of which `weight` holds the rows; columns a multiple of four.
+inline constexpr int64_t once_rows = 2 * lanes<float>;
+static void step_once(const ConvolutionStep<float>& p, const float* weight, int64_t channels, int64_t channel, int64_t output, float* later,
+                      const char*& ahead, int64_t ahead_lines) {
+  const int64_t columns = channels * p.taps;
+  const float* x = p.tap[0] + channel;
+  Vec<float> sum[2] = {};
+  if (p.bias) sum[0] = load(p.bias + output), sum[1] = load(p.bias + output + lanes<float>);
+  int64_t c = 0, k = 0;
+  for (int64_t column = 0; column < columns; column += 4) {
+    for (int64_t i = 0; i < ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    Vec<float> v[2][4];
+    load_columns(S2S_LAMBDA(int i) { return weight + i * columns; }, column, v[0]);
+    load_columns(S2S_LAMBDA(int i) { return weight + (lanes<float> + i) * columns; }, column, v[1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (k == 0) {
+        const Vec<float> in = broadcast(x[c]);
+        sum[0] = fma(v[0][i], in, sum[0]), sum[1] = fma(v[1][i], in, sum[1]);
+      } else {
+        float* const to = later + ((k - 1) * channels + c) * once_rows;
+        store(to, v[0][i]), store(to + lanes<float>, v[1][i]);
+      }
+      if (++k == p.taps) k = 0, ++c;
+    }
+  }
+  for (k = 1; k < p.taps; ++k) {
+    x = p.tap[k] + channel;
+    for (c = 0; c < channels; ++c, later += once_rows) {
+      const Vec<float> in = broadcast(x[c]);
+      sum[0] = fma(load(later), in, sum[0]), sum[1] = fma(load(later + lanes<float>), in, sum[1]);
+    }
+  }
+  store(p.u + output, sum[0]), store(p.u + output + lanes<float>, sum[1]);
+}
+#endif
 
 // Outputs [first, first + count) of a group for every row of the batch, count <= panel_vectors vectors.
 template <class S>
@@ -105,6 +149,20 @@ template <class S>
 void step_rows(const ConvolutionStep<S>& p, int64_t group, int64_t first, int64_t count, compute_t<S>* panel) {
   using C = compute_t<S>;
   constexpr int64_t width = panel_vectors * lanes<C>;
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<S, float>) {
+    const int64_t channels = p.channels / p.groups, columns = channels * p.taps, outputs = p.outputs / p.groups;
+    if (p.batch == 1 && columns % 4 == 0) {
+      // What follows in memory comes nearer while this is worked on, in equal parts.
+      const char* ahead = p.ahead + first * p.ahead_bytes / p.outputs;
+      const int64_t lines = (p.ahead_bytes * once_rows * 4 + p.outputs * columns * 64 - 1) / (p.outputs * columns * 64);
+      for (; count >= once_rows; first += once_rows, count -= once_rows) {
+        const int64_t output = group * outputs + first;
+        step_once(p, p.weight + output * columns, channels, group * channels, output, panel, ahead, lines);
+      }
+    }
+  }
+#endif
   for (int64_t at = first; at < first + count; at += width) step_panel(p, group, at, min(width, first + count - at), panel);
 }
 

@@ -200,9 +200,9 @@ class Backward : Runner<S> {
     const int64_t hh = p.weight_hh ? 0 : this->packed_size(split.most_units(), gates);
     const int64_t row = std::max({s_.inputs, width, hidden}) + 16;
     const int64_t unpacked = unpacked_ih() ? S2S_SELECT(RecurrenceProducts<C>::unpacked_workspace)(tile, s_.inputs, gates) : 0;
-    const int64_t scratch = std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(),
-                                      in_place() ? unpacked : (tile + 1) * s_.inputs + unpacked,
-                                      S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
+    const int64_t scratch =
+        std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(), in_place() ? unpacked : (tile + 1) * s_.inputs + unpacked,
+                  S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
     const int64_t state = S2S_SELECT(RecurrenceBackwardPart<C>::workspace)(p, rows, split.most_units());
     const bool narrows = !std::is_same_v<S, C>;
     const int64_t sizes[] = {chunk_slots_ * p.grad_row,
@@ -490,8 +490,7 @@ class Backward : Runner<S> {
   // Where all rows are present all the time, and long enough for a product each, x's gradient is made where it belongs.
   bool in_place_by_row(const Chunk& chunk, int64_t slots) const {
     const int64_t times = chunk.last - chunk.first;
-    return std::is_same_v<S, C> && s_.batch > 1 && slots == times * s_.batch && !a_.packed && !unpacked_ih() &&
-           times >= worth_a_product;
+    return std::is_same_v<S, C> && s_.batch > 1 && slots == times * s_.batch && !a_.packed && !unpacked_ih() && times >= worth_a_product;
   }
   void input_gradients_by_row(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin) {
     if constexpr (std::is_same_v<S, C>) {

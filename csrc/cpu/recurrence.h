@@ -97,8 +97,8 @@ struct Recurrence {
   const C* mask;                                 // (B, P) or null: multiplies h in the recurrent product
   const C *norm_ih, *norm_hh, *norm_c, *norm_b;  // or null
   Zoneout zoneout;
-  // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation, if keeps_gates; extra (N, H): an LSTM's cell state, a
-  // GRU's W_hn h + b_hn; normed (N, normed_row): what layer normalisation made.
+  // What forward keeps for backward, by slot; null: nothing. gates (N, G H) after their activation, if keeps_gates; extra (N, H): an LSTM's
+  // cell state, a GRU's W_hn h + b_hn; normed (N, normed_row): what layer normalisation made.
   C *gates, *extra, *normed;
   C* hidden_exact;  // (B, T, P): the output before it is rounded to storage; in forward null where the output itself is as wide
 

@@ -201,6 +201,14 @@ def wavenet_step(
     """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the
     state is updated in place, or gets new tensors where a gradient is recorded."""
     name = "wavenet_step"
+    ring = getattr(state, "ring", None)
+    if dispatch.is_plain(x_t, ring, condition):
+        try:  # the kernel's own checks cost less than these in Python
+            return torch.ops.s2s.wavenet_step.default(
+                x_t, ring, state.position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations
+            )
+        except RuntimeError:  # before anything is written; what follows says it in the words of an operator
+            pass
     checks.tensor(name, "x_t", x_t)
     if torch.is_autocast_enabled(x_t.device.type):
         lists = [conv_weight, conv_bias, out_weight, out_bias]
