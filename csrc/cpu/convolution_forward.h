@@ -199,7 +199,10 @@ void gather_positions(const Convolution<In, Out>& p, int64_t b, int64_t channel,
   if (p.in.time == 1) {
     for (int64_t c = 0; c < channels; ++c, x += p.in.channel) {
       int64_t i = split;
-      for (; i + lanes<C> <= to; i += lanes<C>) store(rows + c * width + i, load(x + i));
+      for (; i + lanes<C> <= to; i += lanes<C>) {
+        __builtin_prefetch(x + 8 * p.in.channel + i);  // rows may be pages apart, where nothing else brings them nearer
+        store(rows + c * width + i, load(x + i));
+      }
       for (; i < to; ++i) rows[c * width + i] = to_compute(x[i]);
     }
   } else {
@@ -221,9 +224,13 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
   const int64_t kept = p.clip ? max<int64_t>(0, min(width, high - t0)) : width;
   const int64_t padded = (kept + lanes<C> - 1) / lanes<C> * lanes<C>;
 
-  const bool direct = std::is_same_v<In, C> && p.in.time == 1;
   const int64_t reach = (p.taps - 1) * p.dilation;  // from the first tap to the last; negative for the gradient
   const int64_t earliest = t0 + p.origin + min<int64_t>(0, reach);
+  // Channels whose rows lie a multiple of 512 bytes apart crowd into few sets of the first-level cache, more so where taps read across
+  // lines: one copy for all taps serves several blocks of outputs.
+  const bool crowded = p.in.channel * static_cast<int64_t>(sizeof(In)) % 512 == 0 && channels >= 16 && outputs >= 4 * p.rows &&
+                       reach != 0 && p.dilation % lanes<C> != 0 && max(p.dilation, -p.dilation) < padded;
+  const bool direct = std::is_same_v<In, C> && p.in.time == 1 && !crowded;
   const bool shared = !direct && max(p.dilation, -p.dilation) < padded;
   const int64_t shared_width = padded + max(reach, -reach);
   if (shared && kept) {
