@@ -32,6 +32,16 @@ S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_
   return v;
 }
 
+// a * b + c where a lane is present, c elsewhere.
+template <class C>
+S2S_INLINE Vec<C> fma_where(Mask<C> present, Vec<C> a, Vec<C> b, Vec<C> c) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  if constexpr (sizeof(C) == 4) return _mm512_mask3_fmadd_ps(a, b, c, _mm512_movepi32_mask((__m512i)present));
+  if constexpr (sizeof(C) == 8) return _mm512_mask3_fmadd_pd(a, b, c, _mm512_movepi64_mask((__m512i)present));
+#endif
+  return select(present, fma(a, b, c), c);
+}
+
 // u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R).
 template <int R, int V, bool Masked, class C>
 void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weights, const C* start, int64_t channels, int64_t at, C* u,
@@ -54,8 +64,7 @@ void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weight
       for (int r = 0; r < R; ++r) {
         const Vec<C> scale = broadcast(w[r]);
         for (int v = 0; v < V; ++v) {
-          const Vec<C> next = fma(scale, in[v], sum[r][v]);
-          sum[r][v] = Masked ? select(present[v], next, sum[r][v]) : next;
+          sum[r][v] = Masked ? fma_where<C>(present[v], scale, in[v], sum[r][v]) : fma(scale, in[v], sum[r][v]);
         }
       }
     }
