@@ -6,6 +6,7 @@ from .nn.patch import PatchReport, patch, unpatch
 from .ops.additive_attention import additive_attention, attention_pool, prepare_additive_keys
 from .ops.attention import attention, scaled_dot_product_attention
 from .ops.convolution import causal_conv1d, causal_conv1d_step
+from .ops.convolution.depthwise import causal_conv1d_fn, causal_conv1d_update
 from .ops.recurrence import gru, lstm, rnn
 
 __version__ = "0.1.0"
@@ -17,7 +18,9 @@ __all__ = [
     "attention",
     "attention_pool",
     "causal_conv1d",
+    "causal_conv1d_fn",
     "causal_conv1d_step",
+    "causal_conv1d_update",
     "explain",
     "gru",
     "lstm",

@@ -390,9 +390,9 @@ class Backward {
     const auto products = S2S_SELECT(ConvolutionGradientKernels<S>::weight_products);
     const int64_t channels = s_.channels / s_.groups, outputs = s_.outputs / s_.groups;
     const int64_t panels = (channels + columns - 1) / columns, panel_stride = (s_.time - p.low) * columns;
-    // Rows of a task: as many as share a panel well, few enough that every thread has some. They don't show in the bits.
-    const int64_t share = (s_.outputs + thread_count() - 1) / thread_count(), rows = std::clamp<int64_t>((share + 11) / 12 * 12, 12, 48);
-    const int64_t blocks = (outputs + rows - 1) / rows, tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
+    // Rows of a task: as many as share a panel well, and dealt evenly to the threads. They don't show in the bits.
+    const int64_t workers = std::max<int64_t>(1, std::min(thread_count(), outputs / 8));
+    const int64_t blocks = (outputs + 48 * workers - 1) / (48 * workers) * workers, rows = (outputs + blocks - 1) / blocks, tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
     const int64_t left_elements = (rows * left_row + 15) / 16 * 16;
     Workspace workspace(Workspace::bytes<C>(s_.groups * panels * panel_stride) + Workspace::bytes<C>(threads * left_elements));
     C* packed = workspace.take<C>(s_.groups * panels * panel_stride);
