@@ -392,23 +392,29 @@ class Backward {
     const int64_t panels = (channels + columns - 1) / columns, panel_stride = (s_.time - p.low) * columns;
     // Rows of a task: as many as share a panel well, and dealt evenly to the threads. They don't show in the bits.
     const int64_t workers = std::max<int64_t>(1, std::min(thread_count(), outputs / 8));
-    const int64_t blocks = (outputs + 48 * workers - 1) / (48 * workers) * workers, rows = (outputs + blocks - 1) / blocks, tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
+    const int64_t blocks = (outputs + 48 * workers - 1) / (48 * workers) * workers, rows = (outputs + blocks - 1) / blocks,
+                  tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
     const int64_t left_elements = (rows * left_row + 15) / 16 * 16;
-    Workspace workspace(Workspace::bytes<C>(s_.groups * panels * panel_stride) + Workspace::bytes<C>(threads * left_elements));
-    C* packed = workspace.take<C>(s_.groups * panels * panel_stride);
+    // Threads meet after each packing: several rows of the batch at once. One thread uses a row's panels while they are in the cache.
+    const int64_t together = threads > 1 ? p.batch : 1, row_panels = s_.groups * panels;
+    Workspace workspace(Workspace::bytes<C>(together * row_panels * panel_stride) + Workspace::bytes<C>(threads * left_elements));
+    C* packed = workspace.take<C>(together * row_panels * panel_stride);
     C* lefts = workspace.take<C>(threads * left_elements);
-    const int64_t work = rows * s_.time * channels * s_.taps + 1;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      parallel(s_.groups * panels, 1 + (1 << 15) / (panel_stride + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) pack(p, b, task / panels, task % panels, packed + task * panel_stride);
+    for (int64_t first = 0; first < p.batch; first += together) {
+      parallel(together * row_panels, 1 + (1 << 15) / (panel_stride + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task)
+          pack(p, first + task / row_panels, task % row_panels / panels, task % panels, packed + task * panel_stride);
       });
+      const int64_t work = together * rows * s_.time * channels * s_.taps + 1;
       std::atomic<int64_t> next{0};
       parallel(tasks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
         C* left = lefts + next.fetch_add(1) * left_elements;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t group = task / blocks, at = task % blocks * rows;
-          products(p, b, group, at, std::min(rows, outputs - at), packed + group * panels * panel_stride, panel_stride, left);
-        }
+        for (int64_t task = begin; task < end; ++task)
+          for (int64_t b = 0; b < together; ++b) {
+            const int64_t group = task / blocks, at = task % blocks * rows;
+            products(p, first + b, group, at, std::min(rows, outputs - at), packed + (b * s_.groups + group) * panels * panel_stride,
+                     panel_stride, left);
+          }
       });
     }
   }
