@@ -423,7 +423,20 @@ def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(runs[0], run_, strict=True))
 
 
-@pytest.mark.parametrize("cell, hidden", [("lstm", 272), ("gru", 305), ("rnn_tanh", 529)])
+@pytest.mark.parametrize(
+    "batch, time, hidden, lengths",
+    [(1, 300, 64, None), (1, 140, 48, None), (4, 70, 32, None), (5, 60, 32, (60, 60, 20, 60, 60))],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_cell
+def test_rows_long_enough_for_products_of_their_own(cell, dtype, batch, time, hidden, lengths):
+    """Sequences of several chunks, whose values and weights are read where they lie if they can be."""
+    function, arguments = sample(cell, batch, time, 24, hidden, dtype=dtype, lengths=lengths, state=True)
+    assert not broken(function, arguments)
+    assert not broken(functools.partial(function, reverse=True), arguments)
+
+
+@pytest.mark.parametrize("cell, hidden", [("lstm", 256), ("lstm", 272), ("gru", 305), ("rnn_tanh", 529)])
 @pytest.mark.parametrize("batch", [1, 3])
 @needs_extension
 def test_threads_that_share_the_units_of_few_rows(cell, hidden, batch):
