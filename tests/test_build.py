@@ -68,7 +68,7 @@ print(torch.cuda.is_initialized(), "torch._dynamo.convert_frame" in sys.modules)
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_each_instruction_set_runs_or_is_refused(isa):
     run = python(
         """
@@ -82,7 +82,7 @@ print("served by", machine.active_isa())
 """,
         S2S_CPU_ISA=isa,
     )
-    order = ("baseline", "avx2", "avx512")
+    order = ("baseline", "avx2", "avx512", "amx")
     if order.index(isa) <= order.index(machine._machine.widest_isa()):
         assert f"served by {isa}" in run.stdout, run.stderr
     else:
@@ -93,18 +93,18 @@ print("served by", machine.active_isa())
 @needs_extension
 def test_an_unknown_instruction_set_is_refused():
     run = python("from s2s_kernels import machine; machine.active_isa()", S2S_CPU_ISA="mmx")
-    assert "S2S_CPU_ISA must be baseline, avx2 or avx512, got mmx" in run.stderr
+    assert "S2S_CPU_ISA must be baseline, avx2, avx512 or amx, got mmx" in run.stderr
 
 
 def wide_registers(disassembly, namespace):
-    """The widest vector register that functions of this namespace use: "xmm", "ymm" or "zmm"."""
+    """The widest register that functions of this namespace use: "xmm", "ymm", "zmm", or the tile unit's "tmm"."""
     found, inside = set(), False
     for line in disassembly:
         if line.endswith(">:\n"):
             inside = f"s2s::{namespace}::" in line
         elif inside:
-            found.update(re.findall(r"%([xyz]mm)", line))
-    return max(found, default=None)
+            found.update(re.findall(r"%([xyzt]mm)", line))
+    return max(found, key=("xmm", "ymm", "zmm", "tmm").index, default=None)
 
 
 @needs_extension
@@ -116,7 +116,8 @@ def test_each_namespace_holds_code_of_its_own_width():
         ["objdump", "-d", "-C", "--no-show-raw-insn", library], stdout=subprocess.PIPE, text=True
     ) as run:
         lines = list(run.stdout)
-    assert [wide_registers(lines, name) for name in ("baseline", "avx2", "avx512")] == ["xmm", "ymm", "zmm"]
+    names = ("baseline", "avx2", "avx512", "amx")
+    assert [wide_registers(lines, name) for name in names] == ["xmm", "ymm", "zmm", "tmm"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 // Includes the kernel header S2S_KERNELS once per instruction set, each copy in a namespace of its own: s2s::baseline, s2s::avx2,
-// s2s::avx512. Kernel headers have no guard, include nothing, and find simd.h, vector_math.h and gemm.h already there, built for the same
-// instruction set. Included once by each binding file (csrc/cpu/<stem>.cpp); several kernel headers of one stem are gathered in one that
-// names them all.
+// s2s::avx512, s2s::amx. The last has the tile unit's products beside all of AVX-512, and is compiled where S2S_TILES asks for it;
+// elsewhere it is another name for AVX-512's copy. Kernel headers have no guard, include nothing, and find simd.h, vector_math.h and gemm.h
+// already there, built for the same instruction set. Included once by each binding file (csrc/cpu/<stem>.cpp); several kernel headers of
+// one stem are gathered in one that names them all.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -61,5 +62,32 @@
 #pragma GCC pop_options
 #endif
 
+#if defined(S2S_TILES)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #endif
+#define S2S_ISA amx
+#define S2S_VECTOR_BYTES 64
+#define S2S_TILE_UNIT
+#include "isa_region.h"
+#undef S2S_TILE_UNIT
+#undef S2S_ISA
+#undef S2S_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+namespace s2s {
+namespace amx = avx512;
+}
+#endif
+
+#endif
+#undef S2S_TILES
 #undef S2S_KERNELS

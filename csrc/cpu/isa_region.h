@@ -4,6 +4,9 @@ namespace s2s::S2S_ISA {
 #include "simd.h"
 #include "vector_math.h"
 #include "gemm.h"
+#if defined(S2S_TILE_UNIT)
+#include "split_product.h"
+#endif
 #include "philox.h"
 #include "lines.h"
 #include S2S_KERNELS

@@ -10,6 +10,7 @@
 #include "pool.h"
 #include "tensor.h"
 
+#define S2S_TILES
 #define S2S_KERNELS "recurrence_kernels.h"
 #include "each_isa.h"
 #include "recurrence_runner.h"
@@ -95,7 +96,9 @@ class Forward : Runner<S> {
     // same whichever comes first.
     static thread_local bool turn = false;
     p.backwards = few && (turn = !turn);
-    p.unpacked_ih = p.unpacked_hh || plan_.slots() < p.block_rows;
+    p.tiled_ih = !p.unpacked_hh && this->tiled_ih();
+    p.tiled_hh = !p.unpacked_hh && this->tiled_hh();
+    p.unpacked_ih = p.unpacked_hh || (plan_.slots() < p.block_rows && !p.tiled_ih);
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
     p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;
     for (const void* kept : {to.gates, to.extra, to.normed})
@@ -105,9 +108,9 @@ class Forward : Runner<S> {
     const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
     const bool shares = split.slices == 1 && !p.unpacked_hh;  // packed weights
     p.x_rows = groups == 1 ? this->rows_of_x(p.x_row) : nullptr;
-    const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs) : 0,
-                  hh = shares ? this->packed_size(s_.gate_units, s_.width) : 0;
-    const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden) : 0, left = groups * rows * p.padded(s_.width);
+    const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs, p.tiled_ih) : 0,
+                  hh = shares ? this->packed_size(s_.gate_units, s_.width, p.tiled_hh) : 0;
+    const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden, false) : 0, left = groups * rows * p.padded(s_.width);
     const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(std::max({s_.inputs, s_.width, s_.hidden}));
     const int64_t each = std::max(scratch, S2S_SELECT(RecurrenceForwardPart<C>::workspace)(p, rows, split.most_units(), !shares));
     Workspace workspace(Workspace::bytes<C>(ih) + Workspace::bytes<C>(hh) + Workspace::bytes<C>(hr) + 2 * Workspace::bytes<C>(left) +
@@ -130,7 +133,8 @@ class Forward : Runner<S> {
         if (i < packs)
           pack_units(p, split.part(0, 1), i * 4, std::min(panels, i * 4 + 4), p.unpacked_ih ? nullptr : weight_ih, weight_hh, mine);
         else
-          pack_transposed(0, rows_of_hr, s_.width, s_.hidden, s_.width, s_.width, 0, source<S>(a_.weight_hr), nullptr, weight_hr, mine);
+          pack_transposed(0, rows_of_hr, s_.width, s_.hidden, s_.width, s_.width, 0, source<S>(a_.weight_hr), nullptr, false, weight_hr,
+                          mine);
       });
       for (int64_t g = begin; g < end; ++g) run_part(p, split.part(g, g + 1), weight_ih, shares ? weight_hh : nullptr, own[g], nullptr);
     });
@@ -191,18 +195,22 @@ class Backward : Runner<S> {
     if (a_.norm_ih) p.normed = mutable_data<C>(kept_.normed);
     p.grad_output = source<S>(kept_.grad_output, a_.packed), p.grad_h = source<S>(kept_.grad_h), p.grad_c = source<S>(kept_.grad_c);
     p.grad_row = p.padded(gates);
+    p.tiled_hh = this->tiled_hh();
     plan_chunks();
 
     const auto split = this->split();
     const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
-    const auto values = [&](bool wanted, int64_t columns) { return wanted ? this->packed_size(columns, chunk_slots_) : 0; };
+    const auto values = [&](bool wanted, int64_t columns) {
+      return wanted ? this->packed_size(columns, chunk_slots_, tiled_gradients()) : 0;
+    };
     if (reads_hh_in_place(split, rows)) p.weight_hh = source<S>(a_.weight_hh).plain, p.weight_hh_row = a_.weight_hh.stride(0);
-    const int64_t hh = p.weight_hh ? 0 : this->packed_size(split.most_units(), gates);
+    const int64_t hh = p.weight_hh ? 0 : this->packed_size(split.most_units(), gates, p.tiled_hh);
     const int64_t row = std::max({s_.inputs, width, hidden}) + 16;
-    const int64_t unpacked = unpacked_ih() ? S2S_SELECT(RecurrenceProducts<C>::unpacked_workspace)(tile, s_.inputs, gates) : 0;
+    const int64_t unpacked = unpacked_ih() ? S2S_SELECT(RecurrenceProducts<C>::unpacked_workspace)(tile, s_.inputs, gates)
+                                           : S2S_SELECT(RecurrenceProducts<C>::workspace)(tile, gates, this->tiled_ih());
     const int64_t scratch =
-        std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(), in_place() ? unpacked : (tile + 1) * s_.inputs + unpacked,
-                  S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
+        std::max({S2S_SELECT(RecurrenceProducts<C>::gradient_workspace)(tiled_gradients()),
+                  in_place() ? unpacked : (tile + 1) * s_.inputs + unpacked, S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(row)});
     const int64_t state = S2S_SELECT(RecurrenceBackwardPart<C>::workspace)(p, rows, split.most_units());
     const bool narrows = !std::is_same_v<S, C>;
     const int64_t sizes[] = {chunk_slots_ * p.grad_row,
@@ -211,8 +219,8 @@ class Backward : Runner<S> {
                              projects && wants(want_hr) ? chunk_slots_ * hidden : 0,
                              norm_c ? chunk_slots_ * hidden : 0,
                              norm_c ? chunk_slots_ * hidden : 0,
-                             projects ? this->packed_size(hidden, width) : 0,
-                             wants(want_x) && !unpacked_ih() ? this->packed_size(s_.inputs, gates) : 0,
+                             projects ? this->packed_size(hidden, width, false) : 0,
+                             wants(want_x) && !unpacked_ih() ? this->packed_size(s_.inputs, gates, this->tiled_ih()) : 0,
                              values(wants(want_ih), s_.inputs),
                              values(wants(want_hh), width),
                              values(wants(want_hr), hidden),
@@ -247,6 +255,13 @@ class Backward : Runner<S> {
     if (wants(want_c0)) p.grad_c0 = target<S>(*results_[want_c0]);
     if (wants(want_mask)) p.grad_mask = target<S>(*results_[want_mask]);
 
+    const auto start_rows = S2S_SELECT(RecurrenceProducts<C>::start_rows);
+    if (p.tiled_hh && split.slices == 1) start_rows(gates, width, hhs[0]);
+    if (weight_ih_ && this->tiled_ih()) start_rows(gates, s_.inputs, weight_ih_);
+    const int64_t columns[] = {s_.inputs, width, hidden};
+    for (int i = 0; i < 3; ++i)
+      if (tiled_gradients() && wants(i == 0 ? want_ih : i == 1 ? want_hh : want_hr)) start_rows(chunk_slots_, columns[i], values_[i]);
+
     this->crew(ranges, [&](Crew::Member& member, int64_t begin, int64_t end) {
       const auto enter = S2S_SELECT(RecurrenceBackwardPart<C>::enter), leave = S2S_SELECT(RecurrenceBackwardPart<C>::leave);
       const auto advance = S2S_SELECT(RecurrenceBackwardPart<C>::advance);
@@ -258,8 +273,9 @@ class Backward : Runner<S> {
       const C* const hh_of = shares ? hhs[begin] : hhs[0];
       if (shares && !p.weight_hh) {
         const Part units = part(0);
-        S2S_SELECT(RecurrenceProducts<C>::pack)(0, gates, gates, units.unit, units.units, source<S>(a_.weight_hh), dropout(), hhs[begin],
-                                                own);
+        if (p.tiled_hh) start_rows(gates, units.units, hhs[begin]);
+        S2S_SELECT(RecurrenceProducts<C>::pack)(0, gates, gates, units.unit, units.units, source<S>(a_.weight_hh), dropout(), p.tiled_hh,
+                                                hhs[begin], own);
       }
       RecurrenceBackward<C> here = p;
       for (int64_t i = 0; i < count; ++i) enter(here, part(i), states[begin + i]);
@@ -296,17 +312,22 @@ class Backward : Runner<S> {
   const int64_t tile = s_.batch == 1 && thread_count() > 1 ? 64 : 192;
   static constexpr int64_t tile_rows = 4;  // rows of the batch, where tasks go by these
   // Whether the product with W_ih is made of so few positions that packing the weights would take longer.
-  bool unpacked_ih() const { return plan_.slots() <= 192; }
+  bool unpacked_ih() const { return plan_.slots() <= 192 && !this->tiled_ih(); }
+  // Whether the weights' gradients, sums over positions, are the tile unit's.
+  bool tiled_gradients() const {
+    return plan_.slots() >= Base::worth_tiles &&
+           S2S_SELECT(RecurrenceProducts<C>::tiled)(s_.gate_units, std::min(s_.inputs, s_.width), plan_.slots());
+  }
   // Of one row, and of a packed sequence, x's gradient has the order of the slots: products make it there.
   bool in_place() const { return std::is_same_v<S, C> && (a_.packed || s_.batch == 1); }
   // For one row, weights of whole panels are read as fast where they lie, if a second-level cache holds them.
   bool reads_hh_in_place(const typename Base::Split& split, int64_t rows) const {
-    if (rows != 1 || dropout() || !source<S>(a_.weight_hh).plain) return false;
+    if (rows != 1 || this->tiled_hh() || dropout() || !source<S>(a_.weight_hh).plain) return false;
     if (s_.gate_units * s_.width * static_cast<int64_t>(sizeof(C)) > (3 << 19) * split.slices) return false;
-    if (split.slices == 1) return s_.width == this->packed_size(s_.width, 1);
+    if (split.slices == 1) return s_.width == this->packed_size(s_.width, 1, false);
     for (int64_t i = 0; i < split.slices; ++i) {
       const int64_t units = split.bound(i + 1) - split.bound(i);
-      if (units != this->packed_size(units, 1)) return false;
+      if (units != this->packed_size(units, 1, false)) return false;
     }
     return true;
   }
@@ -362,11 +383,11 @@ class Backward : Runner<S> {
     const auto pack = S2S_SELECT(RecurrenceProducts<C>::pack);
     const bool projects = a_.weight_hr.has_value();
     member.tasks(2 * pieces + projects, [&](int64_t i) {
-      if (i == 2 * pieces) return pack(0, width, width, 0, s_.hidden, source<S>(a_.weight_hr), nullptr, hr, own);
+      if (i == 2 * pieces) return pack(0, width, width, 0, s_.hidden, source<S>(a_.weight_hr), nullptr, false, hr, own);
       const int64_t first = i / 2 * rows, last = std::min(gates, first + rows);
-      if (i % 2 == 0 && hh) pack(first, last, gates, 0, width, source<S>(a_.weight_hh), dropout(), hh, own);
+      if (i % 2 == 0 && hh) pack(first, last, gates, 0, width, source<S>(a_.weight_hh), dropout(), this->tiled_hh(), hh, own);
       if (i % 2 == 1 && wants(want_x) && !unpacked_ih())
-        pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, weight_ih_, own);
+        pack(first, last, gates, 0, s_.inputs, source<S>(a_.weight_ih), nullptr, this->tiled_ih(), weight_ih_, own);
     });
   }
 
@@ -399,7 +420,7 @@ class Backward : Runner<S> {
     const int64_t projections = wants(want_hr) ? (s_.width + rows - 1) / rows : 0;
     member.tasks(weights + tiles + projections, [&](int64_t i) {
       if (i < tiles && by_row)
-        input_gradients_by_row(p, chunk, i * tile_rows);
+        input_gradients_by_row(p, chunk, i * tile_rows, own);
       else if (i < tiles)
         input_gradients(p, i * tile, std::min(slots, (i + 1) * tile), own);
       else if (i < tiles + weights)
@@ -420,24 +441,35 @@ class Backward : Runner<S> {
     }
   }
 
-  // What the gradients of the positions [begin, end) of a chunk are multiplied with, packed block by block.
-  void pack_values(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, int64_t slots, C* row) {
-    const auto pack_row = S2S_SELECT(RecurrenceProducts<C>::pack_row);
+  // What the gradients of the positions [begin, end) of a chunk are multiplied with, packed block by block. `begin` is even.
+  void pack_values(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, int64_t slots, C* scratch) {
+    const auto pack_row = S2S_SELECT(RecurrenceProducts<C>::pack_row), pack_pair = S2S_SELECT(RecurrenceProducts<C>::pack_pair);
+    const auto pack_rest = S2S_SELECT(RecurrenceProducts<C>::pack_rest);
     const auto recurrent_input = S2S_SELECT(RecurrenceBackwardPart<C>::recurrent_input);
     const int64_t depth = S2S_SELECT(RecurrenceProducts<C>::gradient_depth);
     const Source<C> x = source<S>(a_.x, a_.packed);
+    const bool tiled = tiled_gradients();
+    const int64_t row = std::max({s_.inputs, s_.width, s_.hidden}) + 16;
+    const C* even[3];
     each_position(p, begin, end, [&](int64_t at, int64_t b, int64_t t) {
       const int64_t block = at / depth * depth, k = at - block;
       const int64_t here = std::min(depth, slots - block);
+      const auto own = [&](int which) { return scratch + (at % 2 * 3 + which) * row; };  // two rows of each make a pair
       const auto put = [&](int which, int64_t columns, const C* from) {
-        pack_row(k, here, columns, from, values_[which] + this->packed_size(columns, block));
+        if (!tiled)
+          pack_row(k, here, columns, from, values_[which] + this->packed_size(columns, block, false));
+        else if (at % 2 == 0)
+          even[which] = from;
+        if (tiled && (at % 2 == 1 || at + 1 == end))
+          pack_pair(at / 2 * 2, chunk_slots_, columns, even[which], at % 2 ? from : nullptr, values_[which]);
+        if (tiled && at + 1 == slots) pack_rest(slots, chunk_slots_, columns, values_[which]);
       };
       if (wants(want_ih)) {
         const int64_t place = plan_.schedule.place(b, t, x.batch, x.time);
-        if (!x.plain) x.read(x.data, place, x.unit, s_.inputs, row);
-        put(0, s_.inputs, x.plain ? x.plain + place : row);
+        if (!x.plain) x.read(x.data, place, x.unit, s_.inputs, own(0));
+        put(0, s_.inputs, x.plain ? x.plain + place : own(0));
       }
-      if (wants(want_hh)) put(1, s_.width, recurrent_input(p, b, t, row));
+      if (wants(want_hh)) put(1, s_.width, recurrent_input(p, b, t, own(1)));
       if (wants(want_hr)) put(2, s_.hidden, p.unprojected + at * s_.hidden);
     });
   }
@@ -474,17 +506,19 @@ class Backward : Runner<S> {
     int count = 0;
     if (wants(want_ih)) factors[count++] = {values_[0], s_.inputs, matrices_[want_ih]};
     if (wants(want_ih) && p.grad_in != p.grad_rec) {
-      product(begin, end, slots, p.grad_in, p.grad_row, add, factors, count, own);
+      product(begin, end, slots, chunk_slots_, p.grad_in, p.grad_row, add, factors, count, tiled_gradients(), own);
       count = 0;
     }
     if (wants(want_hh)) factors[count++] = {values_[1], s_.width, matrices_[want_hh]};
-    if (count) product(begin, end, slots, wants(want_hh) ? p.grad_rec : p.grad_in, p.grad_row, add, factors, count, own);
+    if (count)
+      product(begin, end, slots, chunk_slots_, wants(want_hh) ? p.grad_rec : p.grad_in, p.grad_row, add, factors, count, tiled_gradients(),
+              own);
   }
 
   void projection_gradients(const RecurrenceBackward<C>& p, int64_t slots, int64_t begin, int64_t end, bool add, C* own) {
     const GradientFactor<C> factor{values_[2], s_.hidden, matrices_[want_hr]};
     S2S_SELECT(RecurrenceProducts<C>::weight_gradients)
-    (begin, end, slots, p.grad_projected, p.padded(s_.width), add, &factor, 1, own);
+    (begin, end, slots, chunk_slots_, p.grad_projected, p.padded(s_.width), add, &factor, 1, tiled_gradients(), own);
   }
 
   // Where all rows are present all the time, and long enough for a product each, x's gradient is made where it belongs.
@@ -492,7 +526,7 @@ class Backward : Runner<S> {
     const int64_t times = chunk.last - chunk.first;
     return std::is_same_v<S, C> && s_.batch > 1 && slots == times * s_.batch && !a_.packed && !unpacked_ih() && times >= worth_a_product;
   }
-  void input_gradients_by_row(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin) {
+  void input_gradients_by_row(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin, C* own) {
     if constexpr (std::is_same_v<S, C>) {
       const C* left[tile_rows];
       C* to[tile_rows];
@@ -502,7 +536,8 @@ class Backward : Runner<S> {
         to[i] = mutable_data<S>(*results_[want_x]) + (plan_.schedule.order[begin + i] * s_.time + chunk.first) * s_.inputs;
       }
       S2S_SELECT(RecurrenceProducts<C>::packed_several)
-      (count, chunk.last - chunk.first, s_.inputs, s_.gate_units, left, s_.batch * p.grad_row, weight_ih_, to, s_.inputs);
+      (count, chunk.last - chunk.first, s_.inputs, s_.gate_units, left, s_.batch * p.grad_row, weight_ih_, this->tiled_ih(), to, s_.inputs,
+       own);
     }
   }
 
@@ -520,7 +555,8 @@ class Backward : Runner<S> {
        in_place() ? own : own + tile * inputs);
     } else {
       S2S_SELECT(RecurrenceProducts<C>::packed)
-      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, to_rows, inputs, false, false, nullptr, nullptr);
+      (end - begin, inputs, s_.gate_units, grad, p.grad_row, weight_ih_, this->tiled_ih(), to_rows, inputs, false, false,
+       in_place() ? own : own + tile * inputs, nullptr, nullptr);
     }
     if (in_place()) return;
     const Target<C> to = target<S>(*results_[want_x], a_.packed);

@@ -134,6 +134,7 @@ struct RecurrenceForward : Recurrence<C> {
   C* left[2];  // (rows of all groups, padded(P)) each: what the recurrent product of this step and of the next multiplies
   // Weights that are used but once are read where they lie; backwards: in the opposite direction, W_hh first, for one step of few rows.
   bool unpacked_ih, unpacked_hh, backwards;
+  bool tiled_ih, tiled_hh;  // packed for the tile unit
   Unpacked<C> product;
   bool streams;  // what is kept goes past the caches, whose lines it fills wholly
 };
@@ -142,6 +143,7 @@ template <class C>
 struct RecurrenceBackward : Recurrence<C> {
   const C* weight_hh;  // (G H, P) where it lies, for parts of one row; null: each part has its units' columns packed
   int64_t weight_hh_row;
+  bool tiled_hh;       // packed for the tile unit
   const C* weight_hr;  // packed: (P, H), or null
   Source<C> grad_output, grad_h, grad_c;
   // The gradients of some times, by slot from the first of them on: of the gates before their activation (N, grad_row apart), as the input

@@ -76,7 +76,8 @@ void rnn_unit_gradients(int64_t n, bool relu, const T* value, const T* dh, T* to
   each_vector<T>(
       n, S2S_LAMBDA(auto at, int64_t j) {
         const Vec<T> h = at.get(value + j), out = at.get(dh + j);
-        at.put(to + j, relu ? select(h > Vec<T>{}, out, Vec<T>{}) : out * (T(1) - h * h));
+        // A NaN lets the gradient through, as torch's relu does.
+        at.put(to + j, relu ? select(h <= Vec<T>{}, Vec<T>{}, out) : out * (T(1) - h * h));
       });
 }
 
@@ -99,7 +100,7 @@ class RecurrenceBackwardPart {
   // Elements of scratch for a part of `rows` rows and `units` units, which hold its state from one advance to the next.
   static int64_t workspace(const RecurrenceBackward<C>& p, int64_t rows, int64_t units) {
     const int64_t own = units < p.hidden ? units : p.width;  // only a part of all units projects
-    return rows * (4 * own + 2 * units) + 2 * (own + units) + 4 * units + 16 * 16;
+    return rows * (4 * own + 2 * units) + 2 * (own + units) + 4 * units + 16 * 16 + Products::workspace(rows, p.gate_units, p.tiled_hh);
   }
 
   static void enter(const RecurrenceBackward<C>& p, const Part& part, C* workspace) {
@@ -153,6 +154,7 @@ class RecurrenceBackwardPart {
     cell_ = take(units_);
     normed_ = take(units_);
     through_ = take(units_);
+    scratch_ = workspace;
     last_ = s_.reverse ? longest - 1 : 0;
     // Something passes h by, so the recurrent product adds to what is there.
     direct_ = p.cell == Cell::gru || p.zoneout.h > 0;
@@ -221,7 +223,7 @@ class RecurrenceBackwardPart {
         std::memcpy(p_.grad_projected + (slot(t, row) - p_.first_slot) * p_.padded(width), own + row * own_,
                     static_cast<size_t>(width) * sizeof(C));
     }
-    if (p_.weight_hr) Products::packed(here, units_, width, own, width, p_.weight_hr, unprojected_, units_, false, false);
+    if (p_.weight_hr) Products::packed(here, units_, width, own, width, p_.weight_hr, false, unprojected_, units_, false, false, nullptr);
     const C* const units = p_.weight_hr ? unprojected_ : own;
     for (int64_t row = 0; row < here; ++row) cell(t, row, units + row * units_);
     if (others_) others_->wait();
@@ -237,7 +239,8 @@ class RecurrenceBackwardPart {
     if (wanted && p_.weight_hh)
       Products::in_place(own_, p_.gate_units, left, p_.weight_hh + unit, p_.weight_hh_row, to, adds, t % 2);
     else if (wanted)
-      Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, to, own_, adds, t % 2, gates, gates_end);
+      Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, p_.tiled_hh, to, own_, adds, t % 2,
+                       scratch_, gates, gates_end);
     for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
       const int64_t b = batch_row(row);
       C* const dh = dh_ + row * own_;
@@ -310,5 +313,5 @@ class RecurrenceBackwardPart {
   int64_t rows_, units_, own_;  // own_: of the gradient of h, the columns that this part makes
   int64_t last_;                // the time of the last step
   bool direct_;
-  C *dh_, *dc_, *own_dh_, *unprojected_, *product_, *grad_mask_, *zeros_, *share_, *kept_c_, *cell_, *normed_, *through_;
+  C *dh_, *dc_, *own_dh_, *unprojected_, *product_, *grad_mask_, *zeros_, *share_, *kept_c_, *cell_, *normed_, *through_, *scratch_;
 };

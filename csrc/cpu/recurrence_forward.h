@@ -74,7 +74,10 @@ class RecurrenceForwardPart {
   // Elements of scratch for a part of `rows` rows and `units` units; parts next to each other need no more than the sum of theirs.
   static int64_t workspace(const RecurrenceForward<C>& p, int64_t rows, int64_t units, bool packs) {
     const int64_t blocks = p.block_rows + rows, gates = p.gate_units / p.hidden * units;
-    int64_t weights = packs ? packed_b_size<C>(gates, p.inputs + p.width) + Products::pack_workspace(p.inputs + p.width) : 0;
+    int64_t weights = packs ? Products::packed_size(gates, p.inputs, p.tiled_ih) + Products::packed_size(gates, p.width, p.tiled_hh) +
+                                  Products::pack_workspace(p.inputs + p.width)
+                            : 0;
+    weights += Products::workspace(blocks, p.inputs > p.width ? p.inputs : p.width, p.tiled_ih || p.tiled_hh);
     if (p.unpacked_ih) weights += gemm_workspace<C>(blocks, units, p.inputs > p.width ? p.inputs : p.width);
     return blocks * (gates + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * units + gates) + 3 * (p.width + units) +
            weights + 20 * 16;
@@ -113,8 +116,8 @@ class RecurrenceForwardPart {
     before_c_ = take(units_);
     normed_c_ = take(p.norm_c ? units_ : 0);
     if (!weight_hh && !p.unpacked_hh) {
-      C* const ih = p.unpacked_ih ? nullptr : take(packed_b_size<C>(gates_, p.inputs));
-      C* const hh = take(packed_b_size<C>(gates_, p.width));
+      C* const ih = p.unpacked_ih ? nullptr : take(Products::packed_size(gates_, p.inputs, p.tiled_ih));
+      C* const hh = take(Products::packed_size(gates_, p.width, p.tiled_hh));
       Products::pack_units(p, part, 0, Products::panels(gates_), ih, hh, workspace);
       weight_ih_ = ih, weight_hh_ = hh;
     }
@@ -211,7 +214,7 @@ class RecurrenceForwardPart {
       // The rows of x of each row of the batch lie one after another: they needn't be gathered.
       const auto left = S2S_LAMBDA(int64_t row) { return p_.x.plain + s_.place(batch_row(row), first, p_.x.batch, p_.x.time); };
       const auto to = S2S_LAMBDA(int64_t row) { return pre_ + row * gates_; };
-      Products::packed_each(rows_, steps, gates_, p_.inputs, left, p_.x.time, weight_ih_, to, rows_ * gates_);
+      Products::packed_each(rows_, steps, gates_, p_.inputs, left, p_.x.time, weight_ih_, p_.tiled_ih, to, rows_ * gates_, scratch_);
       return normalise_input_product(first, last);
     }
     if (p_.x_rows) {
@@ -226,7 +229,7 @@ class RecurrenceForwardPart {
     if (p_.unpacked_ih)
       unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.backwards && sums_);
     else
-      Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, pre_, gates_, false, false);
+      Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, p_.tiled_ih, pre_, gates_, false, false, scratch_);
     normalise_input_product(first, last);
   }
 
@@ -249,7 +252,7 @@ class RecurrenceForwardPart {
     if (p_.unpacked_hh)
       unpacked_product(present(t), p_.width, left_[turn], left_row_, p_.weight_hh, to, add);
     else
-      Products::packed(present(t), gates_, p_.width, left_[turn], left_row_, weight_hh_, to, gates_, add, turn);
+      Products::packed(present(t), gates_, p_.width, left_[turn], left_row_, weight_hh_, p_.tiled_hh, to, gates_, add, turn, scratch_);
   }
 
   // turn: which of the two left factors this step sees; the other takes what the next one will.
@@ -308,7 +311,7 @@ class RecurrenceForwardPart {
   void project(int64_t t, int64_t here) {
     const int64_t width = p_.width;
     C* const to = p_.zoneout.h > 0 ? projected_ : h_;
-    Products::packed(here, width, p_.hidden, unprojected_, p_.hidden, p_.weight_hr, to, width, false, false);
+    Products::packed(here, width, p_.hidden, unprojected_, p_.hidden, p_.weight_hr, false, to, width, false, false, nullptr);
     if (to == h_) return;
     for (int64_t row = 0; row < here; ++row) {
       blend(width, Zones<C>{p_.zoneout, share_}.h(batch_row(row) * s_.time + t, 0, width), h_ + row * width, to + row * width);

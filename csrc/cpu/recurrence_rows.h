@@ -139,57 +139,97 @@ template <class C>
 struct RecurrenceProducts {
   static int64_t unpacked_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
   static int64_t panels(int64_t columns) { return (columns + gemm_nr<C> - 1) / gemm_nr<C>; }
-  static int64_t packed_size(int64_t n, int64_t k) { return packed_b_size<C>(n, k); }
   // Scratch for packing.
   static int64_t pack_workspace(int64_t columns) { return (gemm_nr<C> + 1) * (columns + lanes<C>); }
+
+  // Whether products with a right factor (k, n) and so many rows at a time are faster from planes, on the tile unit. They are packed
+  // otherwise than panels, and round otherwise: who decides must not ask how the rows are split.
+  static bool tiled(int64_t rows, int64_t n, int64_t k) {
+#if defined(S2S_TILE_UNIT)
+    return std::is_same_v<C, float> && rows >= 16 && n >= 32 && k >= 32;
+#else
+    return false;
+#endif
+  }
+  static int64_t packed_size(int64_t n, int64_t k, bool tiled) {
+#if defined(S2S_TILE_UNIT)
+    if (tiled) return split_packed_size(n, k);
+#endif
+    return packed_b_size<C>(n, k);
+  }
+  // Scratch for a product of m rows.
+  static int64_t workspace(int64_t m, int64_t k, bool tiled) {
+#if defined(S2S_TILE_UNIT)
+    if (tiled) return split_workspace(m, k);
+#endif
+    return 0;
+  }
 
   // Panels [first, last) of the weights of a part's units, as the right factors of x W_ih^T and h W_hh^T.
   static void pack_units(const RecurrenceForward<C>& p, const Part& part, int64_t first, int64_t last, C* ih, C* hh, C* workspace) {
     const int64_t rows = p.gate_units / p.hidden * part.units;
-    if (ih) pack_transposed(first, last, rows, p.inputs, part.units, p.hidden, part.unit, p.weight_ih, nullptr, ih, workspace);
-    pack_transposed(first, last, rows, p.width, part.units, p.hidden, part.unit, p.weight_hh, p.dropout, hh, workspace);
+    if (ih) pack_transposed(first, last, rows, p.inputs, part.units, p.hidden, part.unit, p.weight_ih, nullptr, p.tiled_ih, ih, workspace);
+    pack_transposed(first, last, rows, p.width, part.units, p.hidden, part.unit, p.weight_hh, p.dropout, p.tiled_hh, hh, workspace);
   }
 
   // Panels [first, last) of W (rows, columns) as the right factor of v W^T. Of every `all` rows in memory these are the `units` from `unit`
   // on.
   static void pack_transposed(int64_t first, int64_t last, int64_t rows, int64_t columns, int64_t units, int64_t all, int64_t unit,
-                              const Source<C>& w, const WeightDropout* dropout, C* packed, C* workspace) {
+                              const Source<C>& w, const WeightDropout* dropout, bool tiled, C* packed, C* workspace) {
     constexpr int64_t nr = gemm_nr<C>;
     C* const factor = workspace + nr * columns;
     for (int64_t panel = first; panel < last; ++panel) {
       C* const place = packed + panel * nr * columns;
       const int64_t begin = panel * nr, in_gate = begin % units;
-      if (w.plain && !dropout && begin + nr <= rows && (units == all || in_gate + nr <= units)) {
+      const bool in_place = w.plain && !dropout;
+      if (in_place && !tiled && begin + nr <= rows && (units == all || in_gate + nr <= units)) {
         const int64_t row = begin / units * all + unit + in_gate;
         copy_transposed(nr, columns, w.plain + row * w.batch, w.batch, int64_t{1}, place, nr);
         continue;
       }
+      const C* row_of[nr];
       for (int64_t i = 0; i < nr; ++i) {
         const int64_t local = begin + i, row = local / units * all + unit + local % units;
         C* const to = workspace + i * columns;
-        if (local < rows)
-          w.read(w.data, row * w.batch, w.unit, columns, to);
-        else
+        row_of[i] = in_place && local < rows ? w.plain + row * w.batch : to;
+        if (local >= rows)
           std::memset(to, 0, static_cast<size_t>(columns) * sizeof(C));
+        else if (!in_place || !tiled)
+          w.read(w.data, row * w.batch, w.unit, columns, to);
         if (local < rows && dropout) drop(*dropout, row, 0, columns, factor, to);
       }
+#if defined(S2S_TILE_UNIT)
+      if constexpr (std::is_same_v<C, float>) {
+        for (int64_t half = 0; tiled && half < nr; half += 16)
+          split_pack_column((begin + half) / 16, columns, 16, [&](int64_t i) { return row_of[half + i]; }, packed);
+        if (tiled) continue;
+      }
+#endif
       copy_transposed(nr, columns, workspace, columns, int64_t{1}, place, nr);
     }
   }
 
-  // Rows [first, last) of W (rows, columns) from column `begin` on, as the right factor of v W: rows are summed over.
+  // Rows [first, last) of W (rows, columns) from column `begin` on, as the right factor of v W: rows are summed over. Tiled: after
+  // start_rows, and `first` is even.
   static void pack(int64_t first, int64_t last, int64_t rows, int64_t begin, int64_t columns, const Source<C>& w,
-                   const WeightDropout* dropout, C* packed, C* workspace) {
-    C* const factor = workspace + columns + lanes<C>;
+                   const WeightDropout* dropout, bool tiled, C* packed, C* workspace) {
+    C* const factor = workspace + 2 * (columns + lanes<C>);
+    const auto row = [&](int64_t i, C* scratch) {
+      if (w.plain && !dropout) return w.plain + i * w.batch + begin;
+      w.read(w.data, i * w.batch + begin * w.unit, w.unit, columns, scratch);
+      if (dropout) drop(*dropout, i, begin, columns, factor, scratch);
+      return const_cast<const C*>(scratch);
+    };
     for (int64_t i = first; i < last; ++i) {
-      if (w.plain && !dropout) {
-        pack_row(i, rows, columns, w.plain + i * w.batch + begin, packed);
+      const C* const even = row(i, workspace);
+      if (!tiled) {
+        pack_row(i, rows, columns, even, packed);
         continue;
       }
-      w.read(w.data, i * w.batch + begin * w.unit, w.unit, columns, workspace);
-      if (dropout) drop(*dropout, i, begin, columns, factor, workspace);
-      pack_row(i, rows, columns, workspace, packed);
+      const C* const odd = i + 1 < last ? row(i + 1, workspace + columns + lanes<C>) : nullptr;
+      pack_pair(i++, rows, columns, even, odd, packed);
     }
+    if (tiled && last == rows) pack_rest(last, rows, columns, packed);
   }
 
   // Row k of a right factor of `depth` rows.
@@ -205,6 +245,23 @@ struct RecurrenceProducts {
     for (int64_t l = 0; l < nr; ++l) to[l] = j + l < columns ? row[j + l] : C(0);
   }
 
+  // The same for the tile unit, two rows at a time, the second null where there is none: first start_rows, after the last row pack_rest.
+  static void start_rows(int64_t depth, int64_t columns, C* packed) {
+#if defined(S2S_TILE_UNIT)
+    if constexpr (std::is_same_v<C, float>) split_unmark(columns, depth, packed);
+#endif
+  }
+  static void pack_pair(int64_t k, int64_t depth, int64_t columns, const C* even, const C* odd, C* packed) {
+#if defined(S2S_TILE_UNIT)
+    if constexpr (std::is_same_v<C, float>) split_pack_pair(k, depth, columns, even, odd, packed);
+#endif
+  }
+  static void pack_rest(int64_t k, int64_t depth, int64_t columns, C* packed) {
+#if defined(S2S_TILE_UNIT)
+    if constexpr (std::is_same_v<C, float>) split_pack_rest(k, depth, columns, packed);
+#endif
+  }
+
   static void drop(const WeightDropout& dropout, int64_t row, int64_t begin, int64_t columns, C* factor, C* values) {
     dropout_factors(dropout.seed0, dropout.seed1, stream_weight, row, begin, columns, dropout.threshold, static_cast<C>(dropout.scale),
                     factor);
@@ -213,9 +270,13 @@ struct RecurrenceProducts {
 
   // C (m, n) = or += A (m, k) times packed B. A recurrence passes `backwards` on every second step: walking the panels to and fro, it finds
   // those of the turning point still in the second-level cache where the whole does not fit.
-  // [next, next_end): what is wanted after the product.
-  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, C* c, int64_t c_row, bool add, bool backwards,
-                     const C* next = nullptr, const C* next_end = nullptr) {
+  // [next, next_end): what is wanted after the product. workspace: as large as that says, for a tiled B.
+  static void packed(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const C* b, bool tiled, C* c, int64_t c_row, bool add,
+                     bool backwards, C* workspace, const C* next = nullptr, const C* next_end = nullptr) {
+#if defined(S2S_TILE_UNIT)
+    if constexpr (std::is_same_v<C, float>)
+      if (tiled) return split_product(m, n, k, a, a_row, b, c, c_row, add, backwards, workspace);
+#endif
     if (m == 1) return few<1>(n, k, a, a_row, b, c, c_row, add, backwards);
     if (m == 2) return few<2>(n, k, a, a_row, b, c, c_row, add, backwards);
     if (m == 3) return few<3>(n, k, a, a_row, b, c, c_row, add, backwards);
@@ -231,15 +292,20 @@ struct RecurrenceProducts {
 
   // `count` products of m rows with the same right factor, left(i) times packed B = to(i). Each panel serves all of them.
   template <class Left, class To>
-  static void packed_each(int64_t count, int64_t m, int64_t n, int64_t k, const Left& left, int64_t a_row, const C* b, const To& to,
-                          int64_t c_row) {
+  static void packed_each(int64_t count, int64_t m, int64_t n, int64_t k, const Left& left, int64_t a_row, const C* b, bool tiled,
+                          const To& to, int64_t c_row, C* workspace) {
+    if (tiled) {
+      for (int64_t i = 0; i < count; ++i) packed(m, n, k, left(i), a_row, b, true, to(i), c_row, false, i % 2, workspace);
+      return;
+    }
     for (int64_t j = 0; j < panels(n); j += gemm_group_panels)
       for (int64_t i = 0; i < count; ++i)
         gemm_packed_panels(m, n, k, left(i), a_row, b, to(i), c_row, false, j, gemm_min(panels(n), j + gemm_group_panels));
   }
-  static void packed_several(int64_t count, int64_t m, int64_t n, int64_t k, const C* const* a, int64_t a_row, const C* b, C* const* c,
-                             int64_t c_row) {
-    packed_each(count, m, n, k, S2S_LAMBDA(int64_t i) { return a[i]; }, a_row, b, S2S_LAMBDA(int64_t i) { return c[i]; }, c_row);
+  static void packed_several(int64_t count, int64_t m, int64_t n, int64_t k, const C* const* a, int64_t a_row, const C* b, bool tiled,
+                             C* const* c, int64_t c_row, C* workspace) {
+    packed_each(
+        count, m, n, k, S2S_LAMBDA(int64_t i) { return a[i]; }, a_row, b, tiled, S2S_LAMBDA(int64_t i) { return c[i]; }, c_row, workspace);
   }
 
   // Few rows of A. The panels are dealt evenly to tiles: a tile of one panel would wait for its multiply-adds.
@@ -278,14 +344,32 @@ struct RecurrenceProducts {
       tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, b_panel, b_row, c, c_row, add, last);
   }
 
-  static int64_t gradient_workspace() { return gemm_mc * (gemm_kc + gemm_row_pad); }
+  static int64_t gradient_workspace(bool tiled) {
+#if defined(S2S_TILE_UNIT)
+    if (tiled) return split_workspace(split_mc, split_kc);
+#endif
+    return gemm_mc * (gemm_kc + gemm_row_pad);
+  }
   // The rows of a weight's gradient that one task makes, and the positions whose values are packed together.
   static constexpr int64_t gradient_rows = gemm_mc, gradient_depth = gemm_kc;
 
   // Rows [first, last) of grad^T (gates, N), at most gradient_rows of them, times each of the factors (N, columns), which are packed by
-  // pack_row, gradient_depth positions at a time.
-  static void weight_gradients(int64_t first, int64_t last, int64_t positions, const C* grad, int64_t grad_row, bool add,
-                               const GradientFactor<C>* factors, int count, C* workspace) {
+  // pack_row, gradient_depth positions at a time, or by pack_pair as the first of `capacity` positions.
+  static void weight_gradients(int64_t first, int64_t last, int64_t positions, int64_t capacity, const C* grad, int64_t grad_row, bool add,
+                               const GradientFactor<C>* factors, int count, bool tiled, C* workspace) {
+#if defined(S2S_TILE_UNIT)
+    if constexpr (std::is_same_v<C, float>) {
+      SplitLeft left = split_left_in(workspace);
+      for (int64_t i = first; tiled && i < last; i += split_mc)
+        for (int64_t k = 0; k < positions; k += split_kc) {
+          split_left_transposed(gemm_min(split_mc, last - i), gemm_min(split_kc, positions - k), grad + k * grad_row + i, grad_row, left);
+          for (const GradientFactor<C>* f = factors; f < factors + count; ++f)
+            split_block(left, f->columns, f->packed, split_steps(capacity), k / 32, f->to + i * f->columns, f->columns, add || k > 0,
+                        false);
+        }
+      if (tiled) return;
+    }
+#endif
     for (int64_t k = 0; k < positions; k += gemm_kc) {
       const int64_t depth = gemm_min(positions - k, gemm_kc), row = depth + gemm_row_pad;
       copy_transposed(depth, last - first, grad + k * grad_row + first, grad_row, int64_t{1}, workspace, row);

@@ -206,7 +206,13 @@ class Runner {
     return nullptr;
   }
 
-  int64_t packed_size(int64_t n, int64_t k) const { return S2S_SELECT(RecurrenceProducts<C>::packed_size)(n, k); }
+  int64_t packed_size(int64_t n, int64_t k, bool tiled) const { return S2S_SELECT(RecurrenceProducts<C>::packed_size)(n, k, tiled); }
+  // Whether the products with W_ih and those with W_hh are the tile unit's: whatever the number of threads.
+  static constexpr int64_t worth_tiles = 64;  // rows in all that make up for packing W_ih
+  bool tiled_ih() const {
+    return plan_.slots() >= worth_tiles && S2S_SELECT(RecurrenceProducts<C>::tiled)(plan_.slots(), s_.gate_units, s_.inputs);
+  }
+  bool tiled_hh() const { return s_.time > 1 && S2S_SELECT(RecurrenceProducts<C>::tiled)(s_.batch, s_.gate_units, s_.width); }
 
   // How the rows and units of a call are split: over the batch, so that threads needn't meet, unless its rows are few or one thread's
   // second-level cache can't hold the recurrent weights; then over the hidden units.

@@ -143,6 +143,9 @@ lstm_sample = functools.partial(recurrence_sample, "lstm")
 gru_sample = functools.partial(recurrence_sample, "gru")
 rnn_sample = functools.partial(recurrence_sample, "rnn_tanh")
 
+# Enough rows, positions and units for the products of large batches, and no multiple of any tile.
+many_rows: dict[str, Any] = {"lengths": [5, 0, 3, 4, *[5] * 9, 1, 2, 5, 5], "reset": 0.2, "state": True, "poison": True}
+
 CASES = {
     "lstm": OperatorCase(
         lstm,
@@ -182,6 +185,7 @@ CASES = {
             lstm_sample("tails", 7, 5, 65, 33, state=True, smooth=False),
             lstm_sample("tails, projection", 5, 3, 7, 65, projected=17, state=True, smooth=False),
             lstm_sample("one row", 1, 4, 17, 129, smooth=False),
+            lstm_sample("many rows", 17, 5, 37, 41, **many_rows, recurrent_mask=True),
         ),
         recurrence_errors("lstm"),
         functools.partial(by_length, "lstm"),
@@ -216,6 +220,7 @@ CASES = {
             gru_sample("saturated", scale=1e4, smooth=False),
             gru_sample("tails", 7, 5, 65, 33, state=True, smooth=False),
             gru_sample("one row", 1, 4, 17, 129, smooth=False),
+            gru_sample("many rows", 17, 5, 37, 41, **many_rows, reverse=True),
         ),
         recurrence_errors("gru"),
         functools.partial(by_length, "gru"),
@@ -248,6 +253,7 @@ CASES = {
             rnn_sample("poisoned", 3, 9, 5, 7, lengths=(9, 1, 4), reset=0.3, state=True, poison=True, reverse=True),
             rnn_sample("saturated", scale=1e4, smooth=False),
             rnn_sample("one row", 1, 4, 17, 129, smooth=False),
+            rnn_sample("many rows", 17, 5, 37, 41, **many_rows),
         ),
         recurrence_errors("rnn_tanh"),
         functools.partial(by_length, "rnn_tanh"),

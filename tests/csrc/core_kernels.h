@@ -52,6 +52,42 @@ struct CoreProbe {
   }
 };
 
+// Products on the tile unit, of instruction sets that have one.
+struct TileProbe {
+#if defined(S2S_TILE_UNIT)
+  static int64_t packed_size(int64_t n, int64_t k) { return split_packed_size(n, k); }
+  static int64_t workspace(int64_t m, int64_t k) { return split_workspace(m, k); }
+  // b (k, n), rows contiguous; or (n, k) as columns
+  static void pack_rows(int64_t n, int64_t k, const float* b, float* packed) {
+    split_unmark(n, k, packed);
+    for (int64_t i = 0; i < k; i += 2) split_pack_pair(i, k, n, b + i * n, i + 1 < k ? b + (i + 1) * n : nullptr, packed);
+    split_pack_rest(k, k, n, packed);
+  }
+  static void pack_columns(int64_t n, int64_t k, const float* b, float* packed) {
+    for (int64_t j = 0; j < split_columns(n); ++j)
+      split_pack_column(j, k, n - 16 * j, [&](int64_t i) { return b + (16 * j + i) * k; }, packed);
+  }
+  static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, const float* packed, float* c, int64_t c_row, bool add,
+                      bool backwards, float* workspace) {
+    split_product(m, n, k, a, a_row, packed, c, c_row, add, backwards, workspace);
+  }
+  // a (k, m); m and k no more than a block
+  static void product_transposed(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, const float* packed, float* c,
+                                 int64_t c_row, bool add, float* workspace) {
+    SplitLeft left = split_left_in(workspace);
+    split_left_transposed(m, k, a, a_row, left);
+    split_block(left, n, packed, split_steps(k), 0, c, c_row, add, false);
+  }
+#else
+  static int64_t packed_size(int64_t, int64_t) { return 0; }
+  static int64_t workspace(int64_t, int64_t) { return 0; }
+  static void pack_rows(int64_t, int64_t, const float*, float*) {}
+  static void pack_columns(int64_t, int64_t, const float*, float*) {}
+  static void product(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool, bool, float*) {}
+  static void product_transposed(int64_t, int64_t, int64_t, const float*, int64_t, const float*, float*, int64_t, bool, float*) {}
+#endif
+};
+
 template <class T, class TA, class TB>
 void core_product(int64_t m, int64_t n, int64_t k, const TA* a, int64_t a_row, int64_t a_col, const TB* b, int64_t b_row, int64_t b_col,
                   T* c, int64_t c_row, bool accumulate, T* workspace) {

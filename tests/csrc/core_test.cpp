@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#define S2S_TILES
 #define S2S_KERNELS "core_kernels.h"
 #include "each_isa.h"
 
@@ -318,6 +319,87 @@ void test_product(int64_t m, int64_t n, int64_t k, int a_layout, int b_layout, b
   }
 }
 
+// Products from planes are as exact as float32's own, and their bits are those of any split of rows and columns, of either layout and
+// direction.
+void test_tiles(int64_t m, int64_t n, int64_t k, int spoiled, bool accumulate, std::mt19937& random) {
+  std::vector<float> a = random_values<float>(m * k, random), b = random_values<float>(k * n, random);
+  const float odd[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+                       std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::max(), 0.0f};
+  for (int i = 0; i < spoiled; ++i) {
+    a[random() % a.size()] = odd[random() % 5];
+    b[random() % b.size()] = odd[random() % 5];
+  }
+  std::vector<float> a_columns(a.size()), b_columns(b.size());
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t t = 0; t < k; ++t) a_columns[t * m + i] = a[i * k + t];
+  for (int64_t t = 0; t < k; ++t)
+    for (int64_t j = 0; j < n; ++j) b_columns[j * k + t] = b[t * n + j];
+  const int64_t size = S2S_SELECT(TileProbe::packed_size)(n, k), scratch = S2S_SELECT(TileProbe::workspace)(m, k);
+  const auto nan = std::numeric_limits<float>::quiet_NaN();
+  // Panels are aligned to a cache line.
+  std::vector<float> memory(size + 17, nan), other(size + 17, nan), workspace(scratch + 1, nan);
+  const auto aligned = [](std::vector<float>& v) {
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(v.data()) + 63) / 64 * 64);
+  };
+  float* const packed = aligned(memory);
+  packed[size] = workspace[scratch] = 42;
+  S2S_SELECT(TileProbe::pack_rows)(n, k, b.data(), packed);
+  S2S_SELECT(TileProbe::pack_columns)(n, k, b_columns.data(), aligned(other));
+  check(packed[size] == 42, "packing for tiles exceeds its size");
+  const int64_t c_row = n + 3;
+  const std::vector<float> before = random_values<float>(m * c_row, random);
+  std::vector<float> got = before;
+  const auto product = S2S_SELECT(TileProbe::product);
+  product(m, n, k, a.data(), k, packed, got.data(), c_row, accumulate, false, workspace.data());
+  check(workspace[scratch] == 42, "a product of tiles exceeds its workspace");
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      // Each product is off by up to 3 2^-22, each addition by half a unit of the sum so far.
+      double sum = 0, most = 0;
+      for (int64_t t = 0; t < k; ++t) {
+        const double term = static_cast<double>(a[i * k + t]) * b[t * n + j];
+        sum += term, most += std::isfinite(term) ? std::abs(term) : 0;
+      }
+      const float start = accumulate ? before[i * c_row + j] : 0.0f, value = got[i * c_row + j];
+      sum += start, most += std::abs(start);
+      if (most >= 3e38) continue;  // a sum on the way may be infinite, in any order
+      if (!std::isfinite(sum))
+        check(std::isnan(sum) ? std::isnan(value) : value == static_cast<float>(sum), "tiles m %lld n %lld k %lld at %lld, %lld: %g for %g",
+              (long long)m, (long long)n, (long long)k, (long long)i, (long long)j, value, sum);
+      else
+        check(std::abs(value - sum) <= most * (std::sqrt(static_cast<double>(k)) + 2) * 0x1p-23,
+              "tiles m %lld n %lld k %lld at %lld, %lld: %.9g for %.9g", (long long)m, (long long)n, (long long)k, (long long)i,
+              (long long)j, value, sum);
+    }
+    for (int64_t j = n; j < c_row; ++j) check(got[i * c_row + j] == before[i * c_row + j], "a product of tiles writes beyond its columns");
+  }
+  const std::vector<float> want = got;
+  const auto equal = [&] { return std::memcmp(want.data(), got.data(), want.size() * sizeof(float)) == 0; };
+  const auto same = [&](const char* what) {
+    check(equal(), "tiles m %lld n %lld k %lld: other bits %s", (long long)m, (long long)n, (long long)k, what);
+  };
+  got = before;
+  product(m, n, k, a.data(), k, aligned(other), got.data(), c_row, accumulate, true, workspace.data());
+  same("from packed columns, backwards");
+  got = before;
+  const int64_t row = static_cast<int64_t>(random() % (m + 1));
+  product(row, n, k, a.data(), k, packed, got.data(), c_row, accumulate, false, workspace.data());
+  product(m - row, n, k, a.data() + row * k, k, packed, got.data() + row * c_row, c_row, accumulate, false, workspace.data());
+  same("of split rows");
+  if (m > 96 || k > 256) return;
+  got = before;
+  S2S_SELECT(TileProbe::product_transposed)(m, n, k, a_columns.data(), m, packed, got.data(), c_row, accumulate, workspace.data());
+  same("from the columns of the left factor");
+}
+
+void test_all_tiles() {
+  std::mt19937 random(11);
+  const int64_t ms[] = {1, 2, 15, 16, 17, 31, 32, 33, 48, 95, 96, 97, 200}, ns[] = {1, 15, 16, 17, 32, 33, 64, 100, 129},
+                ks[] = {1, 2, 31, 32, 33, 63, 64, 100, 255, 256, 257, 300};
+  const auto pick = [&](const auto& values) { return values[random() % std::size(values)]; };
+  for (int i = 0; i < 200; ++i) test_tiles(pick(ms), pick(ns), pick(ks), i % 4 ? 0 : static_cast<int>(random() % 4), random() % 2, random);
+}
+
 template <class T, class TA, class TB>
 void test_products(int cases) {
   std::mt19937 random(7);
@@ -389,6 +471,8 @@ int main(int count, char** arguments) {
   } else if (suite == "storage") {
     test_storage<bfloat16>(7, 127);
     test_storage<float16>(10, 15);
+  } else if (suite == "tiles") {
+    test_all_tiles();
   } else if (suite == "gemm") {
     test_products<float, float, float>(250);
     test_products<double, double, double>(150);

@@ -397,15 +397,54 @@ def test_int32_lengths_unsorted(cell):
 
 
 @every_cell
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["x", "weight_ih", "weight_hh", "h0"])
+def test_what_is_not_finite_reaches_what_it_should(cell, value, where):
+    """One such element among products of many rows: it reaches what the definition lets it reach, and nothing else
+    loses its precision."""
+    function, (args, kwargs) = sample(cell, 20, 4, 40, 36, state=True)
+    leaves = {"x": args[0], "weight_ih": args[1], "weight_hh": args[2], "h0": kwargs["h0"]}
+    leaves[where].view(-1)[7] = value
+    assert not broken(function, (args, kwargs))
+
+
+@every_cell
+def test_a_gradient_that_is_no_number(cell):
+    function, arguments = sample(cell, 20, 4, 40, 36, state=True)
+
+    def spoiled(*args, **kwargs):
+        output, *states = function(*args, **kwargs)
+        factor = torch.ones_like(output)
+        factor[3, 2, 5] = float("nan")
+        return output * factor, *states
+
+    assert not broken(spoiled, arguments)
+
+
+@every_cell
+@pytest.mark.parametrize("batch, time", [(18, 6), (40, 30)])
+def test_many_rows_with_every_option(cell, batch, time):
+    """Large enough for the products of large batches, some steps with few rows left."""
+    lengths = [time - 3 * i % (time + 1) for i in range(batch)]
+    options = {"lengths": lengths, "reset": 0.1, "state": True, "recurrent_mask": True, "zoneout": 0.2}
+    if cell == "lstm":
+        options["projected"] = 33
+    function, arguments = sample(cell, batch, time, 41, 50, **options)
+    for reverse in (False, True):
+        assert not broken(functools.partial(function, reverse=reverse, training=True), arguments)
+
+
+@every_cell
 @needs_extension
-def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
+@pytest.mark.parametrize("batch", [7, 35])
+def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell, batch):
     options = {
-        "lengths": (9, 24, 1, 24, 13, 0, 24),
+        "lengths": (9, 24, 1, 24, 13, 0, 24) * (batch // 7),
         "reset": 0.1,
         "recurrent_mask": True,
         "layer_norm": cell != "rnn_relu",
     }
-    function, arguments = sample(cell, 7, 24, 48, 64, state=True, **options)
+    function, arguments = sample(cell, batch, 24, 48, 64, state=True, **options)
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -425,7 +464,14 @@ def test_same_bits_on_any_number_of_threads_where_threads_are_used(cell):
 
 @pytest.mark.parametrize(
     "batch, time, hidden, lengths",
-    [(1, 300, 64, None), (1, 140, 48, None), (4, 70, 32, None), (5, 60, 32, (60, 60, 20, 60, 60))],
+    [
+        (20, 70, 50, None),
+        (33, 9, 64, [9, 4, 0] * 11),
+        (1, 300, 64, None),
+        (1, 140, 48, None),
+        (4, 70, 32, None),
+        (5, 60, 32, (60, 60, 20, 60, 60)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_cell

@@ -1,0 +1,433 @@
+// Products of float32 matrices on the tile unit, which multiplies bfloat16 and adds in float32.
+//
+// A float32 has 24 significant bits: the sum of three bfloat16 of 8 bits each, here called its planes: the leading bits as they are, and
+// what is left, twice rounded to nearest. Of the nine products of planes six are made; the other three are below 2^-22 of the whole and of
+// either sign, so that a product is as exact as one rounded to float32. Six products on the tile unit take less than half the time of one
+// on the multipliers.
+//
+// The rule of order, which makes the bits independent of how callers split m or n over threads: k is cut into blocks of split_kc; in a
+// block each element of C has one accumulator, starting at 0, to which the products of 32 of k at a time are added, k ascending, plane by
+// plane; blocks are added to C in ascending order (the first replaces C unless accumulating).
+//
+// Neither infinities nor NaN have planes. What holds any is marked, row by row on the left and tile by tile on the right, and multiplied on
+// the vector unit from the planes, whose sum is the number. Magnitudes below 2^-110 lose their last bits.
+
+inline constexpr int64_t split_kc = 256, split_mc = 96;
+inline constexpr int64_t split_tile = 1024;            // bytes of a tile: 16 rows of 32 elements
+inline constexpr int64_t split_step = 3 * split_tile;  // three planes of 16 rows or columns, 32 deep
+
+constexpr int64_t split_steps(int64_t k) { return (k + 31) / 32; }
+// Where the planes of a step of the right factor lie: in the order in which the product comes to them, the last one first.
+constexpr int64_t split_plane(int p) { return (2 - p) * split_tile; }
+
+// ---- splitting ----
+struct Planes {
+  __m512i plane[3];
+};
+
+// The planes of 32 numbers, first those of `low`; lanes of `bad` without finite value keep it in their first plane.
+S2S_INLINE Planes split(__m512 low, __m512 high, uint32_t* bad) {
+  const __m512i leading = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __mmask16 bad_low = _mm512_fpclass_ps_mask(low, 0x99), bad_high = _mm512_fpclass_ps_mask(high, 0x99);
+  *bad = static_cast<uint32_t>(bad_low) | static_cast<uint32_t>(bad_high) << 16;
+  const __m512 left_low = _mm512_maskz_sub_ps(~bad_low, low, (__m512)_mm512_and_epi32((__m512i)low, leading));
+  const __m512 left_high = _mm512_maskz_sub_ps(~bad_high, high, (__m512)_mm512_and_epi32((__m512i)high, leading));
+  const __m512i middle = (__m512i)_mm512_cvtne2ps_pbh(left_high, left_low);
+  const __m512i middle_low = _mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, _mm512_castsi512_si256(middle)), 16);
+  const __m512i middle_high =
+      _mm512_maskz_slli_epi32(-1, _mm512_maskz_cvtepu16_epi32(-1, _mm512_maskz_extracti64x4_epi64(-1, middle, 1)), 16);
+  const __m512i last = (__m512i)_mm512_cvtne2ps_pbh(left_high - (__m512)middle_high, left_low - (__m512)middle_low);
+  alignas(64) static const uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return {{_mm512_permutex2var_epi16((__m512i)low, _mm512_load_si512(upper), (__m512i)high), middle, last}};
+}
+
+S2S_INLINE __m512 split_load(const float* from, int64_t n) {
+  if (n >= 16) return _mm512_loadu_ps(from);
+  return n > 0 ? load_partial(from, n) : (__m512){};
+}
+
+// to[j] word i = from[i] word j
+S2S_INLINE void split_transpose(char* tile) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(tile + 64 * i);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_maskz_unpacklo_epi32(-1, a[i], a[i + 1]);
+    b[i + 1] = _mm512_maskz_unpackhi_epi32(-1, a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_maskz_unpacklo_epi64(-1, b[i], b[i + 2]);
+    a[i + 1] = _mm512_maskz_unpackhi_epi64(-1, b[i], b[i + 2]);
+    a[i + 2] = _mm512_maskz_unpacklo_epi64(-1, b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_maskz_unpackhi_epi64(-1, b[i + 1], b[i + 3]);
+  }
+  // a[4 q + r]: words 4 l + r of rows 4 q .. 4 q + 3, l the 128-bit lane
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    b[r] = _mm512_maskz_shuffle_i32x4(-1, a[r], a[4 + r], 0x88);
+    b[4 + r] = _mm512_maskz_shuffle_i32x4(-1, a[r], a[4 + r], 0xdd);
+    b[8 + r] = _mm512_maskz_shuffle_i32x4(-1, a[8 + r], a[12 + r], 0x88);
+    b[12 + r] = _mm512_maskz_shuffle_i32x4(-1, a[8 + r], a[12 + r], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    _mm512_store_si512(tile + 64 * r, _mm512_maskz_shuffle_i32x4(-1, b[r], b[8 + r], 0x88));
+    _mm512_store_si512(tile + 64 * (8 + r), _mm512_maskz_shuffle_i32x4(-1, b[r], b[8 + r], 0xdd));
+    _mm512_store_si512(tile + 64 * (4 + r), _mm512_maskz_shuffle_i32x4(-1, b[4 + r], b[12 + r], 0x88));
+    _mm512_store_si512(tile + 64 * (12 + r), _mm512_maskz_shuffle_i32x4(-1, b[4 + r], b[12 + r], 0xdd));
+  }
+}
+
+// A pair of rows of 16 columns, element by element beside each other, as a line of three tiles. A null row is 0.
+template <bool Right>
+S2S_INLINE uint32_t split_pair(const float* even, const float* odd, int64_t columns, char* to) {
+  alignas(64) static const uint16_t beside[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  uint32_t bad;
+  const Planes planes = split(even ? split_load(even, columns) : (__m512){}, odd ? split_load(odd, columns) : (__m512){}, &bad);
+  for (int p = 0; p < 3; ++p)
+    _mm512_store_si512(to + (Right ? split_plane(p) : p * split_tile),
+                       _mm512_maskz_permutexvar_epi16(-1, _mm512_load_si512(beside), planes.plane[p]));
+  return bad | bad >> 16;
+}
+
+// ---- the right factor, packed once ----
+// Columns 16 at a time, an even number of such tile columns: of each a line that says whether all of it is finite, and its steps, one after
+// the other, three tiles each: of k, 32 at a time, two by two in a line.
+constexpr int64_t split_column(int64_t steps) { return 64 + steps * split_step; }
+constexpr int64_t split_columns(int64_t n) { return (n + 31) / 32 * 2; }
+constexpr int64_t split_packed_size(int64_t n, int64_t k) { return split_columns(n) * split_column(split_steps(k)) / 4; }
+
+S2S_INLINE void split_mark(char* column) { __atomic_store_n(reinterpret_cast<int32_t*>(column), 1, __ATOMIC_RELAXED); }
+S2S_INLINE bool split_marked(const char* column) { return *reinterpret_cast<const int32_t*>(column) != 0; }
+
+// Before rows are packed.
+inline void split_unmark(int64_t n, int64_t k, float* packed) {
+  for (int64_t j = 0; j < split_columns(n); ++j) std::memset(reinterpret_cast<char*>(packed) + j * split_column(split_steps(k)), 0, 64);
+}
+
+// Rows k and k + 1, k even, of a right factor of `depth` rows.
+inline void split_pack_pair(int64_t k, int64_t depth, int64_t n, const float* even, const float* odd, float* packed) {
+  const int64_t stride = split_column(split_steps(depth));
+  char* column = reinterpret_cast<char*>(packed);
+  for (int64_t j = 0; j < split_columns(n); ++j, column += stride)
+    if (split_pair<true>(even + 16 * j, odd ? odd + 16 * j : nullptr, n - 16 * j, column + 64 + k / 32 * split_step + k % 32 / 2 * 64))
+      split_mark(column);
+}
+// The lines from row k on to the end of its step are 0.
+inline void split_pack_rest(int64_t k, int64_t depth, int64_t n, float* packed) {
+  const int64_t stride = split_column(split_steps(depth)), line = (k % 32 + 1) / 2;
+  if (k % 32 == 0 || line == 16) return;
+  for (int64_t j = 0; j < split_columns(n); ++j)
+    for (int p = 0; p < 3; ++p)
+      std::memset(reinterpret_cast<char*>(packed) + j * stride + 64 + k / 32 * split_step + p * split_tile + line * 64, 0,
+                  static_cast<size_t>(16 - line) * 64);
+}
+
+// Tile column j from its columns, each contiguous: `valid` of them, the others 0.
+template <class Column>
+void split_pack_column(int64_t j, int64_t depth, int64_t valid, const Column& column, float* packed) {
+  char* const place = reinterpret_cast<char*>(packed) + j * split_column(split_steps(depth));
+  std::memset(place, 0, 64);
+  char* to = place + 64;
+  for (int64_t k = 0; k < depth; k += 32, to += split_step) {
+    for (int64_t i = 0; i < 16; ++i) {
+      uint32_t bad = 0;
+      const float* const from = i < valid ? column(i) + k : nullptr;
+      const Planes planes =
+          split(from ? split_load(from, depth - k) : (__m512){}, from ? split_load(from + 16, depth - k - 16) : (__m512){}, &bad);
+      for (int p = 0; p < 3; ++p) _mm512_store_si512(to + split_plane(p) + i * 64, planes.plane[p]);
+      if (bad) split_mark(place);
+    }
+    for (int p = 0; p < 3; ++p) split_transpose(to + p * split_tile);
+  }
+}
+
+// ---- the left factor, split just before use ----
+// Tiles of 16 rows, and of each its steps, three tiles each.
+struct SplitLeft {
+  char* data;
+  int64_t rows, steps;
+  bool bad;  // any of:
+  bool bad_row[split_mc];
+
+  char* tile(int64_t row_tile) const { return data + row_tile * steps * split_step; }
+};
+
+// Rows of A, k contiguous.
+inline void split_left(int64_t rows, int64_t depth, const float* a, int64_t a_row, SplitLeft& left) {
+  left.rows = rows, left.steps = split_steps(depth), left.bad = false;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* const from = a + i * a_row;
+    char* to = left.tile(i / 16) + i % 16 * 64;
+    uint32_t any = 0;
+    for (int64_t k = 0; k < depth; k += 32, to += split_step) {
+      uint32_t bad;
+      const Planes planes = split(split_load(from + k, depth - k), split_load(from + k + 16, depth - k - 16), &bad);
+      any |= bad;
+      for (int p = 0; p < 3; ++p) _mm512_store_si512(to + p * split_tile, planes.plane[p]);
+    }
+    left.bad_row[i] = any != 0;
+    left.bad |= any != 0;
+  }
+}
+
+// Columns of A^T, which has k rows, rows contiguous.
+inline void split_left_transposed(int64_t rows, int64_t depth, const float* a, int64_t a_row, SplitLeft& left) {
+  left.rows = rows, left.steps = split_steps(depth), left.bad = false;
+  for (int64_t i = 0; i < rows; i += 16) {
+    char* to = left.tile(i / 16);
+    uint32_t any = 0;
+    for (int64_t k = 0; k < depth; k += 32, to += split_step) {
+      const float* const from = a + k * a_row + i;
+      for (int64_t line = 0; line < 16; ++line)
+        any |= split_pair<false>(k + 2 * line < depth ? from + 2 * line * a_row : nullptr,
+                                 k + 2 * line + 1 < depth ? from + (2 * line + 1) * a_row : nullptr, rows - i, to + line * 64);
+      for (int p = 0; p < 3; ++p) split_transpose(to + p * split_tile);
+    }
+    any &= 0xffff;
+    for (int64_t r = i; r < i + 16 && r < rows; ++r) left.bad_row[r] = any >> (r - i) & 1;
+    left.bad |= any != 0;
+  }
+}
+
+// ---- the product ----
+// Sixteen columns of one row where something isn't finite.
+__attribute__((noinline)) inline void split_row_exactly(const SplitLeft& left, int64_t row, const char* right, float* to) {
+  __m512 sum = {};
+  const auto value = [](const char* word, int odd) {
+    uint16_t bits;
+    std::memcpy(&bits, word + 2 * odd, 2);
+    return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  };
+  for (int64_t step = 0; step < left.steps; ++step)
+    for (int pair = 0; pair < 16; ++pair) {
+      const char* const a = left.tile(row / 16) + step * split_step + row % 16 * 64 + pair * 4;
+      const char* const b = right + step * split_step + pair * 64;
+      for (int odd = 0; odd < 2; ++odd) {
+        float from = 0;
+        __m512 factor = {};
+        for (int p = 2; p >= 0; --p) {
+          from += value(a + p * split_tile, odd);
+          const __m512i words = _mm512_load_si512(b + split_plane(p));
+          factor += (__m512)(odd ? _mm512_and_epi32(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))
+                                 : _mm512_maskz_slli_epi32(-1, words, 16));
+        }
+        sum = fma(broadcast(from), factor, sum);
+      }
+    }
+  _mm512_storeu_ps(to, sum);
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+#define S2S_LOAD(tile, from) _tile_loadd(tile, from, 64)
+#define S2S_FMA(sum, left, right) _tile_dpbf16ps(sum, left, right)
+
+// Sums of the row tiles a and c by the columns from b on, `stride` apart. Loads stand between the products, which would wait for them
+// otherwise, and go through memory upwards.
+S2S_INLINE void split_two_by_two(int64_t steps, const char* a, const char* c, const char* b, int64_t stride, float* sums) {
+  const char* d = b + stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; ++s, a += split_step, b += split_step, c += split_step, d += split_step) {
+    S2S_LOAD(4, a);
+    S2S_LOAD(6, b);
+    S2S_FMA(0, 4, 6);
+    S2S_LOAD(7, d);
+    S2S_FMA(1, 4, 7);
+    S2S_LOAD(5, c);
+    S2S_FMA(2, 5, 6);
+    S2S_LOAD(6, b + split_tile);
+    S2S_FMA(3, 5, 7);
+    S2S_LOAD(7, d + split_tile);
+    S2S_FMA(0, 4, 6);
+    S2S_FMA(1, 4, 7);
+    S2S_FMA(2, 5, 6);
+    S2S_LOAD(4, a + split_tile);
+    S2S_FMA(3, 5, 7);
+    S2S_LOAD(5, c + split_tile);
+    S2S_FMA(0, 4, 6);
+    S2S_FMA(1, 4, 7);
+    S2S_FMA(2, 5, 6);
+    S2S_LOAD(6, b + 2 * split_tile);
+    S2S_FMA(3, 5, 7);
+    S2S_LOAD(7, d + 2 * split_tile);
+    S2S_FMA(0, 4, 6);
+    S2S_FMA(1, 4, 7);
+    S2S_FMA(2, 5, 6);
+    S2S_LOAD(4, a);
+    S2S_FMA(3, 5, 7);
+    S2S_LOAD(5, c);
+    S2S_FMA(0, 4, 6);
+    S2S_FMA(1, 4, 7);
+    S2S_LOAD(4, a + 2 * split_tile);
+    S2S_FMA(2, 5, 6);
+    S2S_FMA(3, 5, 7);
+    S2S_LOAD(5, c + 2 * split_tile);
+    S2S_FMA(0, 4, 6);
+    S2S_FMA(1, 4, 7);
+    S2S_FMA(2, 5, 6);
+    S2S_FMA(3, 5, 7);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+}
+
+// One row tile by two or four columns, in the same order.
+#define S2S_COLUMN(sum, column)           \
+  S2S_LOAD(7, column);                    \
+  S2S_FMA(sum, 4, 7);                     \
+  S2S_LOAD(7, (column) + split_tile);     \
+  S2S_FMA(sum, 4, 7);                     \
+  S2S_FMA(sum, 5, 7);                     \
+  S2S_LOAD(7, (column) + 2 * split_tile); \
+  S2S_FMA(sum, 5, 7);                     \
+  S2S_FMA(sum, 4, 7);                     \
+  S2S_FMA(sum, 6, 7)
+template <int Columns>
+S2S_INLINE void split_one_by(int64_t steps, const char* a, const char* b, int64_t stride, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < steps; ++s, a += split_step, b += split_step) {
+    S2S_LOAD(4, a);
+    S2S_LOAD(5, a + split_tile);
+    S2S_LOAD(6, a + 2 * split_tile);
+    S2S_COLUMN(0, b);
+    S2S_COLUMN(1, b + stride);
+    if constexpr (Columns == 4) {
+      S2S_COLUMN(2, b + 2 * stride);
+      S2S_COLUMN(3, b + 3 * stride);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+}
+#undef S2S_COLUMN
+
+#undef S2S_LOAD
+#undef S2S_FMA
+
+// One tile of sums into C.
+template <bool Add>
+S2S_INLINE void split_finish_whole(int64_t rows, const float* sums, float* c, int64_t c_row) {
+  if (rows == 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const __m512 sum = _mm512_load_ps(sums + i * 16);
+      _mm512_storeu_ps(c + i * c_row, Add ? _mm512_loadu_ps(c + i * c_row) + sum : sum);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m512 sum = _mm512_load_ps(sums + i * 16);
+    _mm512_storeu_ps(c + i * c_row, Add ? _mm512_loadu_ps(c + i * c_row) + sum : sum);
+  }
+}
+
+inline void split_finish(const SplitLeft& left, int64_t row_tile, int64_t columns, const char* right, bool marked, const float* sums,
+                         float* c, int64_t c_row, bool add) {
+  const int64_t rows = gemm_min(16, left.rows - row_tile * 16);
+  if (__builtin_expect(columns >= 16 && !left.bad && !marked, 1)) {
+    if (add)
+      split_finish_whole<true>(rows, sums, c, c_row);
+    else
+      split_finish_whole<false>(rows, sums, c, c_row);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    float* const to = c + i * c_row;
+    __m512 sum = _mm512_load_ps(sums + i * 16);
+    if (marked || left.bad_row[row_tile * 16 + i]) {
+      alignas(64) float exact[16];
+      split_row_exactly(left, row_tile * 16 + i, right, exact);
+      sum = _mm512_load_ps(exact);
+    }
+    if (columns >= 16)
+      store(to, add ? load(to) + sum : sum);
+    else
+      store_partial(to, add ? load_partial(to, columns) + sum : sum, columns);
+  }
+}
+
+// The columns [0, n) of C from the steps of a right factor of `steps` steps from `first_step` on.
+inline void split_block(const SplitLeft& left, int64_t n, const float* packed, int64_t steps, int64_t first_step, float* c, int64_t c_row,
+                        bool add, bool backwards) {
+  alignas(64) float sums[2][1024];
+  const TileShapes shapes;
+  _tile_loadconfig(&shapes);
+  const int64_t row_tiles = (left.rows + 15) / 16, columns = split_columns(n), stride = split_column(steps),
+                at_once = row_tiles > 1 ? 2 : 4;
+  const int64_t groups = (columns + at_once - 1) / at_once;
+  // A block's sums go to C while the next block is multiplied: they come out of the tile unit late.
+  struct {
+    int64_t row_tile, rows, column, columns;
+  } block{}, before{};
+  const auto finish = [&](const auto& which, const float* from) {
+    for (int64_t r = 0; r < which.rows; ++r)
+      for (int64_t j = 0; j < which.columns; ++j) {
+        const int64_t column = (which.column + j) * 16;
+        if (column >= n) continue;
+        const char* const head = reinterpret_cast<const char*>(packed) + (which.column + j) * stride;
+        split_finish(left, which.row_tile + r, n - column, head + 64 + first_step * split_step, split_marked(head),
+                     from + (r * which.columns + j) * 256, c + (which.row_tile + r) * 16 * c_row + column, c_row, add);
+      }
+  };
+  int turn = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t group = backwards ? groups - 1 - g : g;
+    block.column = group * at_once, block.columns = gemm_min(at_once, columns - block.column);
+    const char* const b = reinterpret_cast<const char*>(packed) + block.column * stride + 64 + first_step * split_step;
+    for (block.row_tile = 0; block.row_tile < row_tiles; block.row_tile += 2) {
+      const char* const a = left.tile(block.row_tile);
+      const bool four = block.columns == 4;
+      block.rows = gemm_min(2, row_tiles - block.row_tile);
+      if (block.rows == 2)
+        split_two_by_two(left.steps, a, left.tile(block.row_tile + 1), b, stride, sums[turn]);
+      else
+        four ? split_one_by<4>(left.steps, a, b, stride, sums[turn]) : split_one_by<2>(left.steps, a, b, stride, sums[turn]);
+      turn = 1 - turn;
+      finish(before, sums[turn]);
+      before = block;
+    }
+  }
+  finish(before, sums[1 - turn]);
+  _tile_release();
+}
+
+// Floats of scratch for the left factor of a product, enough for smaller m and k too.
+constexpr int64_t split_workspace(int64_t m, int64_t k) {
+  return (gemm_min(m, split_mc) + 15) / 16 * split_steps(gemm_min(k, split_kc)) * split_step / 4 + 16;
+}
+inline SplitLeft split_left_in(float* workspace) {
+  SplitLeft left;
+  left.data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
+  return left;
+}
+
+// C (m, n) = or += A (m, k) times packed B; A of unit column stride.
+inline void split_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, const float* packed, float* c, int64_t c_row,
+                          bool add, bool backwards, float* workspace) {
+  for (int64_t i = 0; k <= 0 && !add && i < m; ++i) std::memset(c + i * c_row, 0, static_cast<size_t>(n) * sizeof(float));
+  SplitLeft left = split_left_in(workspace);
+  for (int64_t i = 0; i < m; i += split_mc)
+    for (int64_t k0 = 0; k0 < k; k0 += split_kc) {
+      split_left(gemm_min(split_mc, m - i), gemm_min(split_kc, k - k0), a + i * a_row + k0, a_row, left);
+      split_block(left, n, packed, split_steps(k), k0 / 32, c + i * c_row, c_row, add || k0 > 0, backwards);
+    }
+}
