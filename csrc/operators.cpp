@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "recurrence_forward(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? "
       "weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? "
       "reset, "
-      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, bool "
+      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, int "
       "save) -> "
       "Tensor[]");
   m.def(
@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "Tensor[]");
   m.def(
       "recurrence_stack_forward(Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int cell, int "
-      "directions, bool bias, bool projected, bool normed, float zoneout_h, float zoneout_c, bool time_first, bool packed, bool save) -> "
+      "directions, bool bias, bool projected, bool normed, float zoneout_h, float zoneout_c, bool time_first, bool packed, int save) -> "
       "Tensor[]");
   m.def(
       "recurrence_stack_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor[] weights, Tensor? h0, Tensor? c0, "

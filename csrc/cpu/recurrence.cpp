@@ -50,7 +50,8 @@ class Forward : Runner<S> {
     return states;
   }
 
-  std::vector<Tensor> run(bool save) {
+  std::vector<Tensor> run(int64_t save) {
+    check_save("recurrence", save);
     const bool lstm = s_.cell == Cell::lstm, exact = save && !std::is_same_v<S, C>;
     const ScalarType wide = scalar_type_of<C>;
     std::vector<Tensor> results;
@@ -68,6 +69,7 @@ class Forward : Runner<S> {
     to.extra = kept(save && (lstm || s_.cell == Cell::gru), s_.hidden);
     to.hidden = kept(exact, s_.width);
     to.normed = kept(save && a_.norm_ih, normed_row(s_.gate_units));
+    to.defined = save == save_defined;
     run(to);
     return results;
   }
@@ -105,7 +107,7 @@ class Forward : Runner<S> {
       if (reinterpret_cast<uintptr_t>(kept) % 64 != 0) p.streams = false;
 
     const auto split = this->split();
-    const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
+    const int64_t groups = split.groups, ranges = split.ranges(), rows = (plan_.schedule.lanes + groups - 1) / groups;
     const bool shares = split.slices == 1 && !p.unpacked_hh;  // packed weights
     p.x_rows = groups == 1 ? this->rows_of_x(p.x_row) : nullptr;
     const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs, p.tiled_ih) : 0,
@@ -141,8 +143,8 @@ class Forward : Runner<S> {
     if (a_.lengths && !a_.packed) {
       this->clear_absent(static_cast<S*>(to.output), s_.width, to.output_batch, to.output_time);
       if (p.hidden_exact) this->clear_absent(p.hidden_exact, s_.width);
-      // No slot is left undefined: what forward gives is the same on every run.
-      const int64_t first = plan_.slots(), end = s_.batch * s_.time;
+      // As much memory again as a dense call would write: worth it only where somebody looks.
+      const int64_t first = plan_.slots(), end = to.defined ? s_.batch * s_.time : first;
       if (p.gates) std::fill(p.gates + first * s_.gate_units, p.gates + end * s_.gate_units, C(0));
       if (p.extra) std::fill(p.extra + first * s_.hidden, p.extra + end * s_.hidden, C(0));
       if (p.normed) std::fill(p.normed + first * p.normed_row(), p.normed + end * p.normed_row(), C(0));
@@ -199,7 +201,7 @@ class Backward : Runner<S> {
     plan_chunks();
 
     const auto split = this->split();
-    const int64_t groups = split.groups, ranges = split.ranges(), rows = (s_.batch + groups - 1) / groups;
+    const int64_t groups = split.groups, ranges = split.ranges(), rows = (plan_.schedule.lanes + groups - 1) / groups;
     const auto values = [&](bool wanted, int64_t columns) {
       return wanted ? this->packed_size(columns, chunk_slots_, tiled_gradients()) : 0;
     };
@@ -299,7 +301,7 @@ class Backward : Runner<S> {
   }
 
  private:
-  // Times whose gradients are in the cache together, in the order in which backward comes to them.
+  // Steps whose gradients are in the cache together, in the order in which backward comes to them.
   struct Chunk {
     int64_t first, last;
   };
@@ -335,8 +337,7 @@ class Backward : Runner<S> {
 
   void plan_chunks() {
     const Schedule& s = plan_.schedule;
-    int64_t end = 0;  // of the times at which any row is present
-    while (end < s.time && s.count[end] > 0) ++end;
+    const int64_t end = s.steps;
     // One row has little to keep for long; several rows keep the products of narrow layers large.
     const int64_t most = s.batch == 1 ? 128 : std::max<int64_t>(256, (1 << 17) / s_.gate_units / 256 * 256);
     for (int64_t done = 0; done < end;) {
@@ -434,10 +435,11 @@ class Backward : Runner<S> {
   template <class F>
   void each_position(const RecurrenceBackward<C>& p, int64_t begin, int64_t end, const F& f) const {
     const Schedule& s = plan_.schedule;
-    int64_t t = plan_.time_of_slot(p.first_slot + begin);
+    int64_t step = plan_.step_of_slot(p.first_slot + begin);
     for (int64_t at = begin; at < end; ++at) {
-      while (p.first_slot + at >= s.offset[t + 1]) ++t;
-      f(at, s.order[p.first_slot + at - s.offset[t]], t);
+      while (p.first_slot + at >= s.offset[step + 1]) ++step;
+      const Position here = s.at(step, p.first_slot + at - s.offset[step]);
+      f(at, here.row, here.time);
     }
   }
 
@@ -524,7 +526,8 @@ class Backward : Runner<S> {
   // Where all rows are present all the time, and long enough for a product each, x's gradient is made where it belongs.
   bool in_place_by_row(const Chunk& chunk, int64_t slots) const {
     const int64_t times = chunk.last - chunk.first;
-    return std::is_same_v<S, C> && s_.batch > 1 && slots == times * s_.batch && !a_.packed && !unpacked_ih() && times >= worth_a_product;
+    return std::is_same_v<S, C> && s_.batch > 1 && !plan_.schedule.position && slots == times * s_.batch && !a_.packed && !unpacked_ih() &&
+           times >= worth_a_product;
   }
   void input_gradients_by_row(const RecurrenceBackward<C>& p, const Chunk& chunk, int64_t begin, C* own) {
     if constexpr (std::is_same_v<S, C>) {
@@ -599,7 +602,7 @@ std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih,
                                        const OptionalTensor& norm_hh, const OptionalTensor& norm_c, const OptionalTensor& norm_b,
                                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& seed, int64_t cell,
                                        bool reverse, double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed,
-                                       bool save) {
+                                       int64_t save) {
   const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
                     lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   return dispatch_floating("recurrence", "x", x,

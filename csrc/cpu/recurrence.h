@@ -40,19 +40,28 @@ struct WeightDropout {
   double scale;
 };
 
-// The rows of a batch, sorted by length, longest first: at time t the first count[t] of them are present, and take the slots offset[t],
-// offset[t] + 1, ... of a buffer that holds the present positions only, time by time. A packed sequence is such a buffer, its rows in
-// order.
+struct Position {
+  int64_t row, time;
+};
+
+// Rows of a batch run side by side in lanes. A lane is one row, or several that follow each other, so that short rows fill the time of long
+// ones and few lanes do the work of many. Lanes are sorted, longest first: at a step the first count[step] of them are present, and take
+// the slots offset[step], offset[step] + 1, ... of a buffer that holds the present positions only, step by step. The steps go the way of
+// time: reversed rows go through them from the last to the first. A packed sequence is such a buffer, each of its rows a lane, in order.
 struct Schedule {
   int64_t batch, time;
   bool reverse, packed;
-  const int64_t* order;   // (batch): the row of each rank
-  const int64_t* length;  // (batch): of each row
-  const int64_t* count;   // (time)
-  const int64_t* offset;  // (time + 1)
-  const bool* reset;      // or null
+  int64_t lanes, steps;      // steps: of the longest lane
+  const int64_t* order;      // (lanes): the row of each, whose times are the steps, unless:
+  const Position* position;  // (slots): lanes hold several rows; or null
+  const int64_t* lane_end;   // (lanes): steps of each
+  const int64_t* length;     // (batch): of each row
+  const int64_t* count;      // (steps)
+  const int64_t* offset;     // (steps + 1)
+  const bool* reset;         // or null
   int64_t reset_batch, reset_time;
 
+  Position at(int64_t step, int64_t lane) const { return position ? position[offset[step] + lane] : Position{order[lane], step}; }
   // Whether the state is zeroed between the step before, in the direction of the run, and this one.
   bool starts(int64_t b, int64_t t) const {
     if (!reset) return false;
@@ -60,19 +69,20 @@ struct Schedule {
     return t + 1 < length[b] && reset[b * reset_batch + (t + 1) * reset_time];
   }
   bool is_first(int64_t b, int64_t t) const { return t == (reverse ? length[b] - 1 : 0); }
+  bool is_last(int64_t b, int64_t t) const { return t == (reverse ? 0 : length[b] - 1); }
   // Where position t of row b stands in a tensor over positions.
   int64_t place(int64_t b, int64_t t, int64_t batch_stride, int64_t time_stride) const {
     return packed ? (offset[t] + b) * time_stride : b * batch_stride + t * time_stride;
   }
 };
 
-// What one thread takes through time: some rows of the batch, or some units of all rows. Group g of `groups` has the ranks g, g + groups,
-// g + 2 groups, ...: every group gets short rows and long ones.
+// What one thread takes through time: some lanes, or some units of all lanes. Group g of `groups` has the lanes g, g + groups,
+// g + 2 groups, ...: every group gets short ones and long ones. Its own are numbered as its rows.
 struct Part {
   int64_t group, groups;
   int64_t unit, units;  // the hidden units [unit, unit + units)
-  int64_t rows(int64_t ranks) const { return ranks > group ? (ranks - group + groups - 1) / groups : 0; }
-  int64_t rank(int64_t row) const { return group + row * groups; }
+  int64_t rows(int64_t lanes) const { return lanes > group ? (lanes - group + groups - 1) / groups : 0; }
+  int64_t lane(int64_t row) const { return group + row * groups; }
 };
 
 struct Zoneout {

@@ -133,10 +133,9 @@ class RecurrenceBackwardPart {
  private:
   RecurrenceBackwardPart(const RecurrenceBackward<C>& p, const Part& part, const C* weight_hh, C* workspace, Crew::Member* others)
       : p_(p), s_(p.schedule), part_(part), others_(others), weight_hh_(weight_hh) {
-    rows_ = part.rows(s_.batch);
+    rows_ = part.rows(s_.lanes);
     units_ = part.units;
     own_ = p.weight_hr ? p.width : units_;
-    const int64_t longest = rows_ ? s_.length[batch_row(0)] : 0;
     const auto take = [&](int64_t count) {
       C* const place = workspace;
       workspace += (count + 15) / 16 * 16;
@@ -155,7 +154,7 @@ class RecurrenceBackwardPart {
     normed_ = take(units_);
     through_ = take(units_);
     scratch_ = workspace;
-    last_ = s_.reverse ? longest - 1 : 0;
+    last_ = s_.reverse && rows_ ? s_.lane_end[part.lane(0)] - 1 : 0;
     // Something passes h by, so the recurrent product adds to what is there.
     direct_ = p.cell == Cell::gru || p.zoneout.h > 0;
   }
@@ -163,21 +162,21 @@ class RecurrenceBackwardPart {
   void begin() {
     clear(zeros_, own_ + units_);
     if (p_.mask) clear(grad_mask_, rows_ * own_);
-    for (int64_t row = 0; row < rows_; ++row) {
-      start(p_.grad_h, batch_row(row), own_, dh_ + row * own_);
-      start(p_.grad_c, batch_row(row), units_, dc_ + row * units_);
-    }
   }
+  // Rows of the batch without any position.
   void end() {
-    for (int64_t row = 0; row < rows_; ++row) {
-      finish(p_.grad_h0, batch_row(row), own_, dh_ + row * own_);
-      finish(p_.grad_c0, batch_row(row), units_, dc_ + row * units_);
-      finish(p_.grad_mask, batch_row(row), own_, grad_mask_ + row * own_);
+    for (int64_t b = 0; part_.group == 0 && b < s_.batch; ++b) {
+      if (s_.length[b]) continue;
+      start(p_.grad_h, b, own_, share_);
+      finish(p_.grad_h0, b, own_, share_);
+      start(p_.grad_c, b, units_, share_);
+      finish(p_.grad_c0, b, units_, share_);
+      finish(p_.grad_mask, b, own_, zeros_);
     }
   }
 
-  int64_t batch_row(int64_t row) const { return s_.order[part_.rank(row)]; }
-  int64_t slot(int64_t t, int64_t row) const { return s_.offset[t] + part_.rank(row); }
+  Position at(int64_t step, int64_t row) const { return s_.at(step, part_.lane(row)); }
+  int64_t slot(int64_t step, int64_t row) const { return s_.offset[step] + part_.lane(row); }
 
   static void clear(C* to, int64_t n) { std::memset(to, 0, static_cast<size_t>(n) * sizeof(C)); }
   void start(const Source<C>& from, int64_t b, int64_t n, C* to) {
@@ -201,11 +200,11 @@ class RecurrenceBackwardPart {
     const C* const h = h_before(p_, b, t);
     return h ? h + part_.unit : zeros_;
   }
-  const C* c_before(int64_t row, int64_t t) const {
-    const int64_t b = batch_row(row);
+  const C* c_before(int64_t row, int64_t step, Position here) const {
+    const auto [b, t] = here;
     if (s_.starts(b, t)) return zeros_;
     if (s_.is_first(b, t)) return p_.c0 ? p_.c0 + b * p_.hidden + part_.unit : zeros_;
-    return p_.extra + slot(s_.reverse ? t + 1 : t - 1, row) * p_.hidden + part_.unit;
+    return p_.extra + slot(s_.reverse ? step + 1 : step - 1, row) * p_.hidden + part_.unit;
   }
 
   void step(int64_t t) {
@@ -214,11 +213,15 @@ class RecurrenceBackwardPart {
     const Zones<C> zones{p_.zoneout, share_};
     C* const own = zoned ? own_dh_ : dh_;
     for (int64_t row = 0; row < here; ++row) {
-      const int64_t b = batch_row(row);
+      const auto [b, time] = at(t, row);
       const Source<C>& grad = p_.grad_output;
       C* const dh = dh_ + row * own_;
-      if (grad.data) grad.add(grad.data, s_.place(b, t, grad.batch, grad.time) + unit * grad.unit, grad.unit, own_, dh);
-      if (zoned) part(own_, zones.h(b * s_.time + t, unit, own_), dh, own + row * own_, dh);
+      if (s_.is_last(b, time)) {
+        start(p_.grad_h, b, own_, dh);
+        start(p_.grad_c, b, units_, dc_ + row * units_);
+      }
+      if (grad.data) grad.add(grad.data, s_.place(b, time, grad.batch, grad.time) + unit * grad.unit, grad.unit, own_, dh);
+      if (zoned) part(own_, zones.h(b * s_.time + time, unit, own_), dh, own + row * own_, dh);
       if (p_.grad_projected)
         std::memcpy(p_.grad_projected + (slot(t, row) - p_.first_slot) * p_.padded(width), own + row * own_,
                     static_cast<size_t>(width) * sizeof(C));
@@ -241,30 +244,37 @@ class RecurrenceBackwardPart {
     else if (wanted)
       Products::packed(here, own_, p_.gate_units, left, part_.groups * p_.grad_row, weight_hh_, p_.tiled_hh, to, own_, adds, t % 2,
                        scratch_, gates, gates_end);
-    for (int64_t row = 0; (p_.mask || s_.reset) && row < here; ++row) {
-      const int64_t b = batch_row(row);
-      C* const dh = dh_ + row * own_;
-      if (p_.mask)
-        masked_gradients(own_, product_ + row * own_, p_.mask + b * width + unit, h_before(b, t), direct_, dh, grad_mask_ + row * own_);
-      if (!s_.starts(b, t)) continue;
-      clear(dh, own_);
-      clear(dc_ + row * units_, units_);
+    const bool state = p_.grad_h0.data || p_.grad_c0.data || p_.grad_mask.data;
+    for (int64_t row = 0; (p_.mask || s_.reset || state) && row < here; ++row) {
+      const auto [b, time] = at(t, row);
+      C *const dh = dh_ + row * own_, *const dc = dc_ + row * units_, *const grad_mask = grad_mask_ + row * own_;
+      if (p_.mask) masked_gradients(own_, product_ + row * own_, p_.mask + b * width + unit, h_before(b, time), direct_, dh, grad_mask);
+      if (s_.starts(b, time)) {
+        clear(dh, own_);
+        clear(dc, units_);
+      }
+      if (!state || !s_.is_first(b, time)) continue;
+      finish(p_.grad_h0, b, own_, dh);
+      finish(p_.grad_c0, b, units_, dc);
+      finish(p_.grad_mask, b, own_, grad_mask);
+      if (p_.mask) clear(grad_mask, own_);
     }
   }
 
   // dh: of what the cell gave, before zoneout and projection.
   void cell(int64_t t, int64_t row, const C* dh) {
     const int64_t n = units_, all = p_.hidden, unit = part_.unit, slot = this->slot(t, row), at = slot - p_.first_slot;
+    const Position here = this->at(t, row);
     const C* const gates = p_.gates ? p_.gates + slot * p_.gate_units + unit : nullptr;
     C* const in = p_.grad_in + at * p_.grad_row + unit;
     C* const rec = p_.grad_rec + at * p_.grad_row + unit;
     if (p_.cell == Cell::gru) {
-      gru_unit_gradients(n, all, gates, p_.extra + slot * all + unit, h_before(batch_row(row), t), dh, dh_ + row * n, p_.zoneout.h > 0, in,
-                         rec);
+      gru_unit_gradients(n, all, gates, p_.extra + slot * all + unit, h_before(here.row, here.time), dh, dh_ + row * n, p_.zoneout.h > 0,
+                         in, rec);
     } else if (p_.cell == Cell::lstm) {
       lstm(t, row, at, gates, dh, in);
     } else {
-      const C* const value = gates ? gates : p_.hidden_exact + s_.place(batch_row(row), t, s_.time * p_.width, p_.width) + unit;
+      const C* const value = gates ? gates : p_.hidden_exact + s_.place(here.row, here.time, s_.time * p_.width, p_.width) + unit;
       rnn_unit_gradients(n, p_.cell == Cell::rnn_relu, value, dh, in);
     }
     if (p_.norm_hh) {
@@ -276,14 +286,15 @@ class RecurrenceBackwardPart {
 
   void lstm(int64_t t, int64_t row, int64_t at, const C* gates, const C* dh, C* to) {
     const int64_t n = units_, all = p_.hidden;
-    const C* const before = c_before(row, t);
+    const Position here = this->at(t, row);
+    const C* const before = c_before(row, t, here);
     const C* const o = gates + 3 * all;
     C* const dc = dc_ + row * n;
     const C *tanh_c = nullptr, *through = nullptr;
     if (p_.zoneout.c > 0) {
       const Zones<C> zones{p_.zoneout, share_};
       std::memcpy(kept_c_, dc, static_cast<size_t>(n) * sizeof(C));
-      part(n, zones.c(batch_row(row) * s_.time + t, part_.unit, n), kept_c_, dc, kept_c_);
+      part(n, zones.c(here.row * s_.time + here.time, part_.unit, n), kept_c_, dc, kept_c_);
     }
     if (p_.norm_c) {
       lstm_cell_again(n, all, gates, before, cell_);

@@ -26,7 +26,14 @@ struct RecurrencePlaces {
   int64_t output_batch, output_time;
   void *h_n, *c_n;                        // (B, P), (B, H)
   void *gates, *extra, *hidden, *normed;  // what backward needs, in the compute type
+  bool defined;                           // what is kept is 0 where no position is present, and not left as it was
 };
+
+// What forward keeps: nothing, what backward needs, or that with no memory left undefined.
+enum Save : int64_t { save_nothing = 0, save_needed = 1, save_defined = 2 };
+inline void check_save(const char* op, int64_t save) {
+  STD_TORCH_CHECK(save >= save_nothing && save <= save_defined, op, ": save must be in [0, 2], got ", save);
+}
 
 // What forward kept, and what reaches its results.
 struct __attribute__((visibility("hidden"))) RecurrenceKept {

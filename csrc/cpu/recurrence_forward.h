@@ -93,7 +93,7 @@ class RecurrenceForwardPart {
   RecurrenceForwardPart(const RecurrenceForward<C>& p, const Part& part, const C* weight_ih, const C* weight_hh, C* workspace,
                         Crew::Member* others)
       : p_(p), s_(p.schedule), part_(part), others_(others), weight_ih_(weight_ih), weight_hh_(weight_hh) {
-    rows_ = part.rows(s_.batch);
+    rows_ = part.rows(s_.lanes);
     units_ = part.units;
     gates_ = p.gate_units / p.hidden * units_;
     own_ = p.weight_hr ? p.width : units_;
@@ -125,18 +125,15 @@ class RecurrenceForwardPart {
     sums_ = p.cell != Cell::gru && !p.norm_hh;
     // A part writes only its own units of what the parts share.
     for (int i = 0; i < 2; ++i)
-      left_[i] = p.left[i] + (part.groups > 1 ? part.group * ((s_.batch + part.groups - 1) / part.groups) : 0) * left_row_;
+      left_[i] = p.left[i] + (part.groups > 1 ? part.group * ((s_.lanes + part.groups - 1) / part.groups) : 0) * left_row_;
   }
 
   void through_time() {
-    int64_t end = 0;  // the first time at which no row of this part is present
-    if (rows_) end = s_.length[batch_row(0)];
+    const int64_t end = rows_ ? s_.lane_end[part_.lane(0)] : 0;
     for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t b = batch_row(row);
-      start(p_.h0, b, p_.width, own_, h_ + row * own_);
-      if (p_.cell == Cell::lstm) start(p_.c0, b, p_.hidden, units_, c_ + row * units_);
-      before_step(s_.reverse ? s_.length[b] - 1 : 0, row, 0);
-      if (s_.reverse) before_step(s_.length[b] - 1, row, 1);  // whichever is read when this row begins
+      const int64_t steps = s_.lane_end[part_.lane(row)];
+      before_step(s_.reverse ? steps - 1 : 0, row, 0);
+      if (s_.reverse) before_step(steps - 1, row, 1);  // whichever is read when this row begins
     }
     meet();
     for (int64_t done = 0; done < end;) {
@@ -159,16 +156,17 @@ class RecurrenceForwardPart {
       done += steps;
     }
     if (p_.streams) stream_end();
-    for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t b = batch_row(row);
-      p_.h_n.write(p_.h_n.data, b * p_.h_n.batch + part_.unit, own_, h_ + row * own_);
-      if (p_.cell == Cell::lstm) p_.c_n.write(p_.c_n.data, b * p_.c_n.batch + part_.unit, units_, c_ + row * units_);
+    for (int64_t b = 0; part_.group == 0 && b < s_.batch; ++b) {
+      if (s_.length[b]) continue;
+      start(p_.h0, b, p_.width, own_, before_h_);
+      if (p_.cell == Cell::lstm) start(p_.c0, b, p_.hidden, units_, before_c_);
+      finish(b, before_h_, before_c_);
     }
   }
 
-  int64_t present(int64_t t) const { return part_.rows(s_.count[t]); }
-  int64_t batch_row(int64_t row) const { return s_.order[part_.rank(row)]; }
-  int64_t slot(int64_t t, int64_t row) const { return s_.offset[t] + part_.rank(row); }
+  int64_t present(int64_t step) const { return part_.rows(s_.count[step]); }
+  Position at(int64_t step, int64_t row) const { return s_.at(step, part_.lane(row)); }
+  int64_t slot(int64_t step, int64_t row) const { return s_.offset[step] + part_.lane(row); }
   void meet() {
     if (others_) others_->wait();
   }
@@ -180,15 +178,25 @@ class RecurrenceForwardPart {
       clear(to, n);
   }
   static void clear(C* to, int64_t n) { std::memset(to, 0, static_cast<size_t>(n) * sizeof(C)); }
+  // The state after the last position of row b of the batch.
+  void finish(int64_t b, const C* h, const C* c) {
+    p_.h_n.write(p_.h_n.data, b * p_.h_n.batch + part_.unit, own_, h);
+    if (p_.cell == Cell::lstm) p_.c_n.write(p_.c_n.data, b * p_.c_n.batch + part_.unit, units_, c);
+  }
 
-  // The state of a row becomes what the step at t, to which it comes next, is to see.
-  void before_step(int64_t t, int64_t row, int64_t turn) {
-    const int64_t b = batch_row(row);
-    if (t < 0 || t >= s_.length[b]) return;
+  // The state of a row becomes what the step, to which it comes next, is to see.
+  void before_step(int64_t step, int64_t row, int64_t turn) {
+    if (step < 0 || step >= s_.lane_end[part_.lane(row)]) return;
+    const auto [b, t] = at(step, row);
     C* const h = h_ + row * own_;
+    C* const c = p_.cell == Cell::lstm ? c_ + row * units_ : nullptr;
+    if (s_.is_first(b, t)) {
+      start(p_.h0, b, p_.width, own_, h);
+      if (c) start(p_.c0, b, p_.hidden, units_, c);
+    }
     if (s_.starts(b, t)) {
       clear(h, own_);
-      if (p_.cell == Cell::lstm) clear(c_ + row * units_, units_);
+      if (c) clear(c, units_);
     }
     C* const left = left_[turn] + row * left_row_ + part_.unit;
     std::memcpy(left, h, static_cast<size_t>(own_) * sizeof(C));
@@ -205,14 +213,14 @@ class RecurrenceForwardPart {
     }
   }
 
-  // W_ih x of the times [first, last), one row after another, time by time.
+  // W_ih x of the steps [first, last), one row after another, step by step.
   void input_product(int64_t first, int64_t last, int64_t rows) {
     const C* from = x_;
     int64_t from_row = p_.inputs + gemm_row_pad;
     const int64_t steps = last - first;
-    if (p_.x.plain && rows == steps * rows_ && steps >= worth_a_product && !p_.x_rows && !p_.unpacked_ih) {
+    if (p_.x.plain && !s_.position && rows == steps * rows_ && steps >= worth_a_product && !p_.x_rows && !p_.unpacked_ih) {
       // The rows of x of each row of the batch lie one after another: they needn't be gathered.
-      const auto left = S2S_LAMBDA(int64_t row) { return p_.x.plain + s_.place(batch_row(row), first, p_.x.batch, p_.x.time); };
+      const auto left = S2S_LAMBDA(int64_t row) { return p_.x.plain + s_.place(at(first, row).row, first, p_.x.batch, p_.x.time); };
       const auto to = S2S_LAMBDA(int64_t row) { return pre_ + row * gates_; };
       Products::packed_each(rows_, steps, gates_, p_.inputs, left, p_.x.time, weight_ih_, p_.tiled_ih, to, rows_ * gates_, scratch_);
       return normalise_input_product(first, last);
@@ -223,8 +231,10 @@ class RecurrenceForwardPart {
     } else {
       C* to = x_;
       for (int64_t t = first; t < last; ++t)
-        for (int64_t row = 0; row < present(t); ++row, to += from_row)
-          p_.x.read(p_.x.data, s_.place(batch_row(row), t, p_.x.batch, p_.x.time), p_.x.unit, p_.inputs, to);
+        for (int64_t row = 0; row < present(t); ++row, to += from_row) {
+          const Position from = at(t, row);
+          p_.x.read(p_.x.data, s_.place(from.row, from.time, p_.x.batch, p_.x.time), p_.x.unit, p_.inputs, to);
+        }
     }
     if (p_.unpacked_ih)
       unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.backwards && sums_);
@@ -262,11 +272,13 @@ class RecurrenceForwardPart {
     for (int64_t row = 0; row < here; ++row) units(t, row, pre + row * gates_, rec_ + row * gates_);
     if (p_.weight_hr) project(t, here);
     for (int64_t row = 0; row < here; ++row) {
-      const int64_t b = batch_row(row);
+      const auto [b, time] = at(t, row);
       const C* const h = h_ + row * own_;
-      p_.output.write(p_.output.data, s_.place(b, t, p_.output.batch, p_.output.time) + part_.unit, own_, h);
+      p_.output.write(p_.output.data, s_.place(b, time, p_.output.batch, p_.output.time) + part_.unit, own_, h);
       if (p_.hidden_exact)
-        std::memcpy(p_.hidden_exact + s_.place(b, t, s_.time * p_.width, p_.width) + part_.unit, h, static_cast<size_t>(own_) * sizeof(C));
+        std::memcpy(p_.hidden_exact + s_.place(b, time, s_.time * p_.width, p_.width) + part_.unit, h,
+                    static_cast<size_t>(own_) * sizeof(C));
+      if (s_.is_last(b, time)) finish(b, h, c_ + row * units_);
       before_step(next, row, 1 - turn);
     }
     meet();
@@ -274,7 +286,9 @@ class RecurrenceForwardPart {
 
   // pre: the sum of both products where sums_.
   void units(int64_t t, int64_t row, C* pre, C* rec) {
-    const int64_t n = units_, all = p_.hidden, unit = part_.unit, at = batch_row(row) * s_.time + t, slot = this->slot(t, row);
+    const int64_t n = units_, all = p_.hidden, unit = part_.unit, slot = this->slot(t, row);
+    const auto [b, time] = this->at(t, row);
+    const int64_t at = b * s_.time + time;
     C* const gates = p_.gates ? p_.gates + slot * p_.gate_units + unit : nullptr;
     C* const extra = p_.extra ? p_.extra + slot * all + unit : nullptr;
     C* const h = p_.weight_hr ? unprojected_ + row * n : h_ + row * n;
@@ -314,7 +328,8 @@ class RecurrenceForwardPart {
     Products::packed(here, width, p_.hidden, unprojected_, p_.hidden, p_.weight_hr, false, to, width, false, false, nullptr);
     if (to == h_) return;
     for (int64_t row = 0; row < here; ++row) {
-      blend(width, Zones<C>{p_.zoneout, share_}.h(batch_row(row) * s_.time + t, 0, width), h_ + row * width, to + row * width);
+      const auto [b, time] = at(t, row);
+      blend(width, Zones<C>{p_.zoneout, share_}.h(b * s_.time + time, 0, width), h_ + row * width, to + row * width);
       std::memcpy(h_ + row * width, to + row * width, static_cast<size_t>(width) * sizeof(C));
     }
   }

@@ -146,7 +146,8 @@ struct RecurrenceProducts {
   // otherwise than panels, and round otherwise: who decides must not ask how the rows are split.
   static bool tiled(int64_t rows, int64_t n, int64_t k) {
 #if defined(S2S_TILE_UNIT)
-    return std::is_same_v<C, float> && rows >= 16 && n >= 32 && k >= 32;
+    // Sixteen rows take the time of ten on the multipliers.
+    return std::is_same_v<C, float> && rows >= 11 && 3 * rows >= 2 * ((rows + 15) / 16 * 16) && n >= 32 && k >= 32;
 #else
     return false;
 #endif
@@ -379,8 +380,9 @@ struct RecurrenceProducts {
     }
   }
 
-  // to[j] += sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; 256 rows at a time, so that many rows
-  // lose no more than few.
+  static constexpr int64_t sum_run = 16;
+  // to[j] += sum over rows of a[row][j] b[row][j] c[row][j] for j in [begin, end), b and c optional; sum_run rows at a time, so that many
+  // rows lose no more than few.
   static void sum_columns(int64_t rows, int64_t begin, int64_t end, const C* a, int64_t a_row, const C* b, int64_t b_row, const C* c,
                           int64_t c_row, C* to) {
     // Several vectors of a row together, so that memory is read by the line.
@@ -395,9 +397,9 @@ struct RecurrenceProducts {
   template <int Count, class At>
   static void sum_vectors(At at, int64_t rows, const C* a, int64_t a_row, const C* b, int64_t b_row, const C* c, int64_t c_row, C* to) {
     Vec<C> total[Count] = {};
-    for (int64_t first = 0; first < rows; first += 256) {
+    for (int64_t first = 0; first < rows; first += sum_run) {
       Vec<C> sum[Count] = {};
-      for (int64_t i = first; i < gemm_min(first + 256, rows); ++i) {
+      for (int64_t i = first; i < gemm_min(first + sum_run, rows); ++i) {
 #pragma GCC unroll 8
         for (int v = 0; v < Count; ++v) {
           Vec<C> value = at.get(a + i * a_row + v * lanes<C>);

@@ -89,8 +89,9 @@ Sizes checked(const char* op, const Arguments& a) {
 // The schedule of a batch, with the memory it points into.
 class Plan {
  public:
-  Plan(const char* op, const Arguments& a, const Sizes& s)
-      : order_(s.batch), length_(s.batch, s.time), count_(s.time), offset_(s.time + 1) {
+  // cost(lanes): of a step of so many, in any unit.
+  template <class Cost>
+  Plan(const char* op, const Arguments& a, const Sizes& s, const Cost& cost) : order_(s.batch), length_(s.batch, s.time) {
     std::iota(order_.begin(), order_.end(), int64_t{0});
     if (a.lengths) {
       const int64_t* from = data<int64_t>(*a.lengths);
@@ -101,15 +102,43 @@ class Plan {
       std::stable_sort(order_.begin(), order_.end(), [&](int64_t i, int64_t j) { return length_[i] > length_[j]; });
       STD_TORCH_CHECK(!a.packed || sorted_as_given(), op, ": lengths of a packed x must be in descending order");
     }
-    int64_t present = s.batch;
-    for (int64_t t = 0; t < s.time; ++t) {
-      while (present > 0 && length_[order_[present - 1]] <= t) --present;
-      count_[t] = present;
-      offset_[t + 1] = offset_[t] + present;
+    const int64_t longest = s.batch ? length_[order_[0]] : 0;
+    std::vector<Lane> lanes;
+    if (!a.packed && longest > 0 && length_[order_.back()] < longest) lanes = fill_lanes(longest, cost);
+    lane_end_.reserve(s.batch);
+    for (const Lane& lane : lanes) lane_end_.push_back(lane.end);
+    for (int64_t i = 0; i < s.batch && lanes.empty(); ++i) lane_end_.push_back(length_[order_[i]]);
+    const int64_t steps = lane_end_.empty() ? 0 : lane_end_[0];
+    count_.resize(steps), offset_.resize(steps + 1);
+    int64_t present = static_cast<int64_t>(lane_end_.size());
+    for (int64_t step = 0; step < steps; ++step) {
+      while (present > 0 && lane_end_[present - 1] <= step) --present;
+      count_[step] = present;
+      offset_[step + 1] = offset_[step] + present;
     }
     STD_TORCH_CHECK(!a.packed || slots() == s.positions, op, ": a packed x must have as many rows as lengths sum up to, ", slots(),
                     ", got ", s.positions);
-    schedule = {s.batch, s.time, a.reverse, a.packed, order_.data(), length_.data(), count_.data(), offset_.data(), nullptr, 0, 0};
+    if (!lanes.empty()) position_.resize(slots());
+    for (size_t i = 0; i < lanes.size(); ++i) {
+      int64_t step = 0;
+      for (const int64_t b : lanes[i].rows)
+        for (int64_t t = 0; t < length_[b]; ++t) position_[offset_[step++] + static_cast<int64_t>(i)] = {b, t};
+    }
+    schedule = {s.batch,
+                s.time,
+                a.reverse,
+                a.packed,
+                static_cast<int64_t>(lane_end_.size()),
+                steps,
+                order_.data(),
+                lanes.empty() ? nullptr : position_.data(),
+                lane_end_.data(),
+                length_.data(),
+                count_.data(),
+                offset_.data(),
+                nullptr,
+                0,
+                0};
     if (a.reset) {
       schedule.reset = data<bool>(*a.reset);
       schedule.reset_batch = a.reset->stride(0), schedule.reset_time = a.reset->stride(1);
@@ -121,12 +150,45 @@ class Plan {
   int64_t slots() const { return offset_.back(); }
   bool sorted_as_given() const { return std::is_sorted(order_.begin(), order_.end()); }
   bool every_row_whole() const { return slots() == schedule.batch * schedule.time; }
-  int64_t time_of_slot(int64_t slot) const { return std::upper_bound(offset_.begin(), offset_.end(), slot) - offset_.begin() - 1; }
+  int64_t step_of_slot(int64_t slot) const { return std::upper_bound(offset_.begin(), offset_.end(), slot) - offset_.begin() - 1; }
 
   Schedule schedule;
 
  private:
-  std::vector<int64_t> order_, length_, count_, offset_;
+  struct Lane {
+    int64_t end = 0;
+    std::vector<int64_t> rows;
+  };
+
+  // Rows dealt to lanes, longest first, each to the lane that ends first; as many lanes as cost least in all. None: a lane for each row.
+  template <class Cost>
+  std::vector<Lane> fill_lanes(int64_t longest, const Cost& cost) const {
+    const int64_t rows = static_cast<int64_t>(order_.size()), total = std::accumulate(length_.begin(), length_.end(), int64_t{0});
+    const int64_t least = (total + longest - 1) / longest;
+    std::vector<Lane> best;
+    double lowest = cost(rows) * static_cast<double>(longest);
+    for (const int64_t count : {least, least + 1, least + 2, least / 16 * 16}) {
+      if (count < 1 || count >= rows) continue;
+      std::vector<Lane> lanes(count);
+      const auto later = [&](int64_t i, int64_t j) { return std::pair(lanes[i].end, i) > std::pair(lanes[j].end, j); };
+      std::vector<int64_t> heap(count);  // the lane that ends first is on top
+      std::iota(heap.begin(), heap.end(), int64_t{0});
+      for (const int64_t b : order_) {
+        if (length_[b] == 0) break;
+        std::pop_heap(heap.begin(), heap.end(), later);
+        Lane& lane = lanes[heap.back()];
+        lane.end += length_[b], lane.rows.push_back(b);
+        std::push_heap(heap.begin(), heap.end(), later);
+      }
+      std::stable_sort(lanes.begin(), lanes.end(), [](const Lane& i, const Lane& j) { return i.end > j.end; });
+      const double price = cost(count) * static_cast<double>(lanes[0].end);
+      if (price < lowest) lowest = price, best = std::move(lanes);
+    }
+    return best;
+  }
+
+  std::vector<int64_t> order_, length_, lane_end_, count_, offset_;
+  std::vector<Position> position_;
 };
 
 // Strides of a tensor's rows over batch and time: of (B, T, ...), (B, ...), and (N, ...) over the positions of a packed sequence.
@@ -159,7 +221,8 @@ class Runner {
  protected:
   using C = compute_t<S>;
 
-  Runner(const char* op, const Arguments& a) : a_(a), s_(checked(op, a)), plan_(op, a, s_), type_(a.x.scalar_type()) {
+  Runner(const char* op, const Arguments& a)
+      : a_(a), s_(checked(op, a)), plan_(op, a, s_, [this](int64_t lanes) { return step_cost(lanes); }), type_(a.x.scalar_type()) {
     if (a.seed) seed_ = seed_words(op, "seed", *a.seed);
     if (a.weight_dropout > 0) {
       const double kept = 1 - a.weight_dropout;
@@ -212,9 +275,14 @@ class Runner {
   bool tiled_ih() const {
     return plan_.slots() >= worth_tiles && S2S_SELECT(RecurrenceProducts<C>::tiled)(plan_.slots(), s_.gate_units, s_.inputs);
   }
-  bool tiled_hh() const { return s_.time > 1 && S2S_SELECT(RecurrenceProducts<C>::tiled)(s_.batch, s_.gate_units, s_.width); }
+  bool tiled_hh() const { return s_.time > 1 && tiled_hh(plan_.schedule.lanes); }
+  bool tiled_hh(int64_t lanes) const { return S2S_SELECT(RecurrenceProducts<C>::tiled)(lanes, s_.gate_units, s_.width); }
+  // Of a step of so many lanes, in rows of a product on the multipliers; reading the weights costs as much as one.
+  double step_cost(int64_t lanes) const {
+    return tiled_hh(lanes) ? 10.5 * static_cast<double>((lanes + 15) / 16) : static_cast<double>(lanes + 1);
+  }
 
-  // How the rows and units of a call are split: over the batch, so that threads needn't meet, unless its rows are few or one thread's
+  // How the lanes and units of a call are split: over the lanes, so that threads needn't meet, unless these are few or one thread's
   // second-level cache can't hold the recurrent weights; then over the hidden units.
   struct Split {
     int64_t groups = 1, slices = 1, hidden = 0;
@@ -233,11 +301,11 @@ class Runner {
     Split split{1, 1, s_.hidden};
     const int64_t threads = thread_count(), slots = plan_.slots();
     if (threads == 1 || slots * s_.gate_units * (s_.inputs + s_.width) < (1 << 18)) return split;
-    const int64_t weights = s_.gate_units * s_.width, a_step = weights * slots / std::max<int64_t>(1, s_.time);
+    const int64_t weights = s_.gate_units * s_.width, a_step = weights * slots / std::max<int64_t>(1, plan_.schedule.steps);
     const bool separable = !a_.norm_ih && !a_.weight_hr && a_step >= (1 << 16) * threads;
-    if (separable && (s_.batch < 2 * threads || weights * static_cast<int64_t>(sizeof(C)) > (3 << 19)))
+    if (separable && (plan_.schedule.lanes < 2 * threads || weights * static_cast<int64_t>(sizeof(C)) > (3 << 19)))
       split.slices = std::min(threads, std::max<int64_t>(1, s_.hidden / 32));
-    if (split.slices == 1) split.groups = std::max<int64_t>(1, std::min(threads, s_.batch));
+    if (split.slices == 1) split.groups = std::max<int64_t>(1, std::min(threads, plan_.schedule.lanes));
     return split;
   }
 

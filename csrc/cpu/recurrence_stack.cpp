@@ -130,7 +130,8 @@ int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type 
 std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor> weights, const OptionalTensor& h0,
                                              const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
                                              int64_t cell, int64_t directions, bool bias, bool projected, bool normed, double zoneout_h,
-                                             double zoneout_c, bool time_first, bool packed, bool save) {
+                                             double zoneout_c, bool time_first, bool packed, int64_t save) {
+  check_save("recurrence_stack", save);
   const Stack s("recurrence_stack", x, weights, h0, c0, lengths, reset, cell, directions, bias, projected, normed, zoneout_h, zoneout_c,
                 time_first, packed);
   const int64_t item = size_of(s.type), features = directions * s.width;
@@ -146,6 +147,7 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
     for (int64_t direction = 0; direction < directions; ++direction) {
       const int64_t index = layer * directions + direction;
       RecurrencePlaces to{};
+      to.defined = save == save_defined;
       to.output = bytes(output) + direction * s.width * item;
       to.output_batch = turned ? features : packed ? 0 : x.size(1) * features;
       to.output_time = turned ? s.batch * features : features;

@@ -422,6 +422,27 @@ def test_a_gradient_that_is_no_number(cell):
 
 
 @every_cell
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("batch, hidden", [(6, 5), (36, 40)])
+def test_rows_that_follow_each_other_do_not_meet(cell, reverse, batch, hidden):
+    """Short rows fill the time of long ones; what one of them holds, NaN too, never reaches the row after it."""
+    lengths = ([9, 2, 3, 4, 7, 1] * 6)[:batch]
+    function, (args, kwargs) = sample(cell, batch, 9, 40, hidden, lengths=lengths, state=True, recurrent_mask=True)
+    others = torch.arange(batch) % 6 != 2
+    runs = []
+    for content in (0.5, float("nan")):
+        x = args[0].clone()
+        x[~others, 1] = content
+        prepared = prepare(((x, *args[1:]), kwargs))
+        output, *states = function(*prepared[0], **prepared[1], reverse=reverse)
+        results = [output, *(state for state in states if state is not None)]
+        upstream = [noise_like(result, index) for index, result in enumerate(results)]
+        inputs = [prepared[0][0], prepared[1]["h0"], prepared[1]["recurrent_mask"]]
+        runs.append([value[others] for value in (*results, *torch.autograd.grad(results, inputs, upstream))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@every_cell
 @pytest.mark.parametrize("batch, time", [(18, 6), (40, 30)])
 def test_many_rows_with_every_option(cell, batch, time):
     """Large enough for the products of large batches, some steps with few rows left."""
@@ -573,7 +594,7 @@ def test_packed_operators_and_steps_pass_opcheck():
     tensors = (weight_ih, weight_hh, bias_ih, bias_hh, kwargs["h0"], kwargs["c0"])
     options = (0, False, 0.0, 0.0, False, 0.0, True)
     torch.library.opcheck(
-        torch.ops.s2s.recurrence_forward.default, (data, *tensors, *rest, kwargs["lengths"], None, None, *options, True)
+        torch.ops.s2s.recurrence_forward.default, (data, *tensors, *rest, kwargs["lengths"], None, None, *options, 2)
     )
     torch.library.opcheck(torch.ops.s2s.recurrence_step.default, (x[:, 0], *tensors, 0))
 

@@ -69,9 +69,15 @@ if dispatch.extension_missing is None:
         return [x.new_empty(x.shape[0], weight_hh.shape[1]) for _ in range(states)]
 
 
+def saving(save: bool) -> int:
+    """What forward is told to keep: nothing, what backward needs, or that with no memory left undefined, as torch's own
+    operators leave none under deterministic algorithms."""
+    return int(save) + int(save and torch.are_deterministic_algorithms_enabled())
+
+
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     cell, *rest = options
-    results = iter(torch.ops.s2s.recurrence_forward(*tensors, CELLS.index(cell), *rest, save))
+    results = iter(torch.ops.s2s.recurrence_forward(*tensors, CELLS.index(cell), *rest, saving(save)))
     output, h_n = next(results), next(results)
     c_n = next(results) if cell == "lstm" else None
     if not save:

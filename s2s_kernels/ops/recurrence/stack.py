@@ -134,7 +134,7 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
     x, h0, c0, lengths, reset, *weights = tensors
     cell, *rest = options
     output, h_n, c_n, *saved = torch.ops.s2s.recurrence_stack_forward(
-        x, weights, h0, c0, lengths, reset, autograd.CELLS.index(cell), *rest, save
+        x, weights, h0, c0, lengths, reset, autograd.CELLS.index(cell), *rest, autograd.saving(save)
     )
     return (output, h_n, c_n if cell == "lstm" else None), (output, *saved) if save else ()
 
