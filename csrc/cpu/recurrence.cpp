@@ -88,19 +88,24 @@ class Forward : Runner<S> {
     p.h_n = {to.h_n, s_.width, 0, write};
     if (s_.cell == Cell::lstm) p.c_n = {to.c_n, s_.hidden, 0, write};
     p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
-    // Weights that are used once would take longer to pack.
-    p.unpacked_hh = s_.time == 1 && !p.dropout;
-    // Dot products round in another order than products do, so who makes them must not depend on the threads.
-    const bool few = p.unpacked_hh && s_.batch <= S2S_SELECT(UnpackedProduct<S>::few) && std::is_same_v<C, float> &&
-                     p.weight_ih.unit == 1 && p.weight_hh.unit == 1;
-    p.product = few ? S2S_SELECT(UnpackedProduct<S>::run_few) : S2S_SELECT(UnpackedProduct<S>::run);
+    // Weights that are used but a few times would take longer to pack, and those that come from beyond the second-level cache come as fast
+    // unpacked. Dot products round in another order than products do, so who makes them must not depend on the threads.
+    const bool dots = std::is_same_v<C, float> && p.weight_ih.unit == 1 && p.weight_hh.unit == 1;
+    const int64_t few = S2S_SELECT(UnpackedProduct<S>::few), lanes = plan_.schedule.lanes;
+    const bool far = s_.gate_units * s_.width * static_cast<int64_t>(sizeof(C)) > (3 << 19);
+    const bool soon = far || plan_.schedule.steps <= S2S_SELECT(UnpackedProduct<S>::few_steps);
+    p.unpacked_hh = !p.dropout && (s_.time == 1 || (dots && lanes == 1 && soon));
+    const auto product = [&](int64_t rows) {
+      return dots && rows <= few ? S2S_SELECT(UnpackedProduct<S>::run_dots) : S2S_SELECT(UnpackedProduct<S>::run);
+    };
+    p.product_ih = product(plan_.slots()), p.product_hh = product(lanes);
     // Step after step, weights that exceed the cache are found there in part when they are walked to and fro. A sum of two products is the
     // same whichever comes first.
     static thread_local bool turn = false;
-    p.backwards = few && (turn = !turn);
-    p.tiled_ih = !p.unpacked_hh && this->tiled_ih();
+    p.backwards = p.unpacked_hh && s_.time == 1 && dots && lanes <= few && (turn = !turn);
+    p.tiled_ih = s_.time > 1 && this->tiled_ih();
     p.tiled_hh = !p.unpacked_hh && this->tiled_hh();
-    p.unpacked_ih = p.unpacked_hh || (plan_.slots() < p.block_rows && !p.tiled_ih);
+    p.unpacked_ih = s_.time == 1 || (plan_.slots() < p.block_rows && !p.tiled_ih);
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
     p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;
     for (const void* kept : {to.gates, to.extra, to.normed})
@@ -108,10 +113,10 @@ class Forward : Runner<S> {
 
     const auto split = this->split();
     const int64_t groups = split.groups, ranges = split.ranges(), rows = (plan_.schedule.lanes + groups - 1) / groups;
-    const bool shares = split.slices == 1 && !p.unpacked_hh;  // packed weights
+    const bool shares = split.slices == 1;  // packed weights
     p.x_rows = groups == 1 ? this->rows_of_x(p.x_row) : nullptr;
     const int64_t ih = shares && !p.unpacked_ih ? this->packed_size(s_.gate_units, s_.inputs, p.tiled_ih) : 0,
-                  hh = shares ? this->packed_size(s_.gate_units, s_.width, p.tiled_hh) : 0;
+                  hh = shares && !p.unpacked_hh ? this->packed_size(s_.gate_units, s_.width, p.tiled_hh) : 0;
     const int64_t hr = a_.weight_hr ? this->packed_size(s_.width, s_.hidden, false) : 0, left = groups * rows * p.padded(s_.width);
     const int64_t scratch = S2S_SELECT(RecurrenceProducts<C>::pack_workspace)(std::max({s_.inputs, s_.width, s_.hidden}));
     const int64_t each = std::max(scratch, S2S_SELECT(RecurrenceForwardPart<C>::workspace)(p, rows, split.most_units(), !shares));
@@ -127,18 +132,18 @@ class Forward : Runner<S> {
     const auto pack_units = S2S_SELECT(RecurrenceProducts<C>::pack_units);
     const auto pack_transposed = S2S_SELECT(RecurrenceProducts<C>::pack_transposed);
     const auto panels_of = S2S_SELECT(RecurrenceProducts<C>::panels);
-    const int64_t panels = panels_of(s_.gate_units), rows_of_hr = panels_of(s_.width), packs = shares ? (panels + 3) / 4 : 0;
+    const int64_t panels = panels_of(s_.gate_units), rows_of_hr = panels_of(s_.width), packs = ih || hh ? (panels + 3) / 4 : 0;
     this->crew(ranges, [&](Crew::Member& member, int64_t begin, int64_t end) {
       C* const mine = own[begin];
       if (split.slices > 1) return run_part(p, split.part(begin, end), nullptr, nullptr, mine, &member);
       member.tasks(packs + (a_.weight_hr ? 1 : 0), [&](int64_t i) {
         if (i < packs)
-          pack_units(p, split.part(0, 1), i * 4, std::min(panels, i * 4 + 4), p.unpacked_ih ? nullptr : weight_ih, weight_hh, mine);
+          pack_units(p, split.part(0, 1), i * 4, std::min(panels, i * 4 + 4), ih ? weight_ih : nullptr, hh ? weight_hh : nullptr, mine);
         else
           pack_transposed(0, rows_of_hr, s_.width, s_.hidden, s_.width, s_.width, 0, source<S>(a_.weight_hr), nullptr, false, weight_hr,
                           mine);
       });
-      for (int64_t g = begin; g < end; ++g) run_part(p, split.part(g, g + 1), weight_ih, shares ? weight_hh : nullptr, own[g], nullptr);
+      for (int64_t g = begin; g < end; ++g) run_part(p, split.part(g, g + 1), weight_ih, weight_hh, own[g], nullptr);
     });
     if (a_.lengths && !a_.packed) {
       this->clear_absent(static_cast<S*>(to.output), s_.width, to.output_batch, to.output_time);

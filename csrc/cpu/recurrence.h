@@ -145,7 +145,7 @@ struct RecurrenceForward : Recurrence<C> {
   // Weights that are used but once are read where they lie; backwards: in the opposite direction, W_hh first, for one step of few rows.
   bool unpacked_ih, unpacked_hh, backwards;
   bool tiled_ih, tiled_hh;  // packed for the tile unit
-  Unpacked<C> product;
+  Unpacked<C> product_ih, product_hh;
   bool streams;  // what is kept goes past the caches, whose lines it fills wholly
 };
 

@@ -115,9 +115,9 @@ class RecurrenceForwardPart {
     before_h_ = take(p.width);
     before_c_ = take(units_);
     normed_c_ = take(p.norm_c ? units_ : 0);
-    if (!weight_hh && !p.unpacked_hh) {
+    if (units_ < p.hidden) {
       C* const ih = p.unpacked_ih ? nullptr : take(Products::packed_size(gates_, p.inputs, p.tiled_ih));
-      C* const hh = take(Products::packed_size(gates_, p.width, p.tiled_hh));
+      C* const hh = p.unpacked_hh ? nullptr : take(Products::packed_size(gates_, p.width, p.tiled_hh));
       Products::pack_units(p, part, 0, Products::panels(gates_), ih, hh, workspace);
       weight_ih_ = ih, weight_hh_ = hh;
     }
@@ -204,12 +204,13 @@ class RecurrenceForwardPart {
   }
 
   // C = or += A W^T, the rows of W that this part has.
-  void unpacked_product(int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to, bool add) {
+  void unpacked_product(Unpacked<C> product, int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to, bool add,
+                        bool backwards) {
     const int64_t gates = gates_ / units_;
     for (int64_t i = 0; i < gates; ++i) {
-      const int64_t gate = p_.backwards ? gates - 1 - i : i;
-      p_.product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.unit, w.batch, to + gate * units_,
-                 gates_, add, p_.backwards, scratch_);
+      const int64_t gate = backwards ? gates - 1 - i : i;
+      product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.unit, w.batch, to + gate * units_,
+              gates_, add, backwards, scratch_);
     }
   }
 
@@ -237,7 +238,7 @@ class RecurrenceForwardPart {
         }
     }
     if (p_.unpacked_ih)
-      unpacked_product(rows, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.backwards && sums_);
+      unpacked_product(p_.product_ih, rows, p_.inputs, from, from_row, p_.weight_ih, pre_, p_.backwards && sums_, p_.backwards);
     else
       Products::packed(rows, gates_, p_.inputs, from, from_row, weight_ih_, p_.tiled_ih, pre_, gates_, false, false, scratch_);
     normalise_input_product(first, last);
@@ -260,7 +261,7 @@ class RecurrenceForwardPart {
   void recurrent_product(int64_t t, C* pre, bool add, int64_t turn) {
     C* const to = sums_ ? pre : rec_;
     if (p_.unpacked_hh)
-      unpacked_product(present(t), p_.width, left_[turn], left_row_, p_.weight_hh, to, add);
+      unpacked_product(p_.product_hh, present(t), p_.width, left_[turn], left_row_, p_.weight_hh, to, add, p_.backwards || turn);
     else
       Products::packed(present(t), gates_, p_.width, left_[turn], left_row_, weight_hh_, p_.tiled_hh, to, gates_, add, turn, scratch_);
   }

@@ -76,11 +76,32 @@ void multiply(int64_t n, const T* factor, T* row) {
   each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) * at.get(factor + j)); });
 }
 
-// Weights that are used once, read where they lie.
+// The sums of 16 vectors, each folded alike, as lanes of one.
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+S2S_INLINE Vec<float> sums_of(const Vec<float> (&v)[16]) {
+  __m512 pairs[8], quads[4], eights[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_maskz_unpacklo_ps(-1, v[2 * i], v[2 * i + 1]) + _mm512_maskz_unpackhi_ps(-1, v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = (__m512d)pairs[2 * i], odd = (__m512d)pairs[2 * i + 1];
+    quads[i] = (__m512)_mm512_maskz_unpacklo_pd(-1, even, odd) + (__m512)_mm512_maskz_unpackhi_pd(-1, even, odd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    eights[i] = _mm512_maskz_shuffle_f32x4(-1, quads[2 * i], quads[2 * i + 1], 0x88) +
+                _mm512_maskz_shuffle_f32x4(-1, quads[2 * i], quads[2 * i + 1], 0xdd);
+  return _mm512_maskz_shuffle_f32x4(-1, eights[0], eights[1], 0x88) + _mm512_maskz_shuffle_f32x4(-1, eights[0], eights[1], 0xdd);
+}
+#endif
+
+// Weights that are used but few times, read where they lie.
 template <class S>
 struct UnpackedProduct {
   using C = compute_t<S>;
-  static constexpr int64_t few = 4, at_once = 4;  // rows of A; rows of W together
+  static constexpr int64_t few = 12;        // rows of A that take less time so than packing takes
+  static constexpr int64_t few_steps = 32;  // the same, of one row after another
 
   // C (m, n) = or += A (m, k) times B (k, n).
   static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, int64_t b_col,
@@ -89,49 +110,67 @@ struct UnpackedProduct {
     gemm<C, C, S>(m, n, k, a, a_row, 1, from, b_row, b_col, c, c_row, add, workspace);
   }
 
-  // The same for up to `few` rows and columns that are contiguous, as those of W^T: dot products. Walked `backwards` if asked, a caller
-  // finds in the cache what it used last the time before.
-  static void run_few(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t, int64_t b_col,
-                      C* c, int64_t c_row, bool add, bool backwards, C*) {
+  // The same for few rows and for columns that are contiguous, as those of W^T: dot products. Each has one vector of sums, whatever others
+  // are made beside it. Walked `backwards` if asked, a caller finds in the cache what it used last the time before.
+  static void run_dots(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t, int64_t b_col,
+                       C* c, int64_t c_row, bool add, bool backwards, C*) {
     const S* const from = static_cast<const S*>(b) + b_offset;
-    const int64_t parts = (n + at_once - 1) / at_once;
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t j = (backwards ? parts - 1 - i : i) * at_once, count = gemm_min(at_once, n - j);
-      const int64_t ahead = (backwards ? -2 : 2) * at_once * b_col;  // memory needs the time of two groups of rows
-      if (m == 1)
-        dots<1>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
-      else if (m == 2)
-        dots<2>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
-      else if (m == 3)
-        dots<3>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
-      else
-        dots<4>(count, k, a, a_row, from + j * b_col, b_col, ahead, c + j, c_row, add);
+    constexpr int64_t sums = S2S_VECTOR_BYTES == 64 && sizeof(C) == 4 ? 16 : 0;
+    const int64_t at_once = !sums || m > 2 ? 4 : sums / m, parts = (n + at_once - 1) / at_once;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t j = (backwards ? parts - 1 - p : p) * at_once, count = gemm_min(at_once, n - j);
+      const S* const w = from + j * b_col;
+      int64_t i = 0;
+      const auto dots_of = [&](auto rows, auto columns) {
+        for (; i + decltype(rows)::value <= m; i += decltype(rows)::value)
+          dots<decltype(rows)::value, decltype(columns)::value>(count, k, a + i * a_row, a_row, w, b_col, c + i * c_row + j, c_row, add);
+      };
+      if (at_once == 16) dots_of(std::integral_constant<int, 1>{}, std::integral_constant<int, 16>{});
+      if (at_once == 8) dots_of(std::integral_constant<int, 2>{}, std::integral_constant<int, 8>{});
+      if (at_once == 4) {
+        dots_of(std::integral_constant<int, 4>{}, std::integral_constant<int, 4>{});
+        dots_of(std::integral_constant<int, 1>{}, std::integral_constant<int, 4>{});
+      }
     }
   }
 
-  template <int M>
-  static void dots(int64_t count, int64_t k, const C* a, int64_t a_row, const S* w, int64_t w_row, int64_t ahead, C* c, int64_t c_row,
-                   bool add) {
-    Vec<C> sum[M][at_once] = {};
-    const S* row[at_once];
-    for (int j = 0; j < at_once; ++j) row[j] = w + (j < count ? j : 0) * w_row;  // a row that isn't there is one that is, and left out
+  // M rows of A by N of W, of which `count` are there.
+  template <int M, int N>
+  static void dots(int64_t count, int64_t k, const C* a, int64_t a_row, const S* w, int64_t w_row, C* c, int64_t c_row, bool add) {
+    constexpr bool together = S2S_VECTOR_BYTES == 64 && sizeof(C) == 4;
+    Vec<C> sum[together ? 16 : M * N] = {};
+    const S* row[N];
+    for (int j = 0; j < N; ++j) row[j] = w + (j < count ? j : 0) * w_row;  // a row that isn't there is one that is, and left out
     int64_t at = 0;
     for (; at + lanes<C> <= k; at += lanes<C>) {
+      Vec<C> left[M];
 #pragma GCC unroll 4
-      for (int j = 0; j < at_once; ++j) {
+      for (int i = 0; i < M; ++i) left[i] = load(a + i * a_row + at);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
         const Vec<C> weights = load(row[j] + at);
-        __builtin_prefetch(row[j] + at + ahead);
 #pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) sum[i][j] = fma(load(a + i * a_row + at), weights, sum[i][j]);
+        for (int i = 0; i < M; ++i) sum[i * N + j] = fma(left[i], weights, sum[i * N + j]);
       }
     }
     if (at < k)
-      for (int j = 0; j < at_once; ++j) {
+      for (int j = 0; j < N; ++j) {
         const Vec<C> weights = load_partial(row[j] + at, k - at);
-        for (int i = 0; i < M; ++i) sum[i][j] = fma(load_partial(a + i * a_row + at, k - at), weights, sum[i][j]);
+        for (int i = 0; i < M; ++i) sum[i * N + j] = fma(load_partial(a + i * a_row + at, k - at), weights, sum[i * N + j]);
       }
+    alignas(64) C dot[M * N + lanes<C>];
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+    if constexpr (together) store(dot, sums_of(sum));
+#endif
+    if constexpr (!together)
+      for (int i = 0; i < M * N; ++i) dot[i] = hsum(sum[i]);
     for (int i = 0; i < M; ++i)
-      for (int64_t j = 0; j < count; ++j) c[i * c_row + j] = add ? c[i * c_row + j] + hsum(sum[i][j]) : hsum(sum[i][j]);
+      for (int64_t j = 0; j < count; j += lanes<C>) {
+        const int64_t here = gemm_min(count - j, lanes<C>);
+        C* const to = c + i * c_row + j;
+        const Vec<C> value = load_partial(dot + i * N + j, here);
+        store_partial(to, add ? load_partial(to, here) + value : value, here);
+      }
   }
 };
 
@@ -170,7 +209,7 @@ struct RecurrenceProducts {
   static void pack_units(const RecurrenceForward<C>& p, const Part& part, int64_t first, int64_t last, C* ih, C* hh, C* workspace) {
     const int64_t rows = p.gate_units / p.hidden * part.units;
     if (ih) pack_transposed(first, last, rows, p.inputs, part.units, p.hidden, part.unit, p.weight_ih, nullptr, p.tiled_ih, ih, workspace);
-    pack_transposed(first, last, rows, p.width, part.units, p.hidden, part.unit, p.weight_hh, p.dropout, p.tiled_hh, hh, workspace);
+    if (hh) pack_transposed(first, last, rows, p.width, part.units, p.hidden, part.unit, p.weight_hh, p.dropout, p.tiled_hh, hh, workspace);
   }
 
   // Panels [first, last) of W (rows, columns) as the right factor of v W^T. Of every `all` rows in memory these are the `units` from `unit`
