@@ -13,7 +13,8 @@ from .triton_epilogue import CHANNEL, GATED_TANH, GLU, TIME, finish, length_of, 
 @triton.jit(
     do_not_specialize=[
         "x_b", "x_c", "x_t", "state_b", "state_c", "state_t", "condition_b", "condition_c", "condition_t",
-        "residual_b", "residual_c", "residual_t", "time", "begin", "end", "origin", "step", "low",
+        "residual_b", "residual_c", "residual_t", "time", "begin", "end", "origin", "step", "low", "first_tile",
+        "tiles",
     ]
 )  # fmt: skip
 def dense_kernel(
@@ -22,9 +23,10 @@ def dense_kernel(
     condition_b: tl.int64, condition_c: tl.int64, condition_t: tl.int64,
     residual_b: tl.int64, residual_c: tl.int64, residual_t: tl.int64,
     time: tl.int64, begin: tl.int64, end: tl.int64, origin: tl.int64, step: tl.int64, low: tl.int64,
+    first_tile: tl.int64, tiles: tl.int64,
     INPUTS: tl.constexpr, RESULTS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ACTIVATION: tl.constexpr,
     CLIP: tl.constexpr, X_UNIT: tl.constexpr, CONDITION_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     """Results at positions begin..end of T inputs: position t sees the inputs at t + origin + k step that are at least
@@ -32,6 +34,10 @@ def dense_kernel(
 
     x: (B, GROUPS INPUTS, T); weight: (GROUPS, RESULTS or twice that, TAPS, INPUTS rounded up to REDUCED), contiguous;
     y: (B, GROUPS RESULTS, end - begin), contiguous. A gate has one group.
+
+    Of `tiles` tiles of POSITIONS from `first_tile` on, this makes those whose positions have all taps from x (EDGE 0),
+    or the others, EDGE channels at a time: there the products of a tap are kept apart until it is known which of them
+    count, since 0 times an infinite weight is no 0. Two kernels, because together they need too many registers.
     """
     GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
     BLOCKS: tl.constexpr = (RESULTS + CHANNELS - 1) // CHANNELS
@@ -39,41 +45,39 @@ def dense_kernel(
     ROW: tl.constexpr = TAPS * PARTS * REDUCED
     # Programs that share a tile of the input follow one another.
     program = tl.program_id(0)
-    tiles = tl.cdiv(end - begin, POSITIONS)
     block, group = program % BLOCKS, program // BLOCKS % GROUPS
     rest = (program // (BLOCKS * GROUPS)).to(tl.int64)
-    batch, start = rest // tiles, begin + rest % tiles * POSITIONS
+    batch, start = rest // tiles, begin + (first_tile + rest % tiles) * POSITIONS
     length = length_of(lengths, batch, time)
     stop = tl.minimum(end, length) if CLIP else end
+    last = tl.minimum(start + POSITIONS, stop) - 1
+    whole = (start + origin >= 0) & ((start >= stop) | (last + origin + (TAPS - 1) * step < length))
+    if whole == (EDGE > 0):
+        return
 
     offset = tl.arange(0, POSITIONS)
     position = start + offset
-    reduced = tl.arange(0, REDUCED)
     column = block * CHANNELS + tl.arange(0, CHANNELS)
     if ALIGNED:  # says to the compiler what the launcher has seen: rows begin where a vector may be loaded
         x_b, x_t = x_b // 8 * 8, x_t // 8 * 8
     x += batch * x_b + group * INPUTS * spread(1, x_c, X_UNIT == CHANNEL)
-    first = x + (start + origin) * spread(1, x_t, X_UNIT == TIME)
-    across = spread(reduced, x_c, X_UNIT == CHANNEL)
-    tile = spread(offset, x_t, X_UNIT == TIME)[:, None] + across[None, :]
     rows = weight + (group * (RESULTS * 2 if GATE else RESULTS) + column).to(tl.int64) * ROW
     exists = (column < RESULTS)[None, :]
 
-    # The taps that see anything from this tile.
-    begin_tap = tl.where(low > start + POSITIONS - 1 + origin, tl.cdiv(low - start - POSITIONS + 1 - origin, step), 0)
-    end_tap = tl.where(length > start + origin, tl.cdiv(length - start - origin, step), 0)
-    begin_tap = tl.minimum(begin_tap, TAPS).to(tl.int32)
-    end_tap = tl.where(start < stop, tl.minimum(end_tap, TAPS), 0).to(tl.int32)
-    last = tl.minimum(start + POSITIONS, stop) - 1
-    whole = (start + origin >= 0) & (last + origin + (TAPS - 1) * step < length)
-
     a = tl.zeros((POSITIONS, CHANNELS), tl.float32)
-    b = tl.zeros((POSITIONS, CHANNELS), tl.float32) if GATE else a
-    if whole:
+    b = a
+    if bias is not None:  # first, so that it takes no registers of its own
+        a += tl.load(bias + group * RESULTS + column, mask=column < RESULTS, other=0.0).to(tl.float32)[None, :]
+        if GATE:
+            b += tl.load(bias + RESULTS + column, mask=column < RESULTS, other=0.0).to(tl.float32)[None, :]
+    if EDGE == 0:
+        reduced = tl.arange(0, REDUCED)
+        tile = spread(offset, x_t, X_UNIT == TIME)[:, None] + spread(reduced, x_c, X_UNIT == CHANNEL)[None, :]
+        x += (start + origin) * spread(1, x_t, X_UNIT == TIME)
         present = (position < stop)[:, None]
-        for i in range(begin_tap * PARTS, end_tap * PARTS):
+        for i in range(0, tl.where(start < stop, TAPS * PARTS, 0)):
             tap, part = i // PARTS, i % PARTS * REDUCED
-            source = first + tap * step * spread(1, x_t, X_UNIT == TIME) + part * spread(1, x_c, X_UNIT == CHANNEL)
+            source = x + tap * step * spread(1, x_t, X_UNIT == TIME) + part * spread(1, x_c, X_UNIT == CHANNEL)
             mask = present if INPUTS % REDUCED == 0 else present & (part + reduced < INPUTS)[None, :]
             inputs = tl.load(source + tile, mask=mask, other=0.0)
             at = rows[None, :] + (i * REDUCED + reduced)[:, None]
@@ -83,24 +87,27 @@ def dense_kernel(
                     inputs, tl.load(at + RESULTS * ROW, mask=exists, other=0.0), b, input_precision=PRECISION
                 )
     else:
-        # Some position lacks a tap, or has it from the state: the products of each tap are kept apart until it is
-        # known which of them count, since 0 times an infinite weight is no 0.
+        # The taps that see anything from this tile.
+        least, most = low - start - POSITIONS + 1 - origin, length - start - origin
+        begin_tap = tl.minimum(tl.where(least > 0, tl.cdiv(least, step), 0), TAPS).to(tl.int32)
+        end_tap = tl.minimum(tl.where(most > 0, tl.cdiv(most, step), 0), TAPS).to(tl.int32)
+        end_tap = tl.where(start < stop, end_tap, 0)
         for tap in tl.range(begin_tap, end_tap, num_stages=1):
             seen = position + origin + tap * step
             counts = (seen >= low) & (seen < length) & (position < stop)
+            place = x + spread(seen, x_t, X_UNIT == TIME)
+            stride = x_c
+            if state is not None:
+                before = state + batch * state_b + group * INPUTS * state_c + (seen - low) * state_t
+                place = tl.where(seen < 0, before, place)
+                stride = tl.where(seen < 0, state_c, x_c)[:, None]
             tap_a = tl.zeros((POSITIONS, CHANNELS), tl.float32)
             tap_b = tap_a
-            for part in tl.range(PARTS, num_stages=1):
-                some = part * REDUCED + reduced
-                row = (group * INPUTS + some)[None, :].to(tl.int64)
-                mask = counts[:, None] & (some < INPUTS)[None, :]
-                source = first + tap * step * spread(1, x_t, X_UNIT == TIME)
-                source += part * REDUCED * spread(1, x_c, X_UNIT == CHANNEL)
-                inputs = tl.load(source + tile, mask=mask & (seen >= 0)[:, None], other=0.0)
-                if state is not None:
-                    before = state + batch * state_b + row * state_c + ((seen - low) * state_t)[:, None]
-                    earlier = tl.load(before, mask=mask & (seen < 0)[:, None], other=0.0)
-                    inputs = tl.where((seen < 0)[:, None], earlier, inputs)
+            for part in tl.range(0, INPUTS, EDGE, num_stages=1):
+                some = part + tl.arange(0, EDGE)
+                inputs = tl.load(
+                    place[:, None] + some[None, :] * stride, mask=counts[:, None] & (some < INPUTS)[None, :], other=0.0
+                )
                 at = rows[None, :] + (tap * PARTS * REDUCED + some)[:, None]
                 tap_a = tl.dot(inputs, tl.load(at, mask=exists, other=0.0), tap_a, input_precision=PRECISION)
                 if GATE:
@@ -116,7 +123,7 @@ def dense_kernel(
     here = exists & (position < stop)[:, None]
     finish(
         a, b, channel, (position - begin)[:, None], here, inside, batch, end - begin,
-        bias, condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
+        condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
         GROUPS * RESULTS, ACTIVATION, CONDITION_UNIT, RESIDUAL_UNIT,
     )  # fmt: skip
 
@@ -157,7 +164,7 @@ def dense_weight_kernel(
     batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64, origin: tl.int64, step: tl.int64,
     low: tl.int64,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-    GRAD_UNIT: tl.constexpr, X_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_UNIT: tl.constexpr, X_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """One split's share of the gradient of the weight: rows split % rows, + rows, ... of the batch, and one chunk of
@@ -175,8 +182,10 @@ def dense_weight_kernel(
     channel = column_block * COLUMNS + tl.arange(0, COLUMNS)
     across_outputs = spread(output, grad_c, GRAD_UNIT == CHANNEL)
     across_inputs = spread(channel, x_c, X_UNIT == CHANNEL)
-    grad += group * OUTPUTS * grad_c
-    x += group * INPUTS * x_c
+    if ALIGNED:
+        x_b, x_t, grad_b, grad_t = x_b // 8 * 8, x_t // 8 * 8, grad_b // 8 * 8, grad_t // 8 * 8
+    grad += group * OUTPUTS * spread(1, grad_c, GRAD_UNIT == CHANNEL)
+    x += group * INPUTS * spread(1, x_c, X_UNIT == CHANNEL)
     shift = origin + tap * step
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
     for batch in range(split % rows, batches, rows):

@@ -61,6 +61,10 @@ def depthwise_kernel(
         state += batch * state_b
     a = tl.zeros((CHANNELS, POSITIONS), tl.float32)
     b = a
+    if bias is not None:
+        a += tl.load(bias + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
+        if GATE:
+            b += tl.load(bias + RESULTS + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
     if start < stop:
         seen = position + origin
         if BACKWARD:
@@ -83,7 +87,7 @@ def depthwise_kernel(
                 )  # fmt: skip
     finish(
         a, b, channel, position - begin, here, inside, batch, end - begin,
-        bias, condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
+        condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
         RESULTS, ACTIVATION, CONDITION_UNIT, RESIDUAL_UNIT,
     )  # fmt: skip
 

@@ -102,7 +102,7 @@ def length_of(lengths, batch, time):
 @triton.jit
 def finish(
     a, b, channel, at, here, inside, batch, time,
-    bias, condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
+    condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
     RESULTS: tl.constexpr, ACTIVATION: tl.constexpr, CONDITION_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile of results from the sums a (under a gate: a and b), which may be laid out either way round.
@@ -112,10 +112,6 @@ def finish(
     """
     GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
     OUTPUTS: tl.constexpr = RESULTS * 2 if GATE else RESULTS
-    if bias is not None:
-        a += tl.load(bias + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
-        if GATE:
-            b += tl.load(bias + RESULTS + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
     if condition is not None:
         from_a = condition + batch * condition_b + spread(channel, condition_c, CONDITION_UNIT == CHANNEL)
         from_a += spread(at, condition_t, CONDITION_UNIT == TIME)
@@ -159,7 +155,7 @@ def finish_kernel(
     b = tl.load(place + RESULTS * time, mask=here, other=0.0) if GATE else a
     finish(
         a, b, channel, at, here, inside, batch, time,
-        None, None, 0, 0, 0, residual, residual_b, residual_c, residual_t, None, y,
+        None, 0, 0, 0, residual, residual_b, residual_c, residual_t, None, y,
         RESULTS, ACTIVATION, STRIDED, RESIDUAL_UNIT,
     )  # fmt: skip
 

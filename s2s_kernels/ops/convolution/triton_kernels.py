@@ -48,22 +48,26 @@ def _reduced(size: int, most: int) -> int:
     return next(r for r in (64, 32, 16) if r == 16 or (r <= most and -(-size // r) * r <= 1.25 * least))
 
 
-def _dense_tiles(dtype: torch.dtype, inputs: int, results: int, gate: bool, precision: str) -> dict[str, int]:
+def _dense_tiles(dtype: torch.dtype, inputs: int, results: int, gate: bool, precision: str) -> list[dict[str, int]]:
+    """Of the tiles whose positions have all taps, and of the others."""
     wide = dtype == torch.float32
-    reduced = _reduced(inputs, (16 if precision == "ieee" else 32) if wide else 64)
-    channels = _power(results, 16, 64 if gate or wide else 128)
-    positions = 64 if wide else 128
-    warps = 8 if positions * channels * (2 if gate else 1) > 64 * 128 else 4
-    return {
-        "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "num_warps": warps,
-        "num_stages": 3 if reduced > 16 else 4,
-    }  # fmt: skip
+    positions, reduced = 64 if wide else 128, _reduced(inputs, (16 if precision == "ieee" else 32) if wide else 64)
+    tiles = []
+    for most, edge in ((64 if gate or wide else 128, 0), (32 if gate or wide else 64, 16)):
+        channels = _power(results, 16, most)
+        tiles.append(
+            {
+                "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "EDGE": edge,
+                "num_warps": 8 if positions * channels * (2 if gate else 1) >= 64 * 128 else 4,
+                "num_stages": 3 if reduced > 16 else 4,
+            }
+        )  # fmt: skip
+    return tiles
 
 
-def _weight_tiles(dtype: torch.dtype, inputs: int, outputs: int) -> dict[str, int]:
-    wide = dtype == torch.float32
+def _weight_tiles(inputs: int, outputs: int, aligned: bool) -> dict[str, int]:
     return {
-        "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64), "POSITIONS": 32 if wide else 64,
+        "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64), "POSITIONS": 64 if aligned else 32,
         "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
@@ -83,6 +87,11 @@ def _heavy(x: torch.Tensor, inputs: int, results: int, taps: int) -> bool:
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether every position of a channels-last tensor begins where a vector may be loaded."""
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 def _packed(weight: torch.Tensor, groups: int, reduced: int, turned: bool) -> torch.Tensor:
@@ -111,22 +120,33 @@ def _dense(
     outputs, channels, taps = weight.shape
     inputs, results = (outputs // groups, channels) if turned else (channels, y.shape[1] // groups)
     precision = PRECISION[torch.get_float32_matmul_precision()]
-    tiles = _dense_tiles(x.dtype, inputs, results, activation in GATES, precision)
+    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, precision)
+    packed = _packed(weight, groups, whole["REDUCED"], turned)
     if _heavy(x, inputs, results, taps):
         x = _channels_last(x)
-    unit = _unit(x)
-    aligned = unit == CHANNEL and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0 and x.data_ptr() % 16 == 0
-    count = y.shape[2]
-    programs = -(-results // tiles["CHANNELS"]) * groups * -(-count // tiles["POSITIONS"]) * y.shape[0]
+    time, count, size = x.shape[2], y.shape[2], whole["POSITIONS"]
+    # Tiles at the start that reach before x, and at the end that reach past it; all may, where only a tensor says how
+    # long a row is.
+    tiles, reach = -(-count // size), origin + (taps - 1) * dilation
+    before = min(tiles, max(0, -(-(-origin - begin) // size)))
+    last_whole = max(before, tiles if begin + count + reach <= time else max(0, time - reach - begin) // size)
+    spans = [(edge, 0, before), (whole, before, last_whole), (edge, last_whole, tiles)]
+    if lengths is not None and reach > 0:
+        spans = [(whole, before, tiles), (edge, 0, tiles)]
     with _device(x):
-        dense_kernel[(programs,)](
-            x, state, _packed(weight, groups, tiles["REDUCED"], turned), bias, condition, residual, lengths, saved, y,
-            *_strides(x), *_strides(state), *_condition_strides(condition), *_strides(residual),
-            x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
-            INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip, X_UNIT=unit,
-            CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=aligned, PRECISION=precision,
-            **tiles,
-        )  # fmt: skip
+        for chosen, first, stop in spans:
+            programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * y.shape[0]
+            if not programs:
+                continue
+            dense_kernel[(programs,)](
+                x, state, packed, bias, condition, residual, lengths, saved, y,
+                *_strides(x), *_strides(state), *_condition_strides(condition), *_strides(residual),
+                time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
+                first, stop - first,
+                INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
+                X_UNIT=_unit(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=_aligned(x),
+                PRECISION=precision, **chosen,
+            )  # fmt: skip
 
 
 def _depthwise(
@@ -302,7 +322,8 @@ def _weight_gradient(
             return _reduce(sums, result)
         if heavy:
             x = _channels_last(x)
-        blocks = _weight_tiles(x.dtype, channels, outputs // groups)
+        aligned = _aligned(x) and _aligned(grad)
+        blocks = _weight_tiles(channels, outputs // groups, aligned)
         tiles = -(-channels // blocks["COLUMNS"]) * -(-(outputs // groups) // blocks["ROWS"]) * taps * groups
         rows, chunks, chunk = _splits(batch, time, tiles, blocks["POSITIONS"])
         sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
@@ -310,7 +331,7 @@ def _weight_gradient(
             grad, x, state, lengths, sums, *_strides(grad), *_strides(x), *_strides(state),
             batch, time, chunk, rows, origin, dilation, low,
             INPUTS=channels, OUTPUTS=outputs // groups, GROUPS=groups, TAPS=taps, GRAD_UNIT=_unit(grad),
-            X_UNIT=_unit(x), PRECISION=PRECISION[torch.get_float32_matmul_precision()], **blocks,
+            X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=PRECISION[torch.get_float32_matmul_precision()], **blocks,
         )  # fmt: skip
         return _reduce(sums, result)
 
