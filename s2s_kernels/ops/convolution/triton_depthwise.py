@@ -7,17 +7,31 @@ from .triton_epilogue import CHANNEL, GATED_TANH, GLU, TIME, finish, length_of, 
 
 
 @triton.jit
-def _taps(
-    x, state, weight, source, exists, seen, low, length, x_c, x_t, state_c, state_t, step, total,
-    weight_t: tl.constexpr, TAPS: tl.constexpr, X_UNIT: tl.constexpr, FROM_STATE: tl.constexpr,
+def _all_taps(
+    x, weight, source, exists, first, offset, x_c, x_t, step, total,
+    weight_t: tl.constexpr, TAPS: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """total plus the products of one input channel (`source`) to an output; weight: of each output's first tap."""
+    """total plus the products of one input channel (`source`) to an output, at first + offset and the taps that follow;
+    weight: of each output's first tap."""
+    tile = x + spread(source, x_c, X_UNIT == CHANNEL) + spread(offset, x_t, X_UNIT == TIME)
+    for tap in tl.range(TAPS, loop_unroll_factor=TAPS if TAPS <= 8 else 4):
+        inputs = tl.load(tile + (first + tap * step) * spread(1, x_t, X_UNIT == TIME), mask=exists, other=0.0)
+        total += inputs.to(tl.float32) * tl.load(weight + tap * weight_t, mask=exists, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _some_taps(
+    x, state, weight, source, exists, seen, low, length, x_c, x_t, state_c, state_t, step, total,
+    weight_t: tl.constexpr, TAPS: tl.constexpr, X_UNIT: tl.constexpr,
+):  # fmt: skip
+    """The same where not all positions have all taps, or have some from the state."""
     across = spread(source, x_c, X_UNIT == CHANNEL)
     for tap in range(TAPS):
         at = seen + tap * step
         counts = exists & (at >= low) & (at < length)
         inputs = tl.load(x + across + spread(at, x_t, X_UNIT == TIME), mask=counts & (at >= 0), other=0.0)
-        if FROM_STATE:
+        if state is not None:
             earlier = state + source * state_c + (at - low) * state_t
             inputs = tl.where(at < 0, tl.load(earlier, mask=counts & (at < 0), other=0.0), inputs)
         factor = tl.load(weight + tap * weight_t, mask=exists, other=0.0).to(tl.float32)
@@ -38,8 +52,8 @@ def depthwise_kernel(
     residual_b: tl.int64, residual_c: tl.int64, residual_t: tl.int64,
     time: tl.int64, begin: tl.int64, end: tl.int64, origin: tl.int64, step: tl.int64, low: tl.int64,
     RESULTS: tl.constexpr, MULTIPLE: tl.constexpr, TAPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BACKWARD: tl.constexpr, CLIP: tl.constexpr, X_UNIT: tl.constexpr, CONDITION_UNIT: tl.constexpr,
-    RESIDUAL_UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    BACKWARD: tl.constexpr, CLIP: tl.constexpr, X_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+    CONDITION_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """As dense_kernel, with MULTIPLE outputs to an input channel; weight: (outputs, TAPS), contiguous. BACKWARD: the
     inputs are the gradients of outputs, MULTIPLE to a result, and the taps run backwards."""
@@ -56,6 +70,8 @@ def depthwise_kernel(
     position = (start + tl.arange(0, POSITIONS))[None, :]
     inside = (channel < RESULTS) & (position < end)
     here = inside & (position < stop)
+    if ALIGNED:
+        x_b, x_t = x_b // 8 * 8, x_t // 8 * 8
     x += batch * x_b
     if state is not None:
         state += batch * state_b
@@ -65,25 +81,47 @@ def depthwise_kernel(
         a += tl.load(bias + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
         if GATE:
             b += tl.load(bias + RESULTS + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
-    if start < stop:
+    whole = (start + origin >= 0) & (start + POSITIONS <= stop)
+    whole = whole & (start + POSITIONS - 1 + origin + (TAPS - 1) * step < length)
+    exists = channel < RESULTS
+    if whole:
+        offset = tl.arange(0, POSITIONS)[None, :]
+        first = start + origin
+        if BACKWARD:
+            for one in range(MULTIPLE):
+                source = channel * MULTIPLE + one
+                of_last_tap = weight + source * TAPS + (TAPS - 1)
+                a = _all_taps(x, of_last_tap, source, exists, first, offset, x_c, x_t, step, a, -1, TAPS, X_UNIT)
+        else:
+            source = channel // MULTIPLE
+            a = _all_taps(
+                x, weight + channel * TAPS, source, exists, first, offset, x_c, x_t, step, a, 1, TAPS, X_UNIT
+            )
+            if GATE:
+                partner = channel + RESULTS
+                source = partner // MULTIPLE
+                b = _all_taps(
+                    x, weight + partner * TAPS, source, exists, first, offset, x_c, x_t, step, b, 1, TAPS, X_UNIT
+                )
+    elif start < stop:
         seen = position + origin
         if BACKWARD:
             for one in range(MULTIPLE):
                 source = channel * MULTIPLE + one
-                a = _taps(
+                a = _some_taps(
                     x, None, weight + source * TAPS + (TAPS - 1), source, here, seen, low, length,
-                    x_c, x_t, 0, 0, step, a, -1, TAPS, X_UNIT, False,
+                    x_c, x_t, 0, 0, step, a, -1, TAPS, X_UNIT,
                 )  # fmt: skip
         else:
-            a = _taps(
+            a = _some_taps(
                 x, state, weight + channel * TAPS, channel // MULTIPLE, here, seen, low, length,
-                x_c, x_t, state_c, state_t, step, a, 1, TAPS, X_UNIT, state is not None,
+                x_c, x_t, state_c, state_t, step, a, 1, TAPS, X_UNIT,
             )  # fmt: skip
             if GATE:
                 partner = channel + RESULTS
-                b = _taps(
+                b = _some_taps(
                     x, state, weight + partner * TAPS, partner // MULTIPLE, here, seen, low, length,
-                    x_c, x_t, state_c, state_t, step, b, 1, TAPS, X_UNIT, state is not None,
+                    x_c, x_t, state_c, state_t, step, b, 1, TAPS, X_UNIT,
                 )  # fmt: skip
     finish(
         a, b, channel, position - begin, here, inside, batch, end - begin,
@@ -105,7 +143,7 @@ def depthwise_weight_kernel(
     batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64, origin: tl.int64, step: tl.int64,
     low: tl.int64,
     OUTPUTS: tl.constexpr, MULTIPLE: tl.constexpr, TAPS: tl.constexpr, GRAD_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
-    SEVERAL: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    ALIGNED: tl.constexpr, SEVERAL: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """One split's share of the gradient of SEVERAL taps of the weight; sums: (splits, OUTPUTS, TAPS)."""
     BLOCKS: tl.constexpr = (OUTPUTS + CHANNELS - 1) // CHANNELS
@@ -116,6 +154,8 @@ def depthwise_weight_kernel(
     split = (program // (TAP_BLOCKS * BLOCKS)).to(tl.int64)
     first = split // rows * chunk
 
+    if ALIGNED:
+        x_b, x_t, grad_b, grad_t = x_b // 8 * 8, x_t // 8 * 8, grad_b // 8 * 8, grad_t // 8 * 8
     offset = tl.arange(0, POSITIONS)
     exists = (output < OUTPUTS)[:, None]
     tap, source = taps[:, None, None], (output // MULTIPLE)[None, :, None]

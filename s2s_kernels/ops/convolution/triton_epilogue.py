@@ -118,18 +118,18 @@ def finish(
         a += tl.load(from_a, mask=here, other=0.0).to(tl.float32)
         if GATE:
             b += tl.load(from_a + RESULTS * condition_c, mask=here, other=0.0).to(tl.float32)
-    if saved is not None:
-        place = saved + (batch * OUTPUTS + channel) * time + at
-        tl.store(place, a, mask=here)
-        if GATE:
-            tl.store(place + RESULTS * time, b, mask=here)
     value = activate(a, b, ACTIVATION)
     if residual is not None:
         from_residual = residual + batch * residual_b + spread(channel, residual_c, RESIDUAL_UNIT == CHANNEL)
         from_residual += spread(at, residual_t, RESIDUAL_UNIT == TIME)
         value += tl.load(from_residual, mask=here, other=0.0).to(tl.float32)
-    place = y + (batch * RESULTS + channel) * time + at
-    tl.store(place, tl.where(here, value, 0.0).to(y.dtype.element_ty), mask=inside)
+    line = y + (batch * RESULTS + channel) * time
+    tl.store(line + at, tl.where(here, value, 0.0).to(y.dtype.element_ty), mask=inside)
+    if saved is not None:
+        line = saved + (batch * OUTPUTS + channel) * time
+        if GATE:
+            tl.store(line + RESULTS * time + at, b, mask=here)
+        tl.store(line + at, a, mask=here)
 
 
 @triton.jit(do_not_specialize=["residual_b", "residual_c", "residual_t", "time"])

@@ -48,27 +48,33 @@ def _reduced(size: int, most: int) -> int:
     return next(r for r in (64, 32, 16) if r == 16 or (r <= most and -(-size // r) * r <= 1.25 * least))
 
 
-def _dense_tiles(dtype: torch.dtype, inputs: int, results: int, gate: bool, precision: str) -> list[dict[str, int]]:
-    """Of the tiles whose positions have all taps, and of the others."""
+def _dense_tiles(
+    dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, precision: str
+) -> list[dict[str, int]]:  # fmt: skip
+    """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added; their
+    addresses take registers too."""
     wide = dtype == torch.float32
     positions, reduced = 64 if wide else 128, _reduced(inputs, (16 if precision == "ieee" else 32) if wide else 64)
     tiles = []
-    for most, edge in ((64 if gate or wide else 128, 0), (32 if gate or wide else 64, 16)):
+    widest = 128 >> (gate + wide + (extras and not wide))
+    for most, edge in ((widest, 0), (16 if gate and not wide else 32, 16)):
         channels = _power(results, 16, most)
+        warps = 8 if positions * channels * (2 if gate else 1) >= positions * 32 else 4
+        stages = 3 if reduced > 16 else 4
         tiles.append(
             {
-                "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "EDGE": edge,
-                "num_warps": 8 if positions * channels * (2 if gate else 1) >= 64 * 128 else 4,
-                "num_stages": 3 if reduced > 16 else 4,
+                "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "EDGE": edge, "num_warps": warps,
+                "num_stages": stages,
             }
         )  # fmt: skip
     return tiles
 
 
-def _weight_tiles(inputs: int, outputs: int, aligned: bool) -> dict[str, int]:
+def _weight_tiles(dtype: torch.dtype, inputs: int, outputs: int, aligned: bool) -> dict[str, int]:
+    wide = dtype == torch.float32
     return {
-        "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64), "POSITIONS": 64 if aligned else 32,
-        "num_warps": 4, "num_stages": 3,
+        "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64),
+        "POSITIONS": 16 if wide else 64 if aligned else 32, "num_warps": 4 if (aligned and not wide) or max(inputs, outputs) <= 32 else 8, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -120,7 +126,8 @@ def _dense(
     outputs, channels, taps = weight.shape
     inputs, results = (outputs // groups, channels) if turned else (channels, y.shape[1] // groups)
     precision = PRECISION[torch.get_float32_matmul_precision()]
-    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, precision)
+    extras = condition is not None or residual is not None
+    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, precision)
     packed = _packed(weight, groups, whole["REDUCED"], turned)
     if _heavy(x, inputs, results, taps):
         x = _channels_last(x)
@@ -169,7 +176,7 @@ def _depthwise(
             *_strides(x), *_strides(state), *_condition_strides(condition), *_strides(residual),
             x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
             RESULTS=y.shape[1], MULTIPLE=multiple, TAPS=taps, ACTIVATION=activation, BACKWARD=backward, CLIP=clip,
-            X_UNIT=unit, CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
+            X_UNIT=unit, ALIGNED=_aligned(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
         )  # fmt: skip
 
 
@@ -309,21 +316,21 @@ def _weight_gradient(
         if channels == 1:
             several = _power(taps, 1, 4)
             lines = {**_line_tiles(outputs, _unit(x)), "SEVERAL": several}
-            if lines["POSITIONS"] > 256:
-                lines.update(POSITIONS=256, CHANNELS=_power(outputs, 1, 4))
+            lines["POSITIONS"] //= 2
             tiles = -(-outputs // lines["CHANNELS"]) * -(-taps // several)
             rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
             sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
             depthwise_weight_kernel[(tiles * rows * chunks,)](
                 *tensors, sums, *_strides(grad), *_strides(x), *_strides(state),
                 batch, time, chunk, rows, origin, dilation, low,
-                OUTPUTS=outputs, MULTIPLE=outputs // groups, TAPS=taps, GRAD_UNIT=_unit(grad), X_UNIT=_unit(x), **lines,
+                OUTPUTS=outputs, MULTIPLE=outputs // groups, TAPS=taps, GRAD_UNIT=_unit(grad), X_UNIT=_unit(x),
+                ALIGNED=_aligned(x) and _aligned(grad), **lines,
             )  # fmt: skip
             return _reduce(sums, result)
         if heavy:
             x = _channels_last(x)
         aligned = _aligned(x) and _aligned(grad)
-        blocks = _weight_tiles(channels, outputs // groups, aligned)
+        blocks = _weight_tiles(x.dtype, channels, outputs // groups, aligned)
         tiles = -(-channels // blocks["COLUMNS"]) * -(-(outputs // groups) // blocks["ROWS"]) * taps * groups
         rows, chunks, chunk = _splits(batch, time, tiles, blocks["POSITIONS"])
         sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
