@@ -49,17 +49,19 @@ def _reduced(size: int, most: int) -> int:
 
 
 def _dense_tiles(
-    dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, precision: str
+    dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, precision: str
 ) -> list[dict[str, int]]:  # fmt: skip
     """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added; their
     addresses take registers too."""
     wide = dtype == torch.float32
-    positions, reduced = 64 if wide else 128, _reduced(inputs, (16 if precision == "ieee" else 32) if wide else 64)
+    positions = 64 if wide else 128
+    reduced = _reduced(inputs, 16 if wide and precision == "ieee" else 64 if aligned and not wide else 32)
     tiles = []
     widest = 128 >> (gate + wide + (extras and not wide))
     for most, edge in ((widest, 0), (16 if gate and not wide else 32, 16)):
         channels = _power(results, 16, most)
-        warps = 8 if positions * channels * (2 if gate else 1) >= positions * 32 else 4
+        # At the edges by what the compiler does with them: either number spills somewhere.
+        warps = 4 if channels * (2 if gate else 1) < 32 or (edge and wide != gate) else 8
         stages = 3 if reduced > 16 else 4
         tiles.append(
             {
@@ -126,11 +128,11 @@ def _dense(
     outputs, channels, taps = weight.shape
     inputs, results = (outputs // groups, channels) if turned else (channels, y.shape[1] // groups)
     precision = PRECISION[torch.get_float32_matmul_precision()]
-    extras = condition is not None or residual is not None
-    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, precision)
-    packed = _packed(weight, groups, whole["REDUCED"], turned)
     if _heavy(x, inputs, results, taps):
         x = _channels_last(x)
+    extras = condition is not None or residual is not None
+    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, _aligned(x), precision)
+    packed = _packed(weight, groups, whole["REDUCED"], turned)
     time, count, size = x.shape[2], y.shape[2], whole["POSITIONS"]
     # Tiles at the start that reach before x, and at the end that reach past it; all may, where only a tensor says how
     # long a row is.
@@ -147,7 +149,7 @@ def _dense(
                 continue
             dense_kernel[(programs,)](
                 x, state, packed, bias, condition, residual, lengths, saved, y,
-                *_strides(x), *_strides(state), *_condition_strides(condition), *_strides(residual),
+                *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
                 time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
                 first, stop - first,
                 INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
@@ -173,17 +175,11 @@ def _depthwise(
     with _device(x):
         depthwise_kernel[(programs,)](
             x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
-            *_strides(x), *_strides(state), *_condition_strides(condition), *_strides(residual),
+            *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
             x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
             RESULTS=y.shape[1], MULTIPLE=multiple, TAPS=taps, ACTIVATION=activation, BACKWARD=backward, CLIP=clip,
             X_UNIT=unit, ALIGNED=_aligned(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
         )  # fmt: skip
-
-
-def _condition_strides(condition: torch.Tensor | None) -> tuple[int, ...]:
-    """One position stands for all."""
-    strides = _strides(condition)
-    return strides if condition is None or condition.shape[2] != 1 else (*strides[:2], 0)
 
 
 def causal_conv1d_forward(
@@ -201,6 +197,7 @@ def causal_conv1d_forward(
     apart = gate and groups > 1 and channels > 1  # the halves of the gate come of different groups
     sums = x.new_empty((batch, outputs, time) if save or apart else (0,), dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
+    condition = None if condition is None else condition.expand(-1, -1, time)  # one position stands for all
     if channels == 1:
         _depthwise(
             x, weight, y, 0, -left, dilation, clip=lengths is not None, lengths=lengths, state=state, bias=bias,
