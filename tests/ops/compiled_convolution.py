@@ -1,12 +1,11 @@
-"""python compiled_convolution.py ARCHITECTURE: compiles every launch of some calls of causal convolution, without a GPU,
-and prints a line of JSON for each: its resources and the matrix instructions in it."""
+"""python compiled_convolution.py ARCHITECTURE: compiles every launch of some calls of causal convolution, without a
+GPU, and prints a line of JSON for each: its resources and the matrix instructions in it."""
 
 import json
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,14 +64,14 @@ def inspect(compiled: Any, products: bool) -> dict[str, Any]:
 
 def call(
     dtype: torch.dtype, channels: int, outputs: int, taps: int, groups: int = 1, activation: str | None = None,
-    last: bool = False, extras: bool = False, backward: bool = True,
+    last: bool = False, extras: bool = False, backward: bool = True, batch: int = 2, frames: int = 300,
 ) -> None:  # fmt: skip
-    batch, frames, dilation, number = 2, 300, 2, ACTIVATIONS.index(activation)
+    dilation, number = 2, ACTIVATIONS.index(activation)
     results = outputs // 2 if activation in ("glu", "gated_tanh") else outputs
     x, weight = torch.randn(batch, channels, frames).to(dtype), torch.randn(outputs, channels // groups, taps).to(dtype)
     if last:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    lengths, bias = torch.tensor([frames, 5]), torch.randn(outputs).to(dtype)
+    lengths, bias = torch.tensor([frames, 5, 1][:batch]), torch.randn(outputs).to(dtype)
     state = torch.randn(batch, channels, (taps - 1) * dilation).to(dtype)
     residual = torch.randn(batch, results, frames).to(dtype) if extras else None
     condition = torch.randn(batch, outputs, frames).to(dtype) if extras else None
@@ -100,6 +99,7 @@ def calls() -> Iterator[tuple[torch.dtype, str]]:
     torch.set_float32_matmul_precision("high")
     call(torch.float32, 64, 64, 3, backward=False)
     yield torch.float32, "high"
+    torch.set_float32_matmul_precision("highest")
 
 
 def main(arch: int) -> None:
@@ -111,12 +111,17 @@ def main(arch: int) -> None:
             if (key := (source.hash(), *options.values())) in seen:
                 continue
             seen.add(key)
-            start = time.perf_counter()
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            seconds = round(time.perf_counter() - start, 2)
-            facts = {"name": kernel.__name__, "dtype": str(dtype).removeprefix("torch."), "precision": precision, "seconds": seconds}
+            facts = {"name": kernel.__name__, "dtype": str(dtype).removeprefix("torch."), "precision": precision}
             print(json.dumps({**facts, **kwargs, **inspect(compiled, "dense" in kernel.__name__)}), flush=True)
         launched.clear()
+    # Another batch and length, odd ones too, compile to the same kernels.
+    call(torch.bfloat16, 64, 128, 2, activation="gated_tanh", extras=True, batch=3, frames=513)
+    call(torch.bfloat16, 128, 256, 3, activation="gelu", batch=1, frames=1001)
+    call(torch.float16, 96, 96, 4, groups=96, activation="silu", last=True, batch=3, frames=64)
+    for kernel, args, kwargs in launched:
+        source, options = source_of(kernel, args, kwargs)
+        assert (source.hash(), *options.values()) in seen, f"{kernel.__name__} compiles again for another length"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The Triton kernels of causal convolution without a GPU: their values by Triton's interpreter, and what they compile to."""
+"""The Triton kernels of causal convolution without a GPU: their values by Triton's interpreter, and what they compile
+to."""
 
 import json
 import os
@@ -8,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.ops.convolution import conditioned_conv1d
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
-from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare
+from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
 from s2s_kernels.testing.emulation import emulated, unavailable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -187,7 +188,6 @@ def calls(draw):
 
 
 @interpreted
-@settings(max_examples=40)
 @given(calls())
 def test_any_call_equals_the_definition(arguments):
     judge(arguments)
@@ -242,6 +242,41 @@ def test_tensors_on_a_gpu_are_served_by_triton():
             s2s.causal_conv1d(x.double(), weight.double())
         y = s2s.causal_conv1d(x, weight, activation="glu", lengths=torch.tensor([1, 2]))
         assert y.shape == (2, 8, 50) and y.device.type == "cuda"
+
+
+# On a GPU, beside what tests/test_operators.py runs there
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [transposed, sliced, channels_last])
+@pytest.mark.parametrize("name", STRIDED)
+def test_any_strides_on_a_gpu(name, layout, dtype):
+    args, kwargs = to_device(by_name[name].build(Draw(dtype)), "cuda")
+    kwargs = {n: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
+    broken = compare(s2s.causal_conv1d, (tuple(layout(v) for v in args if v is not None), kwargs), "triton")
+    assert all(by <= 0 for by in broken.values()), broken
+
+
+@pytest.mark.gpu
+def test_a_gpu_compiles_once_for_all_lengths_takes_lengths_of_the_cpu_and_repeats_its_bits():
+    from s2s_kernels.ops.convolution import triton_kernels
+
+    draw = Draw(torch.bfloat16, "cuda")
+    weight, bias = draw(192, 96, 3), draw(192)
+    counts = []
+    for batch, time in ((4, 700), (3, 1024), (9, 513), (1, 2048)):
+        arguments = (draw(batch, 96, time), weight, bias), {"activation": "silu", "dilation": 2}
+        arguments[1]["lengths"] = torch.arange(batch) * time // batch
+        first, again = (dict(evaluate(s2s.causal_conv1d, prepare(arguments), noise_like)) for _ in range(2))
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+        counts.append(len(triton_kernels.dense_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert counts == counts[:1] * 4
+    with torch.cuda.stream(torch.cuda.Stream()):
+        whole = s2s.causal_conv1d(*arguments[0], **arguments[1])
+    torch.cuda.synchronize()
+    compiled_whole = torch.compile(s2s.causal_conv1d, fullgraph=True)(*arguments[0], **arguments[1])
+    assert torch.equal(whole, compiled_whole)
 
 
 # What the compiler makes of the kernels

@@ -49,6 +49,7 @@ if dispatch.extension_missing is None:
     def _(x_t, ring, position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations):
         return x_t.new_empty(x_t.shape[0], out_weight[0].shape[0] - x_t.shape[1])
 
+
 python_kernels.register(f"{__package__}.triton_kernels", "causal_conv1d_forward", "causal_conv1d_backward")
 
 

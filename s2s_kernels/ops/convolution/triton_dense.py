@@ -7,7 +7,7 @@ round (`channel` and `output` change places, the taps run backwards) and another
 import triton
 import triton.language as tl
 
-from .triton_epilogue import CHANNEL, GATED_TANH, GLU, TIME, finish, length_of, spread
+from .triton_epilogue import CHANNEL, GLU, TIME, finish, length_of, spread
 
 
 @triton.jit(
@@ -39,7 +39,7 @@ def dense_kernel(
     or the others, EDGE channels at a time: there the products of a tap are kept apart until it is known which of them
     count, since 0 times an infinite weight is no 0. Two kernels, because together they need too many registers.
     """
-    GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
+    GATE: tl.constexpr = ACTIVATION >= GLU
     BLOCKS: tl.constexpr = (RESULTS + CHANNELS - 1) // CHANNELS
     PARTS: tl.constexpr = (INPUTS + REDUCED - 1) // REDUCED if INPUTS > 0 else 1  # of a tap's channels
     ROW: tl.constexpr = TAPS * PARTS * REDUCED
@@ -75,7 +75,7 @@ def dense_kernel(
         tile = spread(offset, x_t, X_UNIT == TIME)[:, None] + spread(reduced, x_c, X_UNIT == CHANNEL)[None, :]
         x += (start + origin) * spread(1, x_t, X_UNIT == TIME)
         present = (position < stop)[:, None]
-        for i in range(0, tl.where(start < stop, TAPS * PARTS, 0)):
+        for i in range(tl.where(start < stop, TAPS * PARTS, 0)):
             tap, part = i // PARTS, i % PARTS * REDUCED
             source = x + tap * step * spread(1, x_t, X_UNIT == TIME) + part * spread(1, x_c, X_UNIT == CHANNEL)
             mask = present if INPUTS % REDUCED == 0 else present & (part + reduced < INPUTS)[None, :]
@@ -83,9 +83,7 @@ def dense_kernel(
             at = rows[None, :] + (i * REDUCED + reduced)[:, None]
             a = tl.dot(inputs, tl.load(at, mask=exists, other=0.0), a, input_precision=PRECISION)
             if GATE:
-                b = tl.dot(
-                    inputs, tl.load(at + RESULTS * ROW, mask=exists, other=0.0), b, input_precision=PRECISION
-                )
+                b = tl.dot(inputs, tl.load(at + RESULTS * ROW, mask=exists, other=0.0), b, input_precision=PRECISION)
     else:
         # The taps that see anything from this tile.
         least, most = low - start - POSITIONS + 1 - origin, length - start - origin

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_epilogue import CHANNEL, GATED_TANH, GLU, TIME, finish, length_of, spread
+from .triton_epilogue import CHANNEL, GLU, TIME, finish, length_of, spread
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def depthwise_kernel(
 ):  # fmt: skip
     """As dense_kernel, with MULTIPLE outputs to an input channel; weight: (outputs, TAPS), contiguous. BACKWARD: the
     inputs are the gradients of outputs, MULTIPLE to a result, and the taps run backwards."""
-    GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
+    GATE: tl.constexpr = ACTIVATION >= GLU
     BLOCKS: tl.constexpr = (RESULTS + CHANNELS - 1) // CHANNELS
     program = tl.program_id(0)
     tiles = tl.cdiv(end - begin, POSITIONS)
@@ -94,9 +94,7 @@ def depthwise_kernel(
                 a = _all_taps(x, of_last_tap, source, exists, first, offset, x_c, x_t, step, a, -1, TAPS, X_UNIT)
         else:
             source = channel // MULTIPLE
-            a = _all_taps(
-                x, weight + channel * TAPS, source, exists, first, offset, x_c, x_t, step, a, 1, TAPS, X_UNIT
-            )
+            a = _all_taps(x, weight + channel * TAPS, source, exists, first, offset, x_c, x_t, step, a, 1, TAPS, X_UNIT)
             if GATE:
                 partner = channel + RESULTS
                 source = partner // MULTIPLE

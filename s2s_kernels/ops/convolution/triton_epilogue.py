@@ -6,7 +6,7 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 import triton
 import triton.language as tl
 
-# The numbers of the activations, as the schema passes them.
+# The numbers of the activations, as the schema passes them; from GLU on they are gates.
 NONE = tl.constexpr(0)
 RELU = tl.constexpr(1)
 SILU = tl.constexpr(2)
@@ -110,7 +110,7 @@ def finish(
     channel, at: the channel and position of each element, broadcastable to the tile; `inside` are the elements that
     exist, `here` those of them that are present. y, saved: contiguous.
     """
-    GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
+    GATE: tl.constexpr = ACTIVATION >= GLU
     OUTPUTS: tl.constexpr = RESULTS * 2 if GATE else RESULTS
     if condition is not None:
         from_a = condition + batch * condition_b + spread(channel, condition_c, CONDITION_UNIT == CHANNEL)
@@ -148,7 +148,7 @@ def finish_kernel(
     at = (tile.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS))[None, :]
     inside = (channel < RESULTS) & (at < time)
     here = inside & (at < length_of(lengths, batch, time))
-    GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
+    GATE: tl.constexpr = ACTIVATION >= GLU
     OUTPUTS: tl.constexpr = RESULTS * 2 if GATE else RESULTS
     place = u + (batch * OUTPUTS + channel) * time + at
     a = tl.load(place, mask=here, other=0.0)
@@ -170,7 +170,7 @@ def activation_gradient_kernel(
 ):  # fmt: skip
     """The gradient of what enters the activation, 0 where a position is absent."""
     BLOCKS: tl.constexpr = (RESULTS + CHANNELS - 1) // CHANNELS
-    GATE: tl.constexpr = ACTIVATION == GLU or ACTIVATION == GATED_TANH
+    GATE: tl.constexpr = ACTIVATION >= GLU
     OUTPUTS: tl.constexpr = RESULTS * 2 if GATE else RESULTS
     program = tl.program_id(0)
     tiles = tl.cdiv(time, POSITIONS)
@@ -179,8 +179,8 @@ def activation_gradient_kernel(
     at = (tile.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS))[None, :]
     inside = (channel < RESULTS) & (at < time)
     here = inside & (at < length_of(lengths, batch, time))
-    from_grad = grad + batch * grad_b + spread(channel, grad_c, GRAD_UNIT == CHANNEL) + spread(
-        at, grad_t, GRAD_UNIT == TIME
+    from_grad = (
+        grad + batch * grad_b + spread(channel, grad_c, GRAD_UNIT == CHANNEL) + spread(at, grad_t, GRAD_UNIT == TIME)
     )
     upstream = tl.load(from_grad, mask=here, other=0.0).to(tl.float32)
     if ACTIVATION == NONE:

@@ -51,8 +51,8 @@ def _reduced(size: int, most: int) -> int:
 def _dense_tiles(
     dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, precision: str
 ) -> list[dict[str, int]]:  # fmt: skip
-    """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added; their
-    addresses take registers too."""
+    """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added,
+    whose addresses take registers too."""
     wide = dtype == torch.float32
     positions = 64 if wide else 128
     reduced = _reduced(inputs, 16 if wide and precision == "ieee" else 64 if aligned and not wide else 32)
@@ -74,9 +74,10 @@ def _dense_tiles(
 
 def _weight_tiles(dtype: torch.dtype, inputs: int, outputs: int, aligned: bool) -> dict[str, int]:
     wide = dtype == torch.float32
+    warps = 4 if (aligned and not wide) or max(inputs, outputs) <= 32 else 8
     return {
         "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64),
-        "POSITIONS": 16 if wide else 64 if aligned else 32, "num_warps": 4 if (aligned and not wide) or max(inputs, outputs) <= 32 else 8, "num_stages": 3,
+        "POSITIONS": 16 if wide else 64 if aligned else 32, "num_warps": warps, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -340,9 +341,7 @@ def _weight_gradient(
         return _reduce(sums, result)
 
 
-def _bias_gradient(
-    grad: torch.Tensor, lengths: torch.Tensor | None, outputs: int, x: torch.Tensor
-) -> torch.Tensor:
+def _bias_gradient(grad: torch.Tensor, lengths: torch.Tensor | None, outputs: int, x: torch.Tensor) -> torch.Tensor:
     batch, _, time = grad.shape
     if not (batch and time and outputs):
         return x.new_zeros(outputs)
@@ -370,5 +369,7 @@ def _check(
     fits = fits and (lengths is None or lengths.shape == x.shape[:1])
     fits = fits and (state is None or state.shape == (*x.shape[:2], (weight.shape[2] - 1) * dilation))
     if not fits:
-        raise RuntimeError(f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
-                           f"weight {tuple(weight.shape)} {weight.dtype}, groups {groups}")
+        raise RuntimeError(
+            f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
+            f"weight {tuple(weight.shape)} {weight.dtype}, groups {groups}"
+        )
