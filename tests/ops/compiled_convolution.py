@@ -21,7 +21,7 @@ from s2s_kernels.ops.convolution.autograd import ACTIVATIONS
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
 

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent.parent
 CASE = CASES["causal_conv1d"]
 SAMPLES = [pytest.param(sample, id=sample.name) for sample in CASE.samples]
 by_name = {sample.name: sample for sample in CASE.samples}
+# numpy, in which the interpreter computes, warns of what a GPU does in silence.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 

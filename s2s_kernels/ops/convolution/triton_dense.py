@@ -47,7 +47,8 @@ def dense_kernel(
     program = tl.program_id(0)
     block, group = program % BLOCKS, program // BLOCKS % GROUPS
     rest = (program // (BLOCKS * GROUPS)).to(tl.int64)
-    batch, start = rest // tiles, begin + (first_tile + rest % tiles) * POSITIONS
+    batch, first = rest // tiles, (first_tile + rest % tiles) * POSITIONS
+    start = begin + first
     length = length_of(lengths, batch, time)
     stop = tl.minimum(end, length) if CLIP else end
     last = tl.minimum(start + POSITIONS, stop) - 1
@@ -117,12 +118,11 @@ def dense_kernel(
                 b += tl.where(counts[:, None], tap_b, 0.0)
 
     channel = (group * RESULTS + column)[None, :].to(tl.int64)
-    inside = exists & (position < end)[:, None]
-    here = exists & (position < stop)[:, None]
     finish(
-        a, b, channel, (position - begin)[:, None], here, inside, batch, end - begin,
+        a, b, channel, exists, (first + offset)[:, None], first, batch, stop - begin, end - begin,
         condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
         GROUPS * RESULTS, ACTIVATION, CONDITION_UNIT, RESIDUAL_UNIT,
+        EDGE == 0 and y.dtype.element_ty.primitive_bitwidth == 16,
     )  # fmt: skip
 
 

@@ -62,14 +62,14 @@ def depthwise_kernel(
     program = tl.program_id(0)
     tiles = tl.cdiv(end - begin, POSITIONS)
     block, rest = program % BLOCKS, (program // BLOCKS).to(tl.int64)
-    batch, start = rest // tiles, begin + rest % tiles * POSITIONS
+    batch, tile = rest // tiles, rest % tiles * POSITIONS
+    start = begin + tile
     length = length_of(lengths, batch, time)
     stop = tl.minimum(end, length) if CLIP else end
 
     channel = (block * CHANNELS + tl.arange(0, CHANNELS))[:, None].to(tl.int64)
-    position = (start + tl.arange(0, POSITIONS))[None, :]
-    inside = (channel < RESULTS) & (position < end)
-    here = inside & (position < stop)
+    offset = tl.arange(0, POSITIONS)[None, :]
+    exists = channel < RESULTS
     if ALIGNED:
         x_b, x_t = x_b // 8 * 8, x_t // 8 * 8
     x += batch * x_b
@@ -83,9 +83,7 @@ def depthwise_kernel(
             b += tl.load(bias + RESULTS + channel, mask=channel < RESULTS, other=0.0).to(tl.float32)
     whole = (start + origin >= 0) & (start + POSITIONS <= stop)
     whole = whole & (start + POSITIONS - 1 + origin + (TAPS - 1) * step < length)
-    exists = channel < RESULTS
     if whole:
-        offset = tl.arange(0, POSITIONS)[None, :]
         first = start + origin
         if BACKWARD:
             for one in range(MULTIPLE):
@@ -102,7 +100,8 @@ def depthwise_kernel(
                     x, weight + partner * TAPS, source, exists, first, offset, x_c, x_t, step, b, 1, TAPS, X_UNIT
                 )
     elif start < stop:
-        seen = position + origin
+        seen = start + offset + origin
+        here = exists & (start + offset < stop)
         if BACKWARD:
             for one in range(MULTIPLE):
                 source = channel * MULTIPLE + one
@@ -122,9 +121,10 @@ def depthwise_kernel(
                     x_c, x_t, state_c, state_t, step, b, 1, TAPS, X_UNIT,
                 )  # fmt: skip
     finish(
-        a, b, channel, position - begin, here, inside, batch, end - begin,
+        a, b, channel, exists, tile + offset, tile, batch, stop - begin, end - begin,
         condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
         RESULTS, ACTIVATION, CONDITION_UNIT, RESIDUAL_UNIT,
+        not BACKWARD and y.dtype.element_ty.primitive_bitwidth == 16,
     )  # fmt: skip
 
 

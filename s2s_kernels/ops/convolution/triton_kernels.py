@@ -58,15 +58,15 @@ def _dense_tiles(
     reduced = _reduced(inputs, 16 if wide and precision == "ieee" else 64 if aligned and not wide else 32)
     tiles = []
     widest = 128 >> (gate + wide + (extras and not wide))
-    for most, edge in ((widest, 0), (16 if gate and not wide else 32, 16)):
+    for most, edge in ((widest, 0), (16 if gate else 32, 16)):
         channels = _power(results, 16, most)
-        # At the edges by what the compiler does with them: either number spills somewhere.
-        warps = 4 if channels * (2 if gate else 1) < 32 or (edge and wide != gate) else 8
+        # Warps and registers with which the compiler doesn't spill, on any of the architectures.
+        warps = 4 if (gate and not wide if edge else channels * (2 if gate else 1) <= 32) else 8
         stages = 3 if reduced > 16 else 4
         tiles.append(
             {
                 "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "EDGE": edge, "num_warps": warps,
-                "num_stages": stages,
+                "num_stages": stages, "maxnreg": None if edge else 255,
             }
         )  # fmt: skip
     return tiles
@@ -85,7 +85,7 @@ def _line_tiles(channels: int, unit: int) -> dict[str, int]:
     """Of what is read and written once: long in the dimension that is dense in memory."""
     if unit == CHANNEL:
         return {"CHANNELS": _power(channels, 1, 64), "POSITIONS": 16, "num_warps": 4}
-    return {"CHANNELS": _power(channels, 1, 2), "POSITIONS": 512, "num_warps": 4}
+    return {"CHANNELS": _power(channels, 1, 4), "POSITIONS": 256, "num_warps": 4}
 
 
 def _heavy(x: torch.Tensor, inputs: int, results: int, taps: int) -> bool:
