@@ -4,6 +4,7 @@ Imported by the first call on a CUDA tensor. The tiles have not been measured on
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -50,7 +51,7 @@ def _reduced(size: int, most: int) -> int:
 
 def _dense_tiles(
     dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, precision: str
-) -> list[dict[str, int]]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added,
     whose addresses take registers too."""
     wide = dtype == torch.float32
