@@ -93,6 +93,7 @@ def calls() -> Iterator[tuple[torch.dtype, str]]:
         call(dtype, 96, 96, 4, groups=96, activation="silu", last=dtype == torch.float16)
         yield dtype, "highest"
     call(torch.bfloat16, 128, 256, 3, activation="gelu")
+    call(torch.bfloat16, 128, 256, 3, activation="glu", backward=False)
     call(torch.bfloat16, 25, 25, 7, activation="relu", backward=False)
     call(torch.bfloat16, 64, 64, 3, groups=2, activation="glu", backward=False)
     yield torch.bfloat16, "highest"

@@ -62,12 +62,12 @@ def _dense_tiles(
     for most, edge in ((widest, 0), (16 if gate else 32, 16)):
         channels = _power(results, 16, most)
         # Warps and registers with which the compiler doesn't spill, on any of the architectures.
-        warps = 4 if (gate and not wide if edge else channels * (2 if gate else 1) <= 32) else 8
+        warps = 4 if not edge and channels * (2 if gate else 1) <= 32 else 8
         stages = 3 if reduced > 16 else 4
         tiles.append(
             {
                 "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "EDGE": edge, "num_warps": warps,
-                "num_stages": stages, "maxnreg": None if edge else 255,
+                "num_stages": stages, "maxnreg": None if edge and (wide or not gate) else 255,
             }
         )  # fmt: skip
     return tiles
