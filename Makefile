@@ -38,7 +38,7 @@ $(STAMPS)/build: $(SOURCES) | $(filter .venv/bin/python,$(PYTHON))
 	@touch $@
 
 # What an extra names, without building the package once more.
-EXTRA = import importlib.metadata as m, re; print(*(r.split(";")[0] for r in m.requires("s2s_kernels") if re.search("extra == .$*.$$", r)))
+EXTRA = import importlib.metadata as m; from pip._vendor.packaging.requirements import Requirement as R; print(*(r.name + str(r.specifier) for r in map(R, m.requires("s2s_kernels")) if r.marker and r.marker.evaluate({"extra": "$*"})))
 $(STAMPS)/%: pyproject.toml | $(STAMPS)/build
 	$(PYTHON) -m pip install --quiet $$($(PYTHON) -c '$(EXTRA)')
 	@touch $@

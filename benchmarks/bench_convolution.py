@@ -9,23 +9,28 @@ import s2s_kernels as s2s
 
 from . import work
 from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
-from .peers import RingWaveNet, chomped_conv1d, padded_conv1d
+from .peers import RingWaveNet, chomped_conv1d, deterministic_conv1d, padded_conv1d
 
 
 def convolution(
     grid: Grid, label: str, batch: int, channels: int, taps: int, dilation: int, groups: int = 1, quick: Any = ()
 ) -> list[Case]:
-    """One convolution over T, with as many outputs as inputs."""
+    """One convolution over T, with as many outputs as inputs. On a GPU F.pad is cuDNN, as it chooses and held to the
+    same bits on every run."""
+    gpu = grid.device == "cuda"
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
         weight = inputs.noise(channels, channels // groups, taps, scale=(channels // groups * taps) ** -0.5)
         bias, x = inputs.noise(channels), inputs.noise(batch, channels, time)
         leaves = (x, weight, bias)
-        return {
+        entrants = {
             "ours": Entrant(lambda: s2s.causal_conv1d(x, weight, bias, dilation=dilation, groups=groups), leaves),
             "F.pad": Entrant(lambda: padded_conv1d(x, weight, bias, dilation, groups), leaves),
             "chomp": Entrant(lambda: chomped_conv1d(x, weight, bias, dilation, groups), leaves),
         }
+        if gpu:
+            entrants["deterministic"] = Entrant(lambda: deterministic_conv1d(*leaves, dilation, groups), leaves)
+        return entrants
 
     row = f"{label} conv B{batch} C{channels} K{taps} d{dilation}"
     return [
@@ -35,7 +40,7 @@ def convolution(
             batch * time,
             build,
             lambda t: work.convolution(batch, t, channels, channels, taps, groups),
-            ("ours", "F.pad", "chomp"),
+            ("ours", "F.pad", "chomp", *(("deterministic",) if gpu else ())),
             quick=time in quick,
         )
         for time in grid.lengths()
@@ -150,6 +155,21 @@ def streaming(batch: int = 1, channels: int = 64, skip: int = 128, steps: int = 
     return Case(row, steps, batch * steps, build, amount, ("ours", "ring"), (FORWARD,), quick=True)
 
 
+def for_a_gpu(grid: Grid) -> list[Case]:
+    """Sizes that fill one."""
+    if grid.device != "cuda":
+        return []
+    return [
+        *convolution(grid, "dense", 16, 512, 3, 4, quick=(2048,)),
+        *convolution(grid, "dense", 16, 256, 3, 64, quick=(2048,)),
+        *(
+            case
+            for taps, dilation in ((4, 1), (4, 64), (64, 1))
+            for case in convolution(grid, "depthwise", 16, 2048, taps, dilation, 2048, quick=(2048,))
+        ),
+    ]
+
+
 def cases(grid: Grid) -> list[Case]:
     return [
         *convolution(grid, "depthwise", 4, 512, 4, 1, 512, quick=(2048,)),
@@ -159,6 +179,7 @@ def cases(grid: Grid) -> list[Case]:
         *(tcn_block(dilation, quick=dilation in (1, 16)) for dilation in (1, 4, 16, 64, 128)),
         *(wavenet_block(dilation, compiled=not grid.quick) for dilation in (1, 64)),
         streaming(),
+        *for_a_gpu(grid),
     ]
 
 

@@ -1,5 +1,6 @@
 """What users write without this package, in plain PyTorch: the rivals of the benchmarks."""
 
+import contextlib
 import math
 
 import torch
@@ -22,6 +23,39 @@ def chomped_conv1d(
     padding = (weight.shape[2] - 1) * dilation
     y = F.conv1d(x, weight, bias, padding=padding, dilation=dilation, groups=groups)
     return y[..., : x.shape[2]].contiguous()
+
+
+class _DeterministicConv1d(torch.autograd.Function):
+    """conv1d whose forward and backward both ask cuDNN for deterministic algorithms: its flag is read in each."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dilation, groups):
+        ctx.save_for_backward(x, weight)
+        ctx.options = dilation, groups
+        with _deterministic_cudnn():
+            return F.conv1d(x, weight, bias, dilation=dilation, groups=groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        dilation, groups = ctx.options
+        sizes = ([weight.shape[0]], [1], [0], [dilation], False, [0], groups, [True, True, True])
+        with _deterministic_cudnn():
+            grads = torch.ops.aten.convolution_backward(grad, x, weight, *sizes)
+        return (*grads, None, None)
+
+
+def _deterministic_cudnn() -> contextlib.AbstractContextManager[None]:
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32)
+
+
+def deterministic_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dilation: int = 1, groups: int = 1
+) -> torch.Tensor:
+    """padded_conv1d by cuDNN's deterministic algorithms."""
+    padding = (weight.shape[2] - 1) * dilation
+    return _DeterministicConv1d.apply(F.pad(x, (padding, 0)), weight, bias, dilation, groups)
 
 
 def cell_loop(kind: str, x: torch.Tensor, module: nn.Module) -> torch.Tensor:

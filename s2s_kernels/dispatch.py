@@ -7,6 +7,7 @@ once, what each of its backends doesn't cover. All policy is here: kernels and r
 
 import contextvars
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ except ImportError as error:
     extension_missing: str | None = f"the compiled extension is missing ({error})"
 else:
     extension_missing = None
+
+# Looked for, not imported: that waits for the first call on a CUDA tensor.
+triton_missing = None if importlib.util.find_spec("triton") else "triton is not installed"
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "torch")
 
@@ -114,6 +118,8 @@ def unavailable(backend: str) -> str | None:
     """Why a backend can't run anything in this process; None where it can."""
     if backend == "cpu":
         return extension_missing
+    if backend == "triton" and (triton_missing or extension_missing):
+        return triton_missing or extension_missing
     if backend in ("cuda", "triton"):
         return None if torch.cuda.is_available() else "no CUDA device is available"
     return None
@@ -129,9 +135,23 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
         return "ONNX has no such operator: the reference is exported"
     if backend in DEVICE and device.type != DEVICE[backend]:
         return f"its kernels take {DEVICE[backend].upper()} tensors, these are on {device}"
-    if backend == "cpu" and extension_missing is not None:
+    if backend in ("cpu", "triton") and extension_missing is not None:  # it brings the schemas
         return extension_missing
+    if backend == "triton":
+        reason = triton_missing or _too_old(device)
+        if reason is not None:
+            return reason
     return operator.gaps[backend](call)
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why a CUDA device lacks tensor cores for every dtype; None where it has them, or where its tensors are fake."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)  # torch.compile takes both of these for constants
+    if properties.major >= 8:
+        return None
+    return f"its kernels need compute capability 8.0, {device} has {properties.major}.{properties.minor}"
 
 
 def _exporting_onnx() -> bool:

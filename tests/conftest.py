@@ -1,4 +1,5 @@
-"""What every test runs under: deterministic algorithms (fresh buffers hold NaN) and bounded hypothesis runs."""
+"""What every test runs under: deterministic algorithms (fresh buffers hold NaN), bounded hypothesis runs, and, where
+there is no GPU, Triton's interpreter."""
 
 import os
 
@@ -9,6 +10,9 @@ import torch
 hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("S2S_HYPOTHESIS", "suite"))
+
+if not torch.cuda.is_available():  # triton reads it when it is imported, which nothing has done yet
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -118,3 +118,21 @@ def test_onnx_gets_the_reference(dynamo):
     nodes = onnx.load_from_string(target.getvalue()).graph.node
     assert nodes and all(node.domain in ("", "ai.onnx") for node in nodes)
     assert any(node.op_type == "Relu" for node in nodes)
+
+
+def test_triton_says_what_it_lacks(monkeypatch):
+    operator, device = Operator("double", {"triton": lambda call: None}), torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "extension_missing", None)
+    monkeypatch.setattr(dispatch, "triton_missing", "triton is not installed")
+    assert dispatch.gap(operator, "triton", device, 4) == "triton is not installed"
+    monkeypatch.setattr(dispatch, "triton_missing", None)
+    assert "CUDA tensors" in dispatch.gap(operator, "triton", CPU, 4)
+
+    class Properties:
+        major, minor = 7, 5
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert "compute capability 8.0, cuda:0 has 7.5" in dispatch.gap(operator, "triton", device, 4)
+    Properties.major = 9
+    assert dispatch.gap(operator, "triton", device, 4) is None

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from s2s_kernels.testing import call, compare, excess
+import s2s_kernels
+from s2s_kernels import dispatch
+from s2s_kernels.testing import call, compare, emulation, excess
 
 EXACT = torch.tensor([1.0, -3.0, 0.5], dtype=torch.float64)
 NAN = float("nan")
@@ -49,3 +51,16 @@ def test_a_wrong_gradient_is_caught():
     seen = iter([Halved.apply, torch.square, torch.square])
     broken = compare(lambda x: next(seen)(x), call(x))
     assert broken["output 0"] <= 0 and broken["gradient 0 (4,)"] > 0
+
+
+@pytest.mark.skipif(emulation.unavailable() is not None, reason=str(emulation.unavailable()))
+def test_emulation_ends_where_it_was_asked_for(monkeypatch):
+    x, weight = torch.randn(2, 3, 40), torch.randn(4, 3, 3)
+    with dispatch.use_backend("cpu"):
+        before = s2s_kernels.causal_conv1d(x, weight)
+        with emulation.emulated():
+            torch.testing.assert_close(s2s_kernels.causal_conv1d(x, weight), before)
+        assert torch.equal(s2s_kernels.causal_conv1d(x, weight), before)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), emulation.emulated():
+        pass

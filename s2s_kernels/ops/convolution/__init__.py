@@ -10,7 +10,11 @@ from . import autograd, reference
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
-OPERATOR = dispatch.register("causal_conv1d", cpu=lambda call: None)
+OPERATOR = dispatch.register(
+    "causal_conv1d",
+    cpu=lambda dtype: None,
+    triton=lambda dtype: "its kernels take float32, bfloat16 and float16" if dtype == torch.float64 else None,
+)
 STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
 STACK = dispatch.register(
     "wavenet_step",
@@ -96,7 +100,7 @@ def convolve(tensors: autograd.Tensors, options: autograd.Options) -> torch.Tens
     before the activation, (B, C_out, T or 1)); dilation, groups, activation, causal."""
     x = tensors[0]
     assert x is not None
-    backend = dispatch.choose(OPERATOR, x.device, None)
+    backend = dispatch.choose(OPERATOR, x.device, x.dtype)
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)[0]  # type: ignore[return-value]
     return autograd.kernel(tensors, options)[0]  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 import torch
 
 from ... import checks, dispatch
+from .. import python_kernels
 from ..differentiation import Options, Tensors, differentiable
 from . import reference
 
@@ -47,6 +48,9 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::wavenet_step")
     def _(x_t, ring, position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations):
         return x_t.new_empty(x_t.shape[0], out_weight[0].shape[0] - x_t.shape[1])
+
+
+python_kernels.register(f"{__package__}.triton_kernels", "causal_conv1d_forward", "causal_conv1d_backward")
 
 
 # tensors: x, weight, bias, residual, lengths, initial_state, condition; options: dilation, groups, activation, causal.

@@ -1,0 +1,376 @@
+"""Launchers of the Triton kernels of causal convolution, under the schemas of csrc/operators.cpp.
+
+Imported by the first call on a CUDA tensor. The tiles have not been measured on a GPU yet.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+
+from . import triton_epilogue as epilogue
+from .reference import padding
+from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel, reduce_kernel
+from .triton_depthwise import depthwise_kernel, depthwise_weight_kernel
+
+STRIDED, TIME, CHANNEL = (unit.value for unit in (epilogue.STRIDED, epilogue.TIME, epilogue.CHANNEL))
+GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
+# How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
+# products, in one.
+PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
+PROGRAMS = 512
+
+
+def _unit(tensor: torch.Tensor | None) -> int:
+    """The dimension of a (B, C, T) tensor along which it is dense in memory."""
+    if tensor is None:
+        return STRIDED
+    return TIME if tensor.stride(2) == 1 else CHANNEL if tensor.stride(1) == 1 else STRIDED
+
+
+def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels start on the current device, which may be another than the tensors'."""
+    return torch.cuda.device_of(x)
+
+
+def _power(size: int, low: int, high: int) -> int:
+    return min(max(triton.next_power_of_2(size), low), high)
+
+
+def _reduced(size: int, most: int) -> int:
+    """Channels of a product at a time: many, unless that pads them by more than a quarter."""
+    least = -(-size // 16) * 16
+    return next(r for r in (64, 32, 16) if r == 16 or (r <= most and -(-size // r) * r <= 1.25 * least))
+
+
+def _dense_tiles(
+    dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, precision: str
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added,
+    whose addresses take registers too."""
+    wide = dtype == torch.float32
+    positions = 64 if wide else 128
+    reduced = _reduced(inputs, 16 if wide and precision == "ieee" else 64 if aligned and not wide else 32)
+    tiles = []
+    widest = 128 >> (gate + wide + (extras and not wide))
+    for most, edge in ((widest, 0), (16 if gate else 32, 16)):
+        channels = _power(results, 16, most)
+        # Warps and registers with which the compiler doesn't spill, on any of the architectures.
+        warps = 4 if not edge and channels * (2 if gate else 1) <= 32 else 8
+        stages = 3 if reduced > 16 else 4
+        tiles.append(
+            {
+                "POSITIONS": positions, "CHANNELS": channels, "REDUCED": reduced, "EDGE": edge, "num_warps": warps,
+                "num_stages": stages, "maxnreg": None if edge and (wide or not gate) else 255,
+            }
+        )  # fmt: skip
+    return tiles
+
+
+def _weight_tiles(dtype: torch.dtype, inputs: int, outputs: int, aligned: bool) -> dict[str, int]:
+    wide = dtype == torch.float32
+    warps = 4 if (aligned and not wide) or max(inputs, outputs) <= 32 else 8
+    return {
+        "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64),
+        "POSITIONS": 16 if wide else 64 if aligned else 32, "num_warps": warps, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _line_tiles(channels: int, unit: int) -> dict[str, int]:
+    """Of what is read and written once: long in the dimension that is dense in memory."""
+    if unit == CHANNEL:
+        return {"CHANNELS": _power(channels, 1, 64), "POSITIONS": 16, "num_warps": 4}
+    return {"CHANNELS": _power(channels, 1, 4), "POSITIONS": 256, "num_warps": 4}
+
+
+def _heavy(x: torch.Tensor, inputs: int, results: int, taps: int) -> bool:
+    """Whether the products are many enough to pay for channels that lie side by side. Positions can't be loaded in
+    vectors, since the taps shift them; 16-bit ones then can't be copied asynchronously either."""
+    return x.element_size() == 2 and inputs >= 64 and results * taps >= 512
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether every position of a channels-last tensor begins where a vector may be loaded."""
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def _packed(weight: torch.Tensor, groups: int, reduced: int, turned: bool) -> torch.Tensor:
+    """(groups, results, taps, inputs), the inputs rounded up to `reduced` with zeros. Turned: the outputs are the
+    inputs, and the taps run backwards."""
+    outputs, channels, taps = weight.shape
+    weight = weight.reshape(groups, outputs // groups, channels, taps)
+    weight = weight.flip(3).permute(0, 2, 3, 1) if turned else weight.permute(0, 1, 3, 2)
+    inputs = weight.shape[3]
+    if inputs % reduced == 0 and inputs:
+        return weight.contiguous()
+    packed = weight.new_zeros(*weight.shape[:3], max(1, -(-inputs // reduced)) * reduced)
+    packed[..., :inputs] = weight
+    return packed
+
+
+def _dense(
+    x: torch.Tensor, weight: torch.Tensor, groups: int, y: torch.Tensor, begin: int, origin: int, dilation: int,
+    *, turned: bool = False, clip: bool = False, lengths: torch.Tensor | None = None, state: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, condition: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    saved: torch.Tensor | None = None, activation: int = 0,
+) -> None:  # fmt: skip
+    """Starts dense_kernel for the results y (B, C, n) at positions begin..begin + n."""
+    if not y.numel():
+        return
+    outputs, channels, taps = weight.shape
+    inputs, results = (outputs // groups, channels) if turned else (channels, y.shape[1] // groups)
+    precision = PRECISION[torch.get_float32_matmul_precision()]
+    if _heavy(x, inputs, results, taps):
+        x = _channels_last(x)
+    extras = condition is not None or residual is not None
+    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, _aligned(x), precision)
+    packed = _packed(weight, groups, whole["REDUCED"], turned)
+    time, count, size = x.shape[2], y.shape[2], whole["POSITIONS"]
+    # Tiles at the start that reach before x, and at the end that reach past it; all may, where only a tensor says how
+    # long a row is.
+    tiles, reach = -(-count // size), origin + (taps - 1) * dilation
+    before = min(tiles, max(0, -(-(-origin - begin) // size)))
+    last_whole = max(before, tiles if begin + count + reach <= time else max(0, time - reach - begin) // size)
+    spans = [(edge, 0, before), (whole, before, last_whole), (edge, last_whole, tiles)]
+    if lengths is not None and reach > 0:
+        spans = [(whole, before, tiles), (edge, 0, tiles)]
+    with _device(x):
+        for chosen, first, stop in spans:
+            programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * y.shape[0]
+            if not programs:
+                continue
+            dense_kernel[(programs,)](
+                x, state, packed, bias, condition, residual, lengths, saved, y,
+                *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
+                time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
+                first, stop - first,
+                INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
+                X_UNIT=_unit(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=_aligned(x),
+                PRECISION=precision, **chosen,
+            )  # fmt: skip
+
+
+def _depthwise(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, begin: int, origin: int, dilation: int,
+    *, backward: bool = False, clip: bool = False, lengths: torch.Tensor | None = None,
+    state: torch.Tensor | None = None, bias: torch.Tensor | None = None, condition: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, saved: torch.Tensor | None = None, activation: int = 0,
+) -> None:  # fmt: skip
+    """Starts depthwise_kernel for the results y (B, C, n) at positions begin..begin + n."""
+    if not y.numel():
+        return
+    outputs, _, taps = weight.shape
+    multiple = outputs // (y.shape[1] if backward else x.shape[1])
+    unit, count = _unit(x), y.shape[2]
+    tiles = _line_tiles(y.shape[1], unit)
+    programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-count // tiles["POSITIONS"]) * y.shape[0]
+    with _device(x):
+        depthwise_kernel[(programs,)](
+            x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
+            *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
+            x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
+            RESULTS=y.shape[1], MULTIPLE=multiple, TAPS=taps, ACTIVATION=activation, BACKWARD=backward, CLIP=clip,
+            X_UNIT=unit, ALIGNED=_aligned(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
+        )  # fmt: skip
+
+
+def causal_conv1d_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    lengths: torch.Tensor | None, initial_state: torch.Tensor | None, condition: torch.Tensor | None,
+    dilation: int, groups: int, activation: int, causal: bool, save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    _check("causal_conv1d_forward", x, weight, lengths, initial_state, dilation, groups, activation)
+    batch, _, time = x.shape
+    outputs, channels, taps = weight.shape
+    left, _ = padding(taps, dilation, causal)
+    state = initial_state if taps > 1 else None
+    gate = activation in GATES
+    y = x.new_empty(batch, outputs // 2 if gate else outputs, time)
+    apart = gate and groups > 1 and channels > 1  # the halves of the gate come of different groups
+    sums = x.new_empty((batch, outputs, time) if save or apart else (0,), dtype=torch.float32)
+    bias = None if bias is None else bias.contiguous()
+    condition = None if condition is None else condition.expand(-1, -1, time)  # one position stands for all
+    if channels == 1:
+        _depthwise(
+            x, weight, y, 0, -left, dilation, clip=lengths is not None, lengths=lengths, state=state, bias=bias,
+            condition=condition, residual=residual, saved=sums if save else None, activation=activation,
+        )  # fmt: skip
+    elif not apart:
+        _dense(
+            x, weight, groups, y, 0, -left, dilation, clip=lengths is not None, lengths=lengths, state=state,
+            bias=bias, condition=condition, residual=residual, saved=sums if save else None, activation=activation,
+        )  # fmt: skip
+    else:
+        _dense(
+            x, weight, groups, sums, 0, -left, dilation, clip=lengths is not None, lengths=lengths, state=state,
+            bias=bias, condition=condition,
+        )  # fmt: skip
+        if y.numel():
+            tiles = _line_tiles(y.shape[1], TIME)
+            programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
+            with _device(x):
+                epilogue.finish_kernel[(programs,)](
+                    sums, residual, lengths, y, *_strides(residual), time, RESULTS=y.shape[1], ACTIVATION=activation,
+                    RESIDUAL_UNIT=_unit(residual), **tiles,
+                )  # fmt: skip
+    return y, sums if save else x.new_empty(0, dtype=torch.float32)
+
+
+def causal_conv1d_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, saved: torch.Tensor | None,
+    lengths: torch.Tensor | None, initial_state: torch.Tensor | None, dilation: int, groups: int, activation: int,
+    causal: bool, saved_output: bool, need_x: bool, need_weight: bool, need_bias: bool, need_state: bool,
+    need_condition: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    _check("causal_conv1d_backward", x, weight, lengths, initial_state, dilation, groups, activation)
+    batch, inputs, time = x.shape
+    outputs, channels, taps = weight.shape
+    left, right = padding(taps, dilation, causal)
+    nothing = x.new_empty(0)
+    into = nothing
+    depthwise = channels == 1
+    heavy = not depthwise and _heavy(x, channels, outputs // groups, taps)
+    if activation or need_condition:
+        into = _activation_gradient(grad, saved, lengths, x, outputs, activation, saved_output, heavy, need_condition)
+        grad = into
+    elif heavy:
+        grad = _channels_last(grad)
+    grad_x = x.new_empty(batch, inputs, time) if need_x else nothing
+    grad_state = nothing
+    if need_state:
+        assert initial_state is not None
+        grad_state = x.new_empty(initial_state.shape)
+    for result, begin in ((grad_x, 0), (grad_state, -grad_state.shape[-1])):
+        clip = lengths is not None and begin == 0
+        if depthwise and result.dim() == 3:
+            _depthwise(grad, weight, result, begin, -right, dilation, backward=True, clip=clip, lengths=lengths)
+        elif result.dim() == 3:
+            _dense(grad, weight, groups, result, begin, -right, dilation, turned=True, clip=clip, lengths=lengths)
+    grad_weight = nothing
+    if need_weight:
+        state = initial_state if taps > 1 else None
+        grad_weight = _weight_gradient(grad, x, weight, lengths, state, groups, -left, dilation, heavy)
+    grad_bias = _bias_gradient(grad, lengths, outputs, x) if need_bias else nothing
+    return grad_x, grad_weight, grad_bias, grad_state, into if need_condition else nothing
+
+
+def _activation_gradient(
+    grad: torch.Tensor, saved: torch.Tensor | None, lengths: torch.Tensor | None, x: torch.Tensor, outputs: int,
+    activation: int, from_output: bool, channels_last: bool, returned: bool,
+) -> torch.Tensor:  # fmt: skip
+    """(B, C_out, T); channels-last where the products want that and nobody else gets it."""
+    batch, results, time = grad.shape
+    if channels_last and not returned:
+        into = x.new_empty(batch, time, outputs).transpose(1, 2)
+    else:
+        into = x.new_empty(batch, outputs, time)
+    if into.numel():
+        unit = _unit(grad)
+        tiles = _line_tiles(results, CHANNEL if into.stride(1) == 1 and unit == CHANNEL else TIME)
+        programs = -(-results // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
+        with _device(x):
+            epilogue.activation_gradient_kernel[(programs,)](
+                grad, None if saved is None else saved.contiguous(), lengths, into, *_strides(grad), *_strides(into),
+                time, RESULTS=results, ACTIVATION=activation, FROM_OUTPUT=from_output, GRAD_UNIT=unit,
+                INTO_UNIT=_unit(into), **tiles,
+            )  # fmt: skip
+    return into
+
+
+def _splits(batch: int, time: int, tiles: int, positions: int) -> tuple[int, int, int]:
+    """Over how many rows of the batch and chunks of the time a sum is split, and the length of a chunk."""
+    wanted = max(1, PROGRAMS // tiles)
+    rows = min(batch, wanted)
+    chunks = max(1, min(wanted // rows, time // (4 * positions)))
+    chunk = -(-time // (chunks * positions)) * positions
+    return rows, -(-time // chunk), chunk
+
+
+def _reduce(sums: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    count = result.numel()
+    reduce_kernel[(-(-count // 256),)](sums, result, count, sums.shape[0], BLOCK=256, num_warps=4)
+    return result
+
+
+def _weight_gradient(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
+    state: torch.Tensor | None, groups: int, origin: int, dilation: int, heavy: bool,
+) -> torch.Tensor:  # fmt: skip
+    (batch, _, time), (outputs, channels, taps) = x.shape, weight.shape
+    if not (batch and time and weight.numel()):
+        return weight.new_zeros(weight.shape)
+    result = weight.new_empty(weight.shape)
+    tensors, low = (grad, x, state, lengths), 0 if state is None else -state.shape[2]
+    with _device(x):
+        if channels == 1:
+            several = _power(taps, 1, 4)
+            lines = {**_line_tiles(outputs, _unit(x)), "SEVERAL": several}
+            lines["POSITIONS"] //= 2
+            tiles = -(-outputs // lines["CHANNELS"]) * -(-taps // several)
+            rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
+            sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
+            depthwise_weight_kernel[(tiles * rows * chunks,)](
+                *tensors, sums, *_strides(grad), *_strides(x), *_strides(state),
+                batch, time, chunk, rows, origin, dilation, low,
+                OUTPUTS=outputs, MULTIPLE=outputs // groups, TAPS=taps, GRAD_UNIT=_unit(grad), X_UNIT=_unit(x),
+                ALIGNED=_aligned(x) and _aligned(grad), **lines,
+            )  # fmt: skip
+            return _reduce(sums, result)
+        if heavy:
+            x = _channels_last(x)
+        aligned = _aligned(x) and _aligned(grad)
+        blocks = _weight_tiles(x.dtype, channels, outputs // groups, aligned)
+        tiles = -(-channels // blocks["COLUMNS"]) * -(-(outputs // groups) // blocks["ROWS"]) * taps * groups
+        rows, chunks, chunk = _splits(batch, time, tiles, blocks["POSITIONS"])
+        sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
+        dense_weight_kernel[(tiles * rows * chunks,)](
+            grad, x, state, lengths, sums, *_strides(grad), *_strides(x), *_strides(state),
+            batch, time, chunk, rows, origin, dilation, low,
+            INPUTS=channels, OUTPUTS=outputs // groups, GROUPS=groups, TAPS=taps, GRAD_UNIT=_unit(grad),
+            X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=PRECISION[torch.get_float32_matmul_precision()], **blocks,
+        )  # fmt: skip
+        return _reduce(sums, result)
+
+
+def _bias_gradient(grad: torch.Tensor, lengths: torch.Tensor | None, outputs: int, x: torch.Tensor) -> torch.Tensor:
+    batch, _, time = grad.shape
+    if not (batch and time and outputs):
+        return x.new_zeros(outputs)
+    lines = _line_tiles(outputs, _unit(grad))
+    tiles = -(-outputs // lines["CHANNELS"])
+    rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
+    sums = x.new_empty((rows * chunks, outputs), dtype=torch.float32)
+    with _device(x):
+        bias_kernel[(tiles * rows * chunks,)](
+            grad, lengths, sums, *_strides(grad), batch, time, chunk, rows, OUTPUTS=outputs, GRAD_UNIT=_unit(grad),
+            **lines,
+        )  # fmt: skip
+        return _reduce(sums, x.new_empty(outputs))
+
+
+def _check(
+    operator: str, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
+    state: torch.Tensor | None, dilation: int, groups: int, activation: int,
+) -> None:  # fmt: skip
+    """What a raw call could get wrong about the sizes by which the kernels read."""
+    fits = x.dim() == weight.dim() == 3 and min(dilation, groups, weight.shape[2]) >= 1 and 0 <= activation <= 6
+    fits = fits and weight.shape[0] % groups == 0 and x.shape[1] == weight.shape[1] * groups
+    fits = fits and not (activation in GATES and weight.shape[0] % 2)
+    fits = fits and x.dtype == weight.dtype != torch.float64
+    fits = fits and (lengths is None or lengths.shape == x.shape[:1])
+    fits = fits and (state is None or state.shape == (*x.shape[:2], (weight.shape[2] - 1) * dilation))
+    if not fits:
+        raise RuntimeError(
+            f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
+            f"weight {tuple(weight.shape)} {weight.dtype}, groups {groups}"
+        )

@@ -1,0 +1,35 @@
+"""Kernels written in Python behind the operators of csrc/operators.cpp, imported on their first call.
+
+Their fakes, derivatives and torch.compile support are those of the operators, whichever device a call is on.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import dispatch
+
+# What is registered, by operator: s2s_kernels.testing runs it on the CPU as well.
+KERNELS: dict[str, Callable[..., Any]] = {}
+_library: torch.library.Library | None = None
+
+
+def register(module: str, *operators: str) -> None:
+    """Serves these operators on CUDA tensors by the functions of the same names in `module`."""
+    global _library
+    if dispatch.extension_missing is not None:  # it brings the schemas
+        return
+    if _library is None:
+        _library = torch.library.Library("s2s", "IMPL")
+    for operator in operators:
+        KERNELS[operator] = _deferred(module, operator)
+        _library.impl(operator, KERNELS[operator], "CUDA")
+
+
+def _deferred(module: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call

@@ -1,0 +1,322 @@
+"""The Triton kernels of causal convolution without a GPU: their values by Triton's interpreter, and what they compile
+to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import s2s_kernels as s2s
+from s2s_kernels import dispatch
+from s2s_kernels.ops.convolution import conditioned_conv1d
+from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
+from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
+from s2s_kernels.testing.emulation import emulated, unavailable
+
+ROOT = Path(__file__).parent.parent.parent
+CASE = CASES["causal_conv1d"]
+SAMPLES = [pytest.param(sample, id=sample.name) for sample in CASE.samples]
+by_name = {sample.name: sample for sample in CASE.samples}
+# numpy, in which the interpreter computes, warns of what a GPU does in silence.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """Every test of this module but those of the compiler runs the Triton kernels on CPU tensors."""
+    if unavailable() is not None:
+        yield
+        return
+    with emulated():
+        yield
+
+
+def judge(arguments, function=s2s.causal_conv1d, **options):
+    broken = {name: by for name, by in compare(function, arguments, "cpu", **options).items() if not by <= 0}
+    assert not broken, broken
+
+
+@interpreted
+def test_the_kernels_of_triton_run(monkeypatch):
+    from s2s_kernels.ops.convolution import triton_kernels
+
+    called = []
+    original = triton_kernels.causal_conv1d_forward
+    monkeypatch.setattr(triton_kernels, "causal_conv1d_forward", lambda *a: called.append(1) or original(*a))
+    s2s.causal_conv1d(torch.randn(1, 2, 3), torch.randn(2, 2, 2))
+    assert called == [1]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_values_and_gradients(sample, dtype):
+    judge(sample.build(Draw(dtype)))
+
+
+def transposed(value):
+    order = tuple(reversed(range(value.dim())))
+    return value.permute(order).contiguous().permute(order)
+
+
+def sliced(value):
+    outer = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 3), float("nan"))
+    outer[..., 3::2] = value
+    return outer[..., 3::2]
+
+
+def channels_last(value):
+    return value.transpose(1, 2).contiguous().transpose(1, 2) if value.dim() == 3 else value
+
+
+STRIDED = ("plain", "depthwise", "everything", "gate across groups", "lengths")
+
+
+@interpreted
+@pytest.mark.parametrize("layout", [transposed, sliced, channels_last])
+@pytest.mark.parametrize("name", STRIDED)
+def test_any_strides(name, layout):
+    args, kwargs = by_name[name].build(Draw())
+    kwargs = {n: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
+    judge((tuple(layout(v) for v in args if v is not None), kwargs))
+
+
+def ones_expanded(output, index):
+    return output.new_ones(()).expand(output.shape)
+
+
+def noise_transposed(output, index):
+    return transposed(noise_like(output, index))
+
+
+def noise_sliced(output, index):
+    return sliced(noise_like(output, index))
+
+
+@interpreted
+@pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])
+@pytest.mark.parametrize("name", STRIDED)
+def test_any_strides_of_the_incoming_gradient(name, upstream):
+    judge(by_name[name].build(Draw()), upstream=upstream)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["everything", "depthwise"])
+def test_any_subset_of_inputs_wanting_a_gradient(name):
+    arguments = by_name[name].build(Draw())
+    for chosen in range(5 if name == "everything" else 3):
+        judge(arguments, wanted=lambda index, chosen=chosen: index == chosen)
+        judge(arguments, wanted=lambda index, chosen=chosen: index != chosen)
+
+
+@interpreted
+def test_channels_side_by_side_and_many_products():
+    """Sizes at which the launcher lays the channels of 16-bit inputs side by side, and several tiles of each kind."""
+    draw = Draw(torch.float16)
+    x, weight = draw(1, 64, 300), draw(130, 64, 4, scale=1 / 16)
+    options = {"dilation": 3, "activation": "silu", "residual": draw(1, 130, 300)}
+    judge(((x, weight, draw(130)), options))
+    judge(((channels_last(x), weight, None), {"lengths": torch.tensor([140])}))
+    judge(((x, weight, draw(130)), {"dilation": 30, "initial_state": draw(1, 64, 90), "activation": "glu"}))
+
+
+@interpreted
+def test_depthwise_channels_last_of_several_tiles():
+    draw = Draw(torch.float16)
+    x, weight = channels_last(draw(2, 72, 70)), draw(72, 1, 4)
+    judge(((x, weight, draw(72)), {"groups": 72, "activation": "silu", "lengths": torch.tensor([70, 33])}))
+
+
+@interpreted
+@pytest.mark.parametrize("frames", [1, 20])
+@pytest.mark.parametrize("activation", ["tanh", "gated_tanh"])
+def test_condition(activation, frames):
+    draw = Draw()
+
+    def function(x, weight, bias, condition):
+        return conditioned_conv1d(x, weight, bias, condition, dilation=2, activation=activation)
+
+    judge(((draw(2, 3, 20), draw(6, 3, 2), draw(6), draw(2, 6, frames)), {}), function)
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_tap_before_the_start_contributes_nothing(groups):
+    """No 0 times infinity: neither before the first position nor past the last."""
+    x = torch.ones(1, 2, 20)
+    weight = torch.ones(4, 2 // groups, 3)
+    weight[:, :, 0] = float("inf")
+    each = 2 // groups
+    y = s2s.causal_conv1d(x, weight, dilation=4, groups=groups)
+    assert y[:, :, :4].eq(each).all() and y[:, :, 4:8].eq(2 * each).all() and y[:, :, 8:].isinf().all()
+    lengths = torch.tensor([11])
+    y = s2s.causal_conv1d(x, weight.flip(2), dilation=4, groups=groups, causal=False, lengths=lengths)
+    assert y[:, :, :7].isinf().all() and y[:, :, 7:11].eq(2 * each).all() and y[:, :, 11:].eq(0).all()
+
+
+@st.composite
+def calls(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    each = draw(st.sampled_from([(1, 1), (1, 2), (2, 4), (9, 14), (17, 3)]))
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    outputs = groups * each[1] * (2 if activation in GATES else 1)
+    batch, time = draw(st.integers(0, 3)), draw(st.integers(0, 150))
+    taps, dilation = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3, 7, 64]))
+    causal = draw(st.booleans())
+    rows = st.lists(st.integers(0, time), min_size=batch, max_size=batch)
+    noise = Draw(draw(st.sampled_from([torch.float32, torch.float16])), seed=draw(st.integers(0, 1000)))
+    layout = draw(st.sampled_from([transposed, channels_last, sliced, lambda value: value]))
+    x = noise(batch, groups * each[0], time)
+    lengths = draw(st.none() | rows)
+    for row, length in enumerate(lengths or ()):
+        x[row, :, length:] = float("nan")
+    results = outputs // 2 if activation in GATES else outputs
+    options = {"dilation": dilation, "groups": groups, "activation": activation, "causal": causal}
+    if lengths is not None:
+        options["lengths"] = torch.tensor(lengths, dtype=torch.int64)
+    if draw(st.booleans()):
+        options["residual"] = layout(noise(batch, results, time))
+    if causal and draw(st.booleans()):
+        options["initial_state"] = layout(noise(batch, groups * each[0], (taps - 1) * dilation))
+    weight = noise(outputs, each[0], taps, scale=(each[0] * taps) ** -0.5)
+    return (layout(x), weight, noise(outputs) if draw(st.booleans()) else None), options
+
+
+@interpreted
+@given(calls())
+def test_any_call_equals_the_definition(arguments):
+    judge(arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [1, 6])
+def test_the_same_bits_on_every_run(groups):
+    draw = Draw(torch.float16)
+    arguments = (draw(5, 6, 700), draw(6, 6 // groups, 3), draw(6)), {"groups": groups, "activation": "silu"}
+    runs = [dict(evaluate(s2s.causal_conv1d, prepare(arguments), noise_like)) for _ in range(2)]
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+@interpreted
+def test_lengths_out_of_range_are_clamped_in_the_kernel():
+    """On a GPU nothing waits for the lengths, so the kernels take any."""
+    draw = Draw()
+    x, weight = draw(2, 3, 9), draw(4, 3, 2)
+    none = None
+    raw = torch.ops.s2s.causal_conv1d_forward
+    y, _ = raw(x, weight, none, none, torch.tensor([99, -5]), none, none, 1, 1, 0, True, False)
+    expected, _ = raw(x, weight, none, none, torch.tensor([9, 0], dtype=torch.int32), none, none, 1, 1, 0, True, False)
+    assert torch.equal(y, expected) and y[1].eq(0).all()
+
+
+@interpreted
+def test_raw_calls_are_checked_and_keep_to_their_fakes():
+    draw = Draw()
+    good = (draw(2, 3, 9), draw(4, 3, 2), draw(4), None, None, draw(2, 3, 1), None, 1, 1, 1, True, True)
+    torch.library.opcheck(torch.ops.s2s.causal_conv1d_forward, good, test_utils=("test_schema", "test_faketensor"))
+    saved = torch.ops.s2s.causal_conv1d_forward(*good)[1]
+    backward = (draw(2, 4, 9), draw(2, 3, 9), draw(4, 3, 2), saved, None, draw(2, 3, 1), 1, 1, 1, True, False)
+    backward = (*backward, True, True, True, True, True)
+    torch.library.opcheck(torch.ops.s2s.causal_conv1d_backward, backward, test_utils=("test_schema", "test_faketensor"))
+    for place, value in {0: draw(2, 2, 9), 1: draw(4, 3), 5: draw(2, 3, 2), 7: 0, 8: 2, 9: 7}.items():
+        with pytest.raises(RuntimeError, match="causal_conv1d_forward: "):
+            torch.ops.s2s.causal_conv1d_forward(*good[:place], value, *good[place + 1 :])
+
+
+@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
+def test_tensors_on_a_gpu_are_served_by_triton():
+    """As far as fake ones show it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), dispatch.use_backend("triton"):
+        x, weight = torch.randn(2, 8, 50, device="cuda"), torch.randn(16, 8, 3, device="cuda")
+        assert s2s.explain(s2s.causal_conv1d, x, weight).backend == "triton"
+        with pytest.raises(NotImplementedError, match="float32, bfloat16 and float16"):
+            s2s.causal_conv1d(x.double(), weight.double())
+        y = s2s.causal_conv1d(x, weight, activation="glu", lengths=torch.tensor([1, 2]))
+        assert y.shape == (2, 8, 50) and y.device.type == "cuda"
+
+
+# On a GPU, beside what tests/test_operators.py runs there
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [transposed, sliced, channels_last])
+@pytest.mark.parametrize("name", STRIDED)
+def test_any_strides_on_a_gpu(name, layout, dtype):
+    args, kwargs = to_device(by_name[name].build(Draw(dtype)), "cuda")
+    kwargs = {n: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
+    broken = compare(s2s.causal_conv1d, (tuple(layout(v) for v in args if v is not None), kwargs), "triton")
+    assert all(by <= 0 for by in broken.values()), broken
+
+
+@pytest.mark.gpu
+def test_a_gpu_compiles_once_for_all_lengths_takes_lengths_of_the_cpu_and_repeats_its_bits():
+    from s2s_kernels.ops.convolution import triton_kernels
+
+    draw = Draw(torch.bfloat16, "cuda")
+    weight, bias = draw(192, 96, 3), draw(192)
+    counts = []
+    for batch, time in ((4, 700), (3, 1024), (9, 513), (1, 2048)):
+        arguments = (draw(batch, 96, time), weight, bias), {"activation": "silu", "dilation": 2}
+        arguments[1]["lengths"] = torch.arange(batch) * time // batch
+        first, again = (dict(evaluate(s2s.causal_conv1d, prepare(arguments), noise_like)) for _ in range(2))
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+        counts.append(len(triton_kernels.dense_kernel.device_caches[torch.cuda.current_device()][0]))
+    assert counts == counts[:1] * 4
+    with torch.cuda.stream(torch.cuda.Stream()):
+        whole = s2s.causal_conv1d(*arguments[0], **arguments[1])
+    torch.cuda.synchronize()
+    compiled_whole = torch.compile(s2s.causal_conv1d, fullgraph=True)(*arguments[0], **arguments[1])
+    assert torch.equal(whole, compiled_whole)
+
+
+# What the compiler makes of the kernels
+
+
+TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What each launch of the calls in compiled_convolution.py compiles to: the interpreter is of another process."""
+
+    def compile_for(arch):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+        program = Path(__file__).parent / "compiled_convolution.py"
+        run = subprocess.run(
+            [sys.executable, program, str(arch)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+        return [json.loads(line) for line in run.stdout.splitlines()]
+
+    return compile_for
+
+
+@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_within_the_limits_and_onto_tensor_cores(compiled, arch):
+    kernels = compiled(arch)
+    assert {kernel["name"] for kernel in kernels} == {
+        "dense_kernel", "dense_weight_kernel", "bias_kernel", "reduce_kernel", "depthwise_kernel",
+        "depthwise_weight_kernel", "finish_kernel", "activation_gradient_kernel",
+    }  # fmt: skip
+    for kernel in kernels:
+        assert kernel["local"] == kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= SHARED[arch], kernel
+        if kernel["name"] in ("dense_kernel", "dense_weight_kernel") and kernel["dtype"] != "float32":
+            assert any(word in kernel["operations"] for word in TENSOR_CORES[arch]), kernel
+        if kernel["name"] == "dense_kernel" and kernel["precision"] == "high":
+            assert any(word in kernel["operations"] for words in TENSOR_CORES.values() for word in words), kernel
