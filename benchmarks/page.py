@@ -26,7 +26,8 @@ METHOD = (
     "The limit of a call is the least time that the measured peak of fused multiply-adds and the measured bandwidth of "
     "the level of memory that holds its data allow. Exponentials and tanh count as nothing, so attention, and above "
     "all additive attention, can't reach it; a recurrence can exceed it, where part of its weights stays in a nearer "
-    "level from step to step.",
+    "level from step to step, or where a tile unit makes its products from bfloat16 planes faster than multiply-adds "
+    "can.",
     "Memory is the peak of torch's own allocator over the level before one call; what libraries take beside it isn't "
     "seen.",
     "Point at a row to see in which operations each entrant spent its time. torch.compile, which takes up to a minute "
