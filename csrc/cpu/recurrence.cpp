@@ -322,8 +322,7 @@ class Backward : Runner<S> {
   bool unpacked_ih() const { return plan_.slots() <= 192 && !this->tiled_ih(); }
   // Whether the weights' gradients, sums over positions, are the tile unit's.
   bool tiled_gradients() const {
-    return plan_.slots() >= Base::worth_tiles &&
-           S2S_SELECT(RecurrenceProducts<C>::tiled)(s_.gate_units, std::min(s_.inputs, s_.width), plan_.slots());
+    return this->worth_tiles() && S2S_SELECT(RecurrenceProducts<C>::tiled)(s_.gate_units, std::min(s_.inputs, s_.width), plan_.slots());
   }
   // Of one row, and of a packed sequence, x's gradient has the order of the slots: products make it there.
   bool in_place() const { return std::is_same_v<S, C> && (a_.packed || s_.batch == 1); }

@@ -271,10 +271,9 @@ class Runner {
 
   int64_t packed_size(int64_t n, int64_t k, bool tiled) const { return S2S_SELECT(RecurrenceProducts<C>::packed_size)(n, k, tiled); }
   // Whether the products with W_ih and those with W_hh are the tile unit's: whatever the number of threads.
-  static constexpr int64_t worth_tiles = 64;  // rows in all that make up for packing W_ih
-  bool tiled_ih() const {
-    return plan_.slots() >= worth_tiles && S2S_SELECT(RecurrenceProducts<C>::tiled)(plan_.slots(), s_.gate_units, s_.inputs);
-  }
+  bool tiled_ih() const { return worth_tiles() && S2S_SELECT(RecurrenceProducts<C>::tiled)(plan_.slots(), s_.gate_units, s_.inputs); }
+  // Whether there are positions enough to make up for packing, which takes the tile unit's factors longer.
+  bool worth_tiles() const { return plan_.slots() >= 64 && plan_.slots() * s_.gate_units * s_.inputs > (1 << 20); }
   bool tiled_hh() const { return s_.time > 1 && tiled_hh(plan_.schedule.lanes); }
   bool tiled_hh(int64_t lanes) const { return S2S_SELECT(RecurrenceProducts<C>::tiled)(lanes, s_.gate_units, s_.width); }
   // Of a step of so many lanes, in rows of a product on the multipliers; reading the weights costs as much as one.

@@ -402,7 +402,7 @@ def test_int32_lengths_unsorted(cell):
 def test_what_is_not_finite_reaches_what_it_should(cell, value, where):
     """One such element among products of many rows: it reaches what the definition lets it reach, and nothing else
     loses its precision."""
-    function, (args, kwargs) = sample(cell, 20, 4, 40, 36, state=True)
+    function, (args, kwargs) = sample(cell, 35, 14, 50, 52, state=True)
     leaves = {"x": args[0], "weight_ih": args[1], "weight_hh": args[2], "h0": kwargs["h0"]}
     leaves[where].view(-1)[7] = value
     assert not broken(function, (args, kwargs))
@@ -410,7 +410,7 @@ def test_what_is_not_finite_reaches_what_it_should(cell, value, where):
 
 @every_cell
 def test_a_gradient_that_is_no_number(cell):
-    function, arguments = sample(cell, 20, 4, 40, 36, state=True)
+    function, arguments = sample(cell, 35, 14, 50, 52, state=True)
 
     def spoiled(*args, **kwargs):
         output, *states = function(*args, **kwargs)
