@@ -302,7 +302,8 @@ class Runner {
     if (threads == 1 || slots * s_.gate_units * (s_.inputs + s_.width) < (1 << 18)) return split;
     const int64_t weights = s_.gate_units * s_.width, a_step = weights * slots / std::max<int64_t>(1, plan_.schedule.steps);
     const bool separable = !a_.norm_ih && !a_.weight_hr && a_step >= (1 << 16) * threads;
-    const bool half_tiles = tiled_hh() && plan_.schedule.lanes <= 12 * threads;  // a few rows of a tile take the time of all
+    // A few rows of a tile take the time of all, which is worth a barrier where that time is long.
+    const bool half_tiles = tiled_hh() && plan_.schedule.lanes <= 12 * threads && a_step >= (1 << 19) * threads;
     if (separable && (plan_.schedule.lanes < 2 * threads || half_tiles || weights * static_cast<int64_t>(sizeof(C)) > (3 << 19)))
       split.slices = std::min(threads, std::max<int64_t>(1, s_.hidden / 32));
     if (split.slices == 1) split.groups = std::max<int64_t>(1, std::min(threads, plan_.schedule.lanes));

@@ -504,12 +504,18 @@ def test_rows_long_enough_for_products_of_their_own(cell, dtype, batch, time, hi
 
 
 @pytest.mark.parametrize("cell, hidden", [("lstm", 256), ("lstm", 272), ("gru", 305), ("rnn_tanh", 529)])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 14])
 @needs_extension
 def test_threads_that_share_the_units_of_few_rows(cell, hidden, batch):
     """The same bits whoever has which units, and the definition's values: to torch's tolerance, since sums of so many
     terms round by their order."""
-    options = {"lengths": (7, 4, 0)[:batch], "reset": 0.2, "recurrent_mask": True, "zoneout": 0.1, "training": True}
+    options = {
+        "lengths": ((7, 4, 0) * 5)[:batch] if batch < 14 else (7,) * 14,
+        "reset": 0.2,
+        "recurrent_mask": True,
+        "zoneout": 0.1,
+        "training": True,
+    }
     function, arguments = sample(cell, batch, 7, 5, hidden, state=True, **options)
     threads, runs = torch.get_num_threads(), []
     try:
