@@ -643,9 +643,14 @@ def test_explains():
 
 
 @st.composite
-def drawn_calls(draw, cell):
-    batch, time = draw(st.integers(0, 5)), draw(st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6]))  # one step has its own ways
-    inputs, hidden = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+def drawn_calls(draw, cell, many=False):
+    """many: rows and units enough for the products of large batches."""
+    if many:
+        batch, time = draw(st.integers(11, 40)), draw(st.integers(2, 9))
+        inputs, hidden = draw(st.integers(32, 66)), draw(st.integers(32, 66))
+    else:
+        batch, time = draw(st.integers(0, 5)), draw(st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6]))  # one step has its ways
+        inputs, hidden = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     options = {
         "bias": draw(st.booleans()),
         "state": True,
@@ -671,4 +676,11 @@ def drawn_calls(draw, cell):
 @given(data=st.data())
 def test_any_call(cell, data):
     function, arguments = data.draw(drawn_calls(cell))
+    assert not broken(function, arguments)
+
+
+@every_cell
+@given(data=st.data())
+def test_any_call_of_many_rows(cell, data):
+    function, arguments = data.draw(drawn_calls(cell, many=True))
     assert not broken(function, arguments)
