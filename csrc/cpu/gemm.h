@@ -3,7 +3,8 @@
 // The rule of order, which makes the bits independent of how callers split m or n over threads, and of the path taken: k is cut into blocks
 // of gemm_kc; in a block each element of C has one accumulator, starting at 0, to which fma(a, b, .) is applied for k ascending; blocks are
 // added to C in ascending order (the first replaces C unless accumulating). Every tile shape obeys it, so gemm and gemm_packed agree to the
-// bit as well. Splitting k would change the bits.
+// bit as well. Splitting k would change the bits. A caller whose sums are long may ask for an accumulator for each `run` of k of a block, a
+// multiple of 4; a block's are added in ascending order.
 //
 // A tile is `rows` rows by `panels` panels of gemm_nr columns, wide enough in either direction to keep the multipliers busy. B is packed
 // panel by panel into a buffer of first-level-cache size just before use; rows-by-unit-stride B with few rows of A is read in place, as
@@ -31,7 +32,8 @@ constexpr int64_t gemm_min(int64_t a, int64_t b) { return a < b ? a : b; }
 // nearer for every other k.
 template <class T, int ROWS, int PANELS>
 __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
-                                         int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step) {
+                                         int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step,
+                                         int64_t run = gemm_kc) {
   // A pointer for every three rows or panels, which an address reaches with its index times 0, 1 or 2: one a row would not fit the
   // registers, and their exchange with vector registers takes the multipliers' ports. The compiler must not see where they come from.
   constexpr int row_bases = (ROWS + 2) / 3, panel_bases = (PANELS + 2) / 3;
@@ -61,22 +63,38 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_ro
     for (int p = 0; p < panel_bases; ++p) right[p] += b_row;
   };
   int64_t k = 0;
-  for (; k + 4 <= depth; k += 4) {
-    multiply(0);
-    multiply(1);
-    if (ROWS > 3) __builtin_prefetch(ahead, 0, 2);
-    multiply(2);
-    multiply(3);
-    if (ROWS > 3) __builtin_prefetch(ahead + ahead_step, 0, 2);
-    ahead += 2 * ahead_step;
+  Vec<T> total[ROWS][2 * PANELS];
+  for (int64_t stop = gemm_min(run, depth);; stop = gemm_min(stop + run, depth)) {
+    for (; k + 4 <= stop; k += 4) {
+      multiply(0);
+      multiply(1);
+      if (ROWS > 3) __builtin_prefetch(ahead, 0, 2);
+      multiply(2);
+      multiply(3);
+      if (ROWS > 3) __builtin_prefetch(ahead + ahead_step, 0, 2);
+      ahead += 2 * ahead_step;
 #pragma GCC unroll 16
-    for (int i = 0; i < row_bases; ++i) left[i] += 4;
+      for (int i = 0; i < row_bases; ++i) left[i] += 4;
+    }
+    if (stop == depth) break;
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < 2 * PANELS; ++j) {
+        total[i][j] = k > run ? total[i][j] + sum[i][j] : sum[i][j];
+        sum[i][j] = Vec<T>{};
+      }
   }
   for (; k < depth; ++k) {
     multiply(0);
 #pragma GCC unroll 16
     for (int i = 0; i < row_bases; ++i) left[i] += 1;
   }
+  if (run < depth)
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < 2 * PANELS; ++j) sum[i][j] = total[i][j] + sum[i][j];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 16
@@ -94,14 +112,14 @@ __attribute__((noinline)) void gemm_tile(int64_t depth, const T* a, int64_t a_ro
 // As gemm_tile, for any number of rows up to gemm_mr, over one panel or (if `wide`) gemm_wide(rows) of them.
 template <class T, int ROWS = gemm_mr>
 void gemm_rows(int64_t rows, bool wide, int64_t depth, const T* a, int64_t a_row, const T* b, int64_t b_panel, int64_t b_row, T* c,
-               int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step) {
+               int64_t c_row, bool add, int64_t columns, const char* ahead, int64_t ahead_step, int64_t run = gemm_kc) {
   if (rows == ROWS) {
     if (wide)
-      gemm_tile<T, ROWS, gemm_wide(ROWS)>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step);
+      gemm_tile<T, ROWS, gemm_wide(ROWS)>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step, run);
     else
-      gemm_tile<T, ROWS, 1>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step);
+      gemm_tile<T, ROWS, 1>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step, run);
   } else if constexpr (ROWS > 1) {
-    gemm_rows<T, ROWS - 1>(rows, wide, depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step);
+    gemm_rows<T, ROWS - 1>(rows, wide, depth, a, a_row, b, b_panel, b_row, c, c_row, add, columns, ahead, ahead_step, run);
   }
 }
 
@@ -299,7 +317,7 @@ struct GemmAhead {
 // The columns [0, n) of one block of rows and of k, from panels: those of B itself (rows `right_row` apart) or packed ones.
 template <class T>
 void gemm_block(int64_t rows, int64_t n, int64_t depth, const T* left, int64_t left_row, const T* right, int64_t right_panel,
-                int64_t right_row, T* c, int64_t c_row, bool add, GemmAhead* ahead = nullptr) {
+                int64_t right_row, T* c, int64_t c_row, bool add, GemmAhead* ahead = nullptr, int64_t run = gemm_kc) {
   constexpr int64_t nr = gemm_nr<T>;
   const int64_t groups = (rows + gemm_mr - 1) / gemm_mr, wide = groups == 1 ? gemm_wide(static_cast<int>(rows)) : 1;
   for (int64_t j = 0; j < n;) {
@@ -320,7 +338,7 @@ void gemm_block(int64_t rows, int64_t n, int64_t depth, const T* left, int64_t l
         }
       }
       gemm_rows<T>(count, is_wide && wide > 1, depth, a, left_row, right + j / nr * right_panel, right_panel, right_row,
-                   c + begin * c_row + j, c_row, add, last, fetched, step);
+                   c + begin * c_row + j, c_row, add, last, fetched, step, run);
     }
     j += panels * nr;
   }

@@ -392,6 +392,8 @@ struct RecurrenceProducts {
   }
   // The rows of a weight's gradient that one task makes, and the positions whose values are packed together.
   static constexpr int64_t gradient_rows = gemm_mc, gradient_depth = gemm_kc;
+  // Positions whose sum has one accumulator: eager code, whose sums are of one step each, loses little by rounding, and nor must this.
+  static constexpr int64_t gradient_run = 64;
 
   // Rows [first, last) of grad^T (gates, N), at most gradient_rows of them, times each of the factors (N, columns), which are packed by
   // pack_row, gradient_depth positions at a time, or by pack_pair as the first of `capacity` positions.
@@ -415,7 +417,7 @@ struct RecurrenceProducts {
       copy_transposed(depth, last - first, grad + k * grad_row + first, grad_row, int64_t{1}, workspace, row);
       for (const GradientFactor<C>* f = factors; f < factors + count; ++f)
         gemm_block<C>(last - first, f->columns, depth, workspace, row, f->packed + k * panels(f->columns) * gemm_nr<C>, depth * gemm_nr<C>,
-                      gemm_nr<C>, f->to + first * f->columns, f->columns, add || k > 0);
+                      gemm_nr<C>, f->to + first * f->columns, f->columns, add || k > 0, nullptr, gradient_run);
     }
   }
 
