@@ -91,19 +91,18 @@ class Forward : Runner<S> {
     // Weights that are used but a few times would take longer to pack, and those that come from beyond the second-level cache come as fast
     // unpacked. Dot products round in another order than products do, so who makes them must not depend on the threads.
     const bool dots = std::is_same_v<C, float> && p.weight_ih.unit == 1 && p.weight_hh.unit == 1;
-    const int64_t few = S2S_SELECT(UnpackedProduct<S>::few), lanes = plan_.schedule.lanes;
+    const int64_t lanes = plan_.schedule.lanes;
     const bool far = s_.gate_units * s_.width * static_cast<int64_t>(sizeof(C)) > (3 << 19);
-    const bool soon = far || plan_.schedule.steps <= S2S_SELECT(UnpackedProduct<S>::few_steps);
+    const bool soon = far || plan_.schedule.steps <= S2S_SELECT(UnpackedProduct<S>::few_steps)(s_.gate_units, s_.width);
     p.unpacked_hh = !p.dropout && (s_.time == 1 || (dots && lanes == 1 && soon));
-    const auto product = [&](int64_t rows) {
-      return dots && rows <= few ? S2S_SELECT(UnpackedProduct<S>::run_dots) : S2S_SELECT(UnpackedProduct<S>::run);
-    };
-    p.product_ih = product(plan_.slots()), p.product_hh = product(lanes);
+    const auto product = S2S_SELECT(UnpackedProduct<S>::product);
+    p.product_ih = product(dots, plan_.slots(), s_.gate_units, s_.inputs), p.product_hh = product(dots, lanes, s_.gate_units, s_.width);
     // Step after step, weights that exceed the cache are found there in part when they are walked to and fro. A sum of two products is the
     // same whichever comes first.
     static thread_local bool turn = false;
-    p.backwards = p.unpacked_hh && s_.time == 1 && dots && lanes <= few && (turn = !turn);
-    p.tiled_ih = s_.time > 1 && this->tiled_ih();
+    p.backwards =
+        p.unpacked_hh && s_.time == 1 && dots && S2S_SELECT(UnpackedProduct<S>::few)(lanes, s_.gate_units, s_.width) && (turn = !turn);
+    p.tiled_ih = s_.time > 1 && this->tiled_ih() && !S2S_SELECT(UnpackedProduct<S>::splits)(dots, plan_.slots(), s_.gate_units, s_.inputs);
     p.tiled_hh = !p.unpacked_hh && this->tiled_hh();
     p.unpacked_ih = s_.time == 1 || (plan_.slots() < p.block_rows && !p.tiled_ih);
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.

@@ -78,7 +78,7 @@ class RecurrenceForwardPart {
                                   Products::pack_workspace(p.inputs + p.width)
                             : 0;
     weights += Products::workspace(blocks, p.inputs > p.width ? p.inputs : p.width, p.tiled_ih || p.tiled_hh);
-    if (p.unpacked_ih) weights += gemm_workspace<C>(blocks, units, p.inputs > p.width ? p.inputs : p.width);
+    if (p.unpacked_ih) weights += Products::unpacked_workspace(blocks, gates, p.inputs > p.width ? p.inputs : p.width);
     return blocks * (gates + (p.x_rows ? 0 : p.inputs + gemm_row_pad)) + rows * (3 * p.width + 2 * units + gates) + 3 * (p.width + units) +
            weights + 20 * 16;
   }
@@ -206,10 +206,10 @@ class RecurrenceForwardPart {
   // C = or += A W^T, the rows of W that this part has.
   void unpacked_product(Unpacked<C> product, int64_t rows, int64_t columns, const C* a, int64_t a_row, const Source<C>& w, C* to, bool add,
                         bool backwards) {
-    const int64_t gates = gates_ / units_;
-    for (int64_t i = 0; i < gates; ++i) {
-      const int64_t gate = backwards ? gates - 1 - i : i;
-      product(rows, units_, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.unit, w.batch, to + gate * units_,
+    const int64_t at_once = units_ == p_.hidden ? gates_ : units_, parts = gates_ / at_once;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t gate = backwards ? parts - 1 - i : i;
+      product(rows, at_once, columns, a, a_row, w.data, (gate * p_.hidden + part_.unit) * w.batch, w.unit, w.batch, to + gate * at_once,
               gates_, add, backwards, scratch_);
     }
   }

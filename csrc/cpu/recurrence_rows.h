@@ -96,12 +96,36 @@ S2S_INLINE Vec<float> sums_of(const Vec<float> (&v)[16]) {
 }
 #endif
 
+inline constexpr int64_t most_split = 128;  // rows of A, more of which make up for packing W for the tile unit
+inline constexpr int64_t split_rows = 32;   // of W, whose planes the first-level cache holds
+
 // Weights that are used but few times, read where they lie.
 template <class S>
 struct UnpackedProduct {
   using C = compute_t<S>;
-  static constexpr int64_t few = 12;        // rows of A that take less time so than packing takes
-  static constexpr int64_t few_steps = 32;  // the same, of one row after another
+  // Steps of one row after another that take less time so than packing takes.
+  static int64_t few_steps(int64_t n, int64_t k) { return large(n, k) ? 48 : 32; }
+  // Whether W, of n columns, is large, so that packing it takes time.
+  static bool large(int64_t n, int64_t k) { return n * k >= 1 << 17; }
+  // Whether dot products of m rows of A with W take less time than packing W.
+  static bool few(int64_t m, int64_t n, int64_t k) { return m <= (large(n, k) ? 20 : 12); }
+  // Whether m rows are best multiplied on the tile unit by weights that are split as they lie. dots: B is float32 and its columns are
+  // contiguous.
+  static bool splits(bool dots, int64_t m, int64_t n, int64_t k) {
+#if defined(S2S_TILE_UNIT)
+    const bool pays = large(n, k) ? m >= 64 || 5 * m >= 4 * ((m + 31) / 32 * 32) : n * k >= 1 << 15 && m >= 64;
+    return dots && std::is_same_v<S, float> && m <= most_split && n >= 32 && k >= 32 && pays;
+#else
+    return false;
+#endif
+  }
+  // The fastest of those below.
+  static Unpacked<C> product(bool dots, int64_t m, int64_t n, int64_t k) {
+#if defined(S2S_TILE_UNIT)
+    if (splits(dots, m, n, k)) return run_split;
+#endif
+    return dots && few(m, n, k) ? run_dots : run;
+  }
 
   // C (m, n) = or += A (m, k) times B (k, n).
   static void run(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t b_row, int64_t b_col,
@@ -109,6 +133,40 @@ struct UnpackedProduct {
     const S* const from = static_cast<const S*>(b) + b_offset;
     gemm<C, C, S>(m, n, k, a, a_row, 1, from, b_row, b_col, c, c_row, add, workspace);
   }
+
+#if defined(S2S_TILE_UNIT)
+  // The same on the tile unit, for columns that are contiguous, as those of W^T: as the transpose of W times A^T, so that W, the larger
+  // one, is split as it lies and used at once.
+  static void run_split(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_row, const void* b, int64_t b_offset, int64_t, int64_t b_col,
+                        C* c, int64_t c_row, bool add, bool backwards, C* workspace) {
+    if constexpr (std::is_same_v<S, float>) {
+      const float* const w = static_cast<const float*>(b) + b_offset;
+      const auto take = [&](int64_t count) {
+        float* const place = workspace;
+        workspace += (count + 15) / 16 * 16;
+        return place;
+      };
+      const int64_t row = (m + 15) / 16 * 16, blocks = (n + split_rows - 1) / split_rows;
+      workspace = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64);
+      float* const right = take(split_packed_size(m, k));
+      float* const product = take(split_rows * row);
+      float* const turned = take(add ? split_rows * row : 0);
+      for (int64_t j = 0; j < split_columns(m); ++j)
+        split_pack_column(j, k, m - 16 * j, S2S_LAMBDA(int64_t i) { return a + (16 * j + i) * a_row; }, right);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t j = (backwards ? blocks - 1 - block : block) * split_rows, columns = gemm_min(split_rows, n - j);
+        split_product(columns, m, k, w + j * b_col, b_col, right, product, row, false, false, workspace);
+        copy_transposed(columns, m, product, row, int64_t{1}, add ? turned : c + j, add ? split_rows : c_row);
+        for (int64_t i = 0; add && i < m; ++i)
+          each_vector<float>(
+              columns, S2S_LAMBDA(auto at, int64_t l) {
+                float* const to = c + i * c_row + j + l;
+                at.put(to, at.get(to) + at.get(turned + i * split_rows + l));
+              });
+      }
+    }
+  }
+#endif
 
   // The same for few rows and for columns that are contiguous, as those of W^T: dot products. Each has one vector of sums, whatever others
   // are made beside it. Walked `backwards` if asked, a caller finds in the cache what it used last the time before.
@@ -149,6 +207,7 @@ struct UnpackedProduct {
 #pragma GCC unroll 16
       for (int j = 0; j < N; ++j) {
         const Vec<C> weights = load(row[j] + at);
+        if (M > 1) __builtin_prefetch(row[j] + at + N * w_row);  // the next rows, while the multipliers work
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i) sum[i * N + j] = fma(left[i], weights, sum[i * N + j]);
       }
@@ -176,7 +235,15 @@ struct UnpackedProduct {
 
 template <class C>
 struct RecurrenceProducts {
-  static int64_t unpacked_workspace(int64_t m, int64_t n, int64_t k) { return gemm_workspace<C>(m, n, k); }
+  static int64_t unpacked_workspace(int64_t m, int64_t n, int64_t k) {
+    int64_t size = gemm_workspace<C>(m, n, k);
+#if defined(S2S_TILE_UNIT)
+    const int64_t rows = gemm_min(m, most_split);
+    if (std::is_same_v<C, float>)
+      size = std::max(size, split_packed_size(rows, k) + split_workspace(split_rows, k) + 2 * split_rows * (rows + 16) + 64);
+#endif
+    return size;
+  }
   static int64_t panels(int64_t columns) { return (columns + gemm_nr<C> - 1) / gemm_nr<C>; }
   // Scratch for packing.
   static int64_t pack_workspace(int64_t columns) { return (gemm_nr<C> + 1) * (columns + lanes<C>); }
