@@ -86,32 +86,54 @@ void pack_transposed_weights(const View<const S, 3>& weight, int64_t groups, int
   }
 }
 
+// A convolution cut into tiles of time, each of one group of one row of the batch.
 template <class In, class Out>
-void convolve(Convolution<In, Out> p) {
+class Tiles {
   using C = compute_t<In>;
-  p.stream = p.batch * p.outputs * (p.end - p.begin) * static_cast<int64_t>(sizeof(Out)) > (int64_t{8} << 20);
-  const int64_t channels = p.channels / p.groups, outputs = p.outputs / p.groups, length = p.end - p.begin;
-  const int64_t width = std::min(tile_width(channels), (length + 63) / 64 * 64);
-  if (length <= 0 || p.batch == 0 || p.outputs == 0) return;
-  const int64_t tiles = (length + width - 1) / width, tasks = p.batch * p.groups * tiles;
-  const int64_t row_elements = p.taps * std::max<int64_t>(channels, 1) * (width + 16), u_elements = 6 * (width + 16),
-                tap_bytes = p.taps * 32;
-  const int64_t bytes = Workspace::bytes<C>(row_elements) + Workspace::bytes<C>(u_elements) + Workspace::bytes<uint8_t>(tap_bytes);
-  const int64_t threads = std::min(thread_count(), tasks);
-  Workspace workspace(threads * bytes);
-  uint8_t* scratch = workspace.take<uint8_t>(threads * bytes);
+
+ public:
+  explicit Tiles(const Convolution<In, Out>& p) : p_(p) {
+    const int64_t channels = p.channels / p.groups, length = p.end - p.begin;
+    p_.stream = p.batch * p.outputs * length * static_cast<int64_t>(sizeof(Out)) > beyond_caches;
+    width_ = std::min(tile_width(channels), (length + 63) / 64 * 64);
+    each_ = length > 0 ? (length + width_ - 1) / width_ : 0;
+    row_bytes_ = Workspace::bytes<C>(p.taps * std::max<int64_t>(channels, 1) * (width_ + 16));
+    u_bytes_ = Workspace::bytes<C>(6 * (width_ + 16));
+  }
+  int64_t each() const { return each_; }  // tiles of a group of a row
+  int64_t work() const { return std::max<int64_t>(1, width_ * (p_.outputs / p_.groups) * (p_.channels / p_.groups) * p_.taps); }
+  int64_t scratch() const { return row_bytes_ + u_bytes_ + Workspace::bytes<uint8_t>(p_.taps * 32); }  // bytes, for each thread
+
+  void run(int64_t b, int64_t group, int64_t tile, uint8_t* scratch) const {
+    const int64_t t0 = p_.begin + tile * width_;
+    S2S_SELECT(ConvolutionKernels<In, Out>::tile)
+    (p_, b, group, t0, std::min(width_, p_.end - t0), scratch + row_bytes_ + u_bytes_, reinterpret_cast<C*>(scratch),
+     reinterpret_cast<C*>(scratch + row_bytes_));
+  }
+  // After a thread's last tile.
+  void end() const {
+    if (p_.stream) S2S_SELECT(ConvolutionKernels<In, Out>::end_of_stream)();
+  }
+
+ private:
+  Convolution<In, Out> p_;
+  int64_t width_, each_, row_bytes_, u_bytes_;
+};
+
+template <class In, class Out>
+void convolve(const Convolution<In, Out>& p) {
+  const Tiles<In, Out> tiles(p);
+  const int64_t tasks = p.outputs ? p.batch * p.groups * tiles.each() : 0, threads = std::min(thread_count(), tasks);
+  Workspace workspace(threads * tiles.scratch());
+  uint8_t* scratch = workspace.take<uint8_t>(threads * tiles.scratch());
   std::atomic<int64_t> next{0};
-  const int64_t work = std::max<int64_t>(1, width * outputs * channels * p.taps);
-  const auto tile = S2S_SELECT(ConvolutionKernels<In, Out>::tile);
-  parallel(tasks, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
-    uint8_t* own = scratch + next.fetch_add(1) * bytes;
-    C* rows = reinterpret_cast<C*>(own);
-    C* u = reinterpret_cast<C*>(own + Workspace::bytes<C>(row_elements));
-    void* taps = own + Workspace::bytes<C>(row_elements) + Workspace::bytes<C>(u_elements);
+  parallel(tasks, std::max<int64_t>(1, (1 << 17) / tiles.work()), [&](int64_t begin, int64_t end) {
+    uint8_t* own = scratch + next.fetch_add(1) * tiles.scratch();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t0 = p.begin + task % tiles * width, bg = task / tiles;
-      tile(p, bg / p.groups, bg % p.groups, t0, std::min(width, p.end - t0), taps, rows, u);
+      const int64_t bg = task / tiles.each();
+      tiles.run(bg / p.groups, bg % p.groups, task % tiles.each(), own);
     }
+    tiles.end();
   });
 }
 
@@ -255,8 +277,14 @@ class Backward {
         widen_rows(first, count, rows, x_row);
         x = {rows + s_.span, s_.channels * x_row, x_row, 1};
       }
-      if (inputs) input_gradients(first, count, grad, packed, block);
-      if (weights) weight_gradients(first, count, grad, x, weight_sum, bias_sum);
+      const bool narrow = s_.channels / s_.groups < few_channels;
+      if (needs_.x && weights && narrow && s_.groups >= thread_count()) {
+        gradients_by_group(input_gradient(first, count, grad, packed, block), weight_gradient(first, count, grad, x, weight_sum, bias_sum));
+      } else {
+        if (needs_.x) convolve(input_gradient(first, count, grad, packed, block));
+        if (weights) weight_gradients(weight_gradient(first, count, grad, x, weight_sum, bias_sum));
+      }
+      if (needs_.state) convolve(state_gradient(first, count, grad, packed, block));
     }
     const auto narrow = S2S_SELECT(ConvolutionGradientKernels<S>::narrow);
     if (needs_.weight) {
@@ -312,36 +340,62 @@ class Backward {
     });
   }
 
-  void input_gradients(int64_t first, int64_t count, const Signal<const C>& grad, const C* packed, int64_t block) {
+  // The gradient with respect to x as a convolution of the output's.
+  Convolution<C, S> input_gradient(int64_t first, int64_t count, const Signal<const C>& grad, const C* packed, int64_t block) {
     Convolution<C, S> p{};
     p.batch = count, p.channels = s_.outputs, p.outputs = s_.channels, p.taps = s_.taps, p.groups = s_.groups;
     p.origin = s_.left, p.dilation = -s_.dilation;
     p.in = grad, p.time = s_.time;
     p.lengths = s_.lengths ? s_.lengths + first : nullptr;
     p.weights = packed, p.rows = block;
-    if (needs_.x) {
-      p.clip = p.lengths != nullptr, p.begin = 0, p.end = s_.time;
-      p.out = contiguous_signal(mutable_data<S>(grad_x_) + first * s_.channels * s_.time, s_.channels, s_.time);
-      convolve(p);
-    }
-    if (needs_.state) {
-      p.clip = false, p.begin = -s_.span, p.end = 0;
-      p.out = contiguous_signal(mutable_data<S>(grad_state_) + first * s_.channels * s_.span, s_.channels, s_.span);
-      convolve(p);
-    }
+    p.clip = p.lengths != nullptr, p.begin = 0, p.end = s_.time;
+    if (needs_.x) p.out = contiguous_signal(mutable_data<S>(grad_x_) + first * s_.channels * s_.time, s_.channels, s_.time);
+    return p;
+  }
+  Convolution<C, S> state_gradient(int64_t first, int64_t count, const Signal<const C>& grad, const C* packed, int64_t block) {
+    Convolution<C, S> p = input_gradient(first, count, grad, packed, block);
+    p.clip = false, p.begin = -s_.span, p.end = 0;
+    p.out = contiguous_signal(mutable_data<S>(grad_state_) + first * s_.channels * s_.span, s_.channels, s_.span);
+    return p;
   }
 
-  void weight_gradients(int64_t first, int64_t count, const Signal<const C>& grad, const Signal<const C>& x, C* weight_sum, C* bias_sum) {
+  WeightGradient<C> weight_gradient(int64_t first, int64_t count, const Signal<const C>& grad, const Signal<const C>& x, C* weight_sum,
+                                    C* bias_sum) {
     WeightGradient<C> p{};
     p.batch = count, p.channels = s_.channels, p.outputs = s_.outputs, p.taps = needs_.weight ? s_.taps : 0, p.groups = s_.groups;
     p.origin = -s_.left, p.dilation = s_.dilation, p.low = before_.data ? -s_.span : 0;
     p.high = high_.data() + first;
     p.grad = grad, p.x = x;
     p.grad_weight = weight_sum, p.grad_bias = needs_.bias ? bias_sum : nullptr;
-    if (needs_.weight && s_.channels / s_.groups >= 16)
+    return p;
+  }
+
+  void weight_gradients(const WeightGradient<C>& p) {
+    if (needs_.weight && s_.channels / s_.groups >= few_channels)
       weight_products(p);
     else
       weight_rows(p);
+  }
+
+  // Both gradients of a group while its part of the output's is in the cache: what few channels ask of the multipliers takes less time than
+  // memory.
+  void gradients_by_group(const Convolution<C, S>& input, const WeightGradient<C>& weight) {
+    const Tiles<C, S> tiles(input);
+    const int64_t threads = std::min(thread_count(), s_.groups), outputs = s_.outputs / s_.groups;
+    Workspace workspace(threads * tiles.scratch());
+    uint8_t* scratch = workspace.take<uint8_t>(threads * tiles.scratch());
+    std::atomic<int64_t> next{0};
+    const auto rows = S2S_SELECT(ConvolutionGradientKernels<S>::weight_rows);
+    const int64_t work = 2 * input.batch * tiles.each() * tiles.work() + 1;
+    parallel(s_.groups, std::max<int64_t>(1, (1 << 17) / work), [&](int64_t begin, int64_t end) {
+      uint8_t* own = scratch + next.fetch_add(1) * tiles.scratch();
+      for (int64_t group = begin; group < end; ++group) {
+        for (int64_t b = 0; b < input.batch; ++b)
+          for (int64_t tile = 0; tile < tiles.each(); ++tile) tiles.run(b, group, tile, own);
+        for (int64_t at = 0; at < outputs; at += 4) rows(weight, group, at, std::min<int64_t>(4, outputs - at));
+      }
+      tiles.end();
+    });
   }
 
   // Channels fill vectors: a matrix product for each tap.
@@ -393,6 +447,8 @@ class Backward {
       }
     });
   }
+
+  static constexpr int64_t few_channels = 16;  // of a group, which don't fill vectors
 
   const Shape s_;
   const Needs needs_;

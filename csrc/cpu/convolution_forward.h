@@ -119,15 +119,13 @@ void accumulate_block(int64_t rows, const Tap<C>* taps, int64_t count, const C* 
 
 // One channel, K taps, all lanes of [at, width) present: inputs are read and outputs written once, past the cache where `stream`.
 template <int K, class C>
-void accumulate_line(const Tap<C>* taps, int64_t count, const C* weights, C start, int64_t at, int64_t width, C* u, bool stream) {
+void accumulate_line(const Tap<C>* taps, int64_t count, const C* weights, C start, int64_t at, int64_t width, C* u, bool streams) {
   constexpr int64_t V = 4;
   Vec<C> scale[K ? K : 1];
   const C* x[K ? K : 1];
   for (int k = 0; k < K; ++k) scale[k] = broadcast(weights[k]), x[k] = taps[k].x;
   const int64_t step = V * lanes<C>;
-#if defined(__x86_64__)
-  if (stream && reinterpret_cast<uintptr_t>(u + at) % S2S_VECTOR_BYTES != 0) stream = false;
-#endif
+  if (reinterpret_cast<uintptr_t>(u + at) % S2S_VECTOR_BYTES != 0) streams = false;
   for (; at < width; at += step) {
     Vec<C> sum[V];
     for (int v = 0; v < V; ++v) sum[v] = broadcast(start);
@@ -141,22 +139,13 @@ void accumulate_line(const Tap<C>* taps, int64_t count, const C* weights, C star
         for (int v = 0; v < V; ++v) sum[v] = fma(w, load(taps[k].x + at + v * lanes<C>), sum[v]);
       }
     }
-#if defined(__x86_64__)
-    if (stream) {
-      for (int v = 0; v < V; ++v) {
-        if constexpr (sizeof(C) == 4)
-          S2S_MM(stream_ps)(reinterpret_cast<float*>(u + at + v * lanes<C>), sum[v]);
-        else
-          S2S_MM(stream_pd)(reinterpret_cast<double*>(u + at + v * lanes<C>), sum[v]);
-      }
-      continue;
+    for (int v = 0; v < V; ++v) {
+      if (streams)
+        stream(u + at + v * lanes<C>, sum[v]);
+      else
+        store(u + at + v * lanes<C>, sum[v]);
     }
-#endif
-    for (int v = 0; v < V; ++v) store(u + at + v * lanes<C>, sum[v]);
   }
-#if defined(__x86_64__)
-  if (stream) _mm_sfence();
-#endif
 }
 
 template <class C>
@@ -317,6 +306,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
 
 template <class In, class Out>
 struct ConvolutionKernels {
+  static void end_of_stream() { stream_end(); }
   static constexpr auto tile = &convolution_tile<In, Out>;
   static constexpr auto finish =
       static_cast<void (*)(Activation, const compute_t<Out>*, const compute_t<Out>*, const Out*, int64_t, Out*, int64_t)>(

@@ -106,7 +106,8 @@ class Forward : Runner<S> {
     p.tiled_hh = !p.unpacked_hh && this->tiled_hh();
     p.unpacked_ih = s_.time == 1 || (plan_.slots() < p.block_rows && !p.tiled_ih);
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
-    p.streams = plan_.slots() * s_.gate_units * static_cast<int64_t>(sizeof(C)) > (4 << 20) && s_.hidden % (64 / sizeof(C)) == 0;
+    const int64_t kept_row = s_.gate_units + (p.extra ? s_.hidden : 0) + (p.normed ? p.normed_row() : 0);
+    p.streams = plan_.slots() * kept_row * static_cast<int64_t>(sizeof(C)) > beyond_caches && s_.hidden % (64 / sizeof(C)) == 0;
     for (const void* kept : {to.gates, to.extra, to.normed})
       if (reinterpret_cast<uintptr_t>(kept) % 64 != 0) p.streams = false;
 

@@ -259,6 +259,26 @@ def test_the_same_bits_on_any_number_of_threads(groups):
 
 
 @needs_extension
+def test_results_that_no_cache_holds():
+    """They are written past the caches: the same bits as those of parts that are not, and their gradients."""
+    time = (1 << 21) + 5
+    x, weight, bias = torch.randn(1, 5, time), torch.randn(5, 1, 3), torch.randn(5)
+    x.requires_grad_()
+    y = s2s.causal_conv1d(x, weight, bias, dilation=3, groups=5)
+    part = slice(time - 1000, time)
+    before = x[..., part.start - 6 : part.start].detach()
+    assert y.nbytes > 2**25
+    assert torch.equal(
+        y[..., part], s2s.causal_conv1d(x[..., part], weight, bias, dilation=3, groups=5, initial_state=before)
+    )
+    upstream = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    piece = x[..., part].detach().requires_grad_()
+    y_piece = s2s.causal_conv1d(piece, weight, bias, dilation=3, groups=5, initial_state=before)
+    assert torch.equal(grad[..., part], torch.autograd.grad(y_piece, piece, upstream[..., part])[0])
+
+
+@needs_extension
 def test_step_compiles_whole():
     draw = Draw()
     weight, frames = draw(4, 4, 3, scale=0.3), draw(6, 2, 4)

@@ -569,6 +569,22 @@ def test_more_positions_than_backward_takes_at_once(cell, reverse):
     assert not broken(functools.partial(function, reverse=reverse), arguments)
 
 
+@pytest.mark.parametrize("cell, time, norm", [("lstm", 1024, False), ("lstm", 400, True), ("gru", 1280, False)])
+def test_what_forward_keeps_and_no_cache_holds(cell, time, norm):
+    """40 MiB are written past the caches; 20 of each half of the batch are not, and give the same gradients."""
+    function, arguments = sample(cell, 4, time, 5, 512, layer_norm=norm, scale=0.02)
+    args, kwargs = prepare(arguments)
+    upstream = torch.randn(4, time, 512)
+    x, *parameters = args
+    found = torch.autograd.grad(function(x, *parameters, **kwargs)[0], args, upstream)
+    halves = [
+        torch.autograd.grad(function(x[i], *parameters, **kwargs)[0], args, upstream[i])
+        for i in (slice(2), slice(2, 4))
+    ]
+    for whole, first, second in zip(found, *halves, strict=True):
+        torch.testing.assert_close(whole, first + second, atol=1e-4, rtol=1e-4)
+
+
 @every_cell
 @both_backends
 def test_packed_sequences_are_their_present_positions(cell, backend):
