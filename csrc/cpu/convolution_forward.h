@@ -224,12 +224,13 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
 
   const int64_t reach = (p.taps - 1) * p.dilation;  // from the first tap to the last; negative for the gradient
   const int64_t earliest = t0 + p.origin + min<int64_t>(0, reach);
-  // Channels whose rows lie a multiple of 512 bytes apart crowd into few sets of the first-level cache, more so where taps read across
-  // lines: one copy for all taps serves several blocks of outputs.
-  const bool crowded = p.in.channel * static_cast<int64_t>(sizeof(In)) % 512 == 0 && channels >= 16 && outputs >= 4 * p.rows &&
-                       reach != 0 && p.dilation % lanes<C> != 0 && max(p.dilation, -p.dilation) < padded;
+  // Channels whose rows lie a multiple of 512 bytes apart crowd into few sets of the first-level cache: one copy for all taps, or one for
+  // each where taps are far from each other, serves several blocks of outputs.
+  const bool near = max(p.dilation, -p.dilation) < padded;
+  const bool crowded = p.in.channel * static_cast<int64_t>(sizeof(In)) % 512 == 0 && channels >= 16 && channels <= 128 &&
+                       outputs >= (near && reach != 0 ? 4 : 16) * p.rows;
   const bool direct = std::is_same_v<In, C> && p.in.time == 1 && !crowded;
-  const bool shared = !direct && max(p.dilation, -p.dilation) < padded;
+  const bool shared = !direct && near;
   const int64_t shared_width = padded + max(reach, -reach);
   if (shared && kept) {
     const int64_t from = max<int64_t>(0, min(shared_width, low - earliest)), to = max(from, min(shared_width, high - earliest));
