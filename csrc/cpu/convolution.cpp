@@ -371,10 +371,12 @@ class Backward {
   }
 
   void weight_gradients(const WeightGradient<C>& p) {
-    if (needs_.weight && s_.channels / s_.groups >= few_channels)
-      weight_products(p);
-    else
+    if (!needs_.weight || s_.channels / s_.groups < few_channels)
       weight_rows(p);
+    else if (S2S_SELECT(ConvolutionGradientKernels<S>::blocks_pay)(s_.outputs / s_.groups, s_.channels / s_.groups))
+      weight_blocks(p);
+    else
+      weight_products(p);
   }
 
   // Both gradients of a group while its part of the output's is in the cache: what few channels ask of the multipliers takes less time than
@@ -433,6 +435,25 @@ class Backward {
           }
       });
     }
+  }
+
+  // Channels that would leave much of a product's vectors empty.
+  void weight_blocks(const WeightGradient<C>& p) {
+    const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups;
+    const int64_t rows = S2S_SELECT(ConvolutionGradientKernels<S>::block_rows), blocks = (outputs + rows - 1) / rows,
+                  tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
+    const int64_t scratch = S2S_SELECT(ConvolutionGradientKernels<S>::block_scratch)(channels, s_.taps);
+    Workspace workspace(threads * Workspace::bytes<C>(scratch));
+    C* const totals = workspace.take<C>(threads * scratch);
+    std::atomic<int64_t> next{0};
+    const auto kernel = S2S_SELECT(ConvolutionGradientKernels<S>::weight_blocks);
+    parallel(tasks, std::max<int64_t>(1, (1 << 17) / (rows * p.batch * s_.time * channels * s_.taps + 1)), [&](int64_t begin, int64_t end) {
+      C* const own = totals + next.fetch_add(1) * scratch;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t at = task % blocks * rows;
+        kernel(p, task / blocks, at, std::min(rows, outputs - at), own);
+      }
+    });
   }
 
   // Few channels: outputs by channels, over positions.

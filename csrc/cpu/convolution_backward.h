@@ -164,6 +164,89 @@ void weight_gradient_rows(const WeightGradient<C>& p, int64_t group, int64_t fir
   }
 }
 
+// ---- channels that leave much of a product's vectors empty: products of rows, over time ----
+// Outputs and channels of a block, whose sums fill the registers.
+inline constexpr int weight_block = S2S_VECTOR_BYTES == 64 ? 5 : 3;
+
+// The share of multiply-adds that count.
+constexpr double weight_block_use(int64_t outputs, int64_t channels) {
+  const auto use = [](int64_t n) {
+    return static_cast<double>(n) / static_cast<double>((n + weight_block - 1) / weight_block * weight_block);
+  };
+  return 0.9 * use(outputs) * use(channels);
+}
+template <class C>
+bool weight_blocks_pay(int64_t outputs, int64_t channels) {
+  const int64_t panel = gemm_nr<C>, columns = (channels + panel - 1) / panel * panel;
+  return weight_block_use(outputs, channels) * static_cast<double>(columns) > static_cast<double>(channels);
+}
+
+// total[r][c] += grad row r times x row c over n positions, lane by lane.
+template <class C>
+S2S_INLINE void add_block(const C* const* grad, const C* const* x, int64_t n, C* total) {
+  constexpr int B = weight_block;
+  Vec<C> sum[B][B] = {};
+  const auto multiply = S2S_LAMBDA(const auto& take) {
+    Vec<C> in[B];
+#pragma GCC unroll 8
+    for (int c = 0; c < B; ++c) in[c] = take(x[c]);
+#pragma GCC unroll 8
+    for (int r = 0; r < B; ++r) {
+      const Vec<C> g = take(grad[r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < B; ++c) sum[r][c] = fma(g, in[c], sum[r][c]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) multiply(S2S_LAMBDA(const C* from) { return load(from + i); });
+  if (i < n) multiply(S2S_LAMBDA(const C* from) { return load_partial(from + i, n - i); });
+  for (int r = 0; r < B; ++r)
+    for (int c = 0; c < B; ++c) {
+      C* const to = total + (r * B + c) * lanes<C>;
+      store(to, load(to) + sum[r][c]);
+    }
+}
+
+// Elements of scratch for the sums of a block of outputs.
+template <class C>
+int64_t weight_block_scratch(int64_t channels, int64_t taps) {
+  return taps * ((channels + weight_block - 1) / weight_block) * weight_block * weight_block * lanes<C>;
+}
+
+// The rows [first, first + count), count <= weight_block, of a group. Stretches of time are summed lane by lane, one after another.
+template <class C>
+void weight_gradient_blocks(const WeightGradient<C>& p, int64_t group, int64_t first, int64_t count, C* totals) {
+  constexpr int64_t stretch = 512, B = weight_block, block = B * B * lanes<C>;
+  const int64_t channels = p.channels / p.groups, output = group * (p.outputs / p.groups) + first, blocks = (channels + B - 1) / B;
+  std::memset(totals, 0, static_cast<size_t>(weight_block_scratch<C>(channels, p.taps)) * sizeof(C));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t high = p.high[b];
+    const C* const grad = p.grad.data + b * p.grad.batch + output * p.grad.channel;
+    const C* const x = p.x.data + b * p.x.batch + group * channels * p.x.channel;
+    for (int64_t t = 0; t < high; t += stretch) {
+      const int64_t until = min(t + stretch, high);
+      for (int64_t j = 0; j < blocks; ++j)
+        for (int64_t k = 0; k < p.taps; ++k) {
+          const int64_t shift = p.origin + k * p.dilation, from = max(t, p.low - shift), to = min(until, high - shift);
+          if (from >= to) continue;
+          const C *rows[B], *columns[B];  // what isn't there is what is, and left out
+          for (int64_t r = 0; r < B; ++r) {
+            rows[r] = grad + min(r, count - 1) * p.grad.channel + from;
+            columns[r] = x + min(j * B + r, channels - 1) * p.x.channel + from + shift;
+          }
+          add_block(rows, columns, to - from, totals + (k * blocks + j) * block);
+        }
+      if (p.grad_bias) add_row_sums(grad + t, p.grad.channel, count, until - t, p.grad_bias + output);
+    }
+  }
+  for (int64_t k = 0; k < p.taps; ++k)
+    for (int64_t j = 0; j < blocks; ++j)
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = j * B; c < min((j + 1) * B, channels); ++c)
+          p.grad_weight[(k * p.outputs + output + r) * channels + c] +=
+              hsum(load(totals + (k * blocks + j) * block + (r * B + c - j * B) * lanes<C>));
+}
+
 // ---- many channels: a matrix product for each tap, positions being what is summed over ----
 // The channels of one panel of row b of the batch, positions in rows: panel[(t - low) * gemm_nr + c]. A tap is then an offset into it.
 template <class C>
@@ -202,6 +285,10 @@ struct ConvolutionGradientKernels {
   static constexpr auto activation = &activation_gradient<S>;
   static constexpr auto activation_from_output = &activation_gradient_from_output<S>;
   static constexpr auto weight_rows = &weight_gradient_rows<compute_t<S>>;
+  static constexpr auto weight_blocks = &weight_gradient_blocks<compute_t<S>>;
+  static constexpr auto blocks_pay = &weight_blocks_pay<compute_t<S>>;
+  static constexpr auto block_scratch = &weight_block_scratch<compute_t<S>>;
+  static constexpr int64_t block_rows = weight_block;
   static constexpr int64_t panel_columns = gemm_nr<compute_t<S>>, left_row = gemm_kc + gemm_row_pad;
   static constexpr auto pack_input = &pack_input_panel<compute_t<S>>;
   static constexpr auto weight_products = &weight_gradient_products<compute_t<S>>;

@@ -14,6 +14,7 @@ from s2s_kernels import dispatch
 from s2s_kernels.nn import ConvState
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
 from s2s_kernels.testing import Draw, compare
+from s2s_kernels.testing.convolution import convolution_sample
 
 needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
@@ -142,6 +143,19 @@ def test_any_call_equals_the_definition(made, time, causal, data):
         {**options, "residual": residual, "lengths": torch.tensor(lengths), "causal": causal},
     )
     assert all(by <= 0 for by in compare(s2s.causal_conv1d, arguments).values())
+
+
+@needs_extension
+@pytest.mark.parametrize("channels, outputs, groups", [(25, 25, 1), (17, 33, 1), (40, 22, 2), (64, 32, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_channels_that_fill_vectors_or_not(channels, outputs, groups, dtype):
+    """The weights' is made of products of panels, or of rows: from before the first position to past the last present
+    one, over several stretches of time."""
+    sample = convolution_sample(
+        "", 3, channels, outputs, 700, 4, groups=groups, dilation=45, lengths=(600, 700, 3), poison=True,
+        initial_state=True,
+    )  # fmt: skip
+    assert all(by <= 0 for by in compare(s2s.causal_conv1d, sample.build(Draw(dtype)), "cpu").values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
