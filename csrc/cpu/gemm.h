@@ -421,7 +421,7 @@ void pack_b(int64_t n, int64_t k, const TB* b, int64_t b_row_stride, int64_t b_c
 // The columns of panels [panel_begin, panel_end) only; a, packed and c are those of the whole product. A has unit column stride.
 template <class T>
 void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row_stride, const T* packed, T* c, int64_t c_row_stride,
-                        bool accumulate, int64_t panel_begin, int64_t panel_end, GemmAhead* ahead = nullptr) {
+                        bool accumulate, int64_t panel_begin, int64_t panel_end, GemmAhead* ahead = nullptr, int64_t run = gemm_kc) {
   constexpr int64_t nr = gemm_nr<T>;
   const int64_t begin = panel_begin * nr, end = gemm_min(panel_end * nr, n), step = gemm_group_panels * nr;
   if (m <= 0) return;
@@ -429,7 +429,7 @@ void gemm_packed_panels(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_r
     const int64_t columns = gemm_min(end - j, step);
     for (int64_t k0 = 0; k0 < k; k0 += gemm_kc)
       gemm_block<T>(m, columns, gemm_min(k - k0, gemm_kc), a + k0, a_row_stride, packed + j * k + k0 * nr, k * nr, nr, c + j, c_row_stride,
-                    accumulate || k0 > 0, ahead);
+                    accumulate || k0 > 0, ahead, run);
     for (int64_t i = 0; i < m && k <= 0 && !accumulate; ++i)
       std::memset(c + i * c_row_stride + j, 0, static_cast<size_t>(columns) * sizeof(T));
   }

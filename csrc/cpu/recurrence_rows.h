@@ -235,6 +235,10 @@ struct UnpackedProduct {
 
 template <class C>
 struct RecurrenceProducts {
+  // Terms whose sum has one accumulator: eager code, whose gradients are sums of one step each, loses little by rounding, and nor must
+  // this.
+  static constexpr int64_t run = 64;
+
   static int64_t unpacked_workspace(int64_t m, int64_t n, int64_t k) {
     int64_t size = gemm_workspace<C>(m, n, k);
 #if defined(S2S_TILE_UNIT)
@@ -393,7 +397,7 @@ struct RecurrenceProducts {
     GemmAhead ahead{reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next_end), large};
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t part = backwards ? parts - 1 - i : i;
-      gemm_packed_panels(m, n, k, a, a_row, b, c, c_row, add, part * at_once, gemm_min(panels, (part + 1) * at_once), &ahead);
+      gemm_packed_panels(m, n, k, a, a_row, b, c, c_row, add, part * at_once, gemm_min(panels, (part + 1) * at_once), &ahead, run);
     }
   }
 
@@ -407,7 +411,7 @@ struct RecurrenceProducts {
     }
     for (int64_t j = 0; j < panels(n); j += gemm_group_panels)
       for (int64_t i = 0; i < count; ++i)
-        gemm_packed_panels(m, n, k, left(i), a_row, b, to(i), c_row, false, j, gemm_min(panels(n), j + gemm_group_panels));
+        gemm_packed_panels(m, n, k, left(i), a_row, b, to(i), c_row, false, j, gemm_min(panels(n), j + gemm_group_panels), nullptr, run);
   }
   static void packed_several(int64_t count, int64_t m, int64_t n, int64_t k, const C* const* a, int64_t a_row, const C* b, bool tiled,
                              C* const* c, int64_t c_row, C* workspace) {
@@ -446,7 +450,7 @@ struct RecurrenceProducts {
   static void tile_of(int64_t count, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t b_panel, int64_t b_row, C* c,
                       int64_t c_row, bool add, int64_t last) {
     if (count == Panels)
-      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, last, reinterpret_cast<const char*>(a), 0);
+      gemm_tile<C, Rows, Panels>(depth, a, a_row, b, b_panel, b_row, c, c_row, add, last, reinterpret_cast<const char*>(a), 0, run);
     else if constexpr (Panels > 1)
       tile_of<Rows, Panels - 1>(count, depth, a, a_row, b, b_panel, b_row, c, c_row, add, last);
   }
@@ -459,8 +463,6 @@ struct RecurrenceProducts {
   }
   // The rows of a weight's gradient that one task makes, and the positions whose values are packed together.
   static constexpr int64_t gradient_rows = gemm_mc, gradient_depth = gemm_kc;
-  // Positions whose sum has one accumulator: eager code, whose sums are of one step each, loses little by rounding, and nor must this.
-  static constexpr int64_t gradient_run = 64;
 
   // Rows [first, last) of grad^T (gates, N), at most gradient_rows of them, times each of the factors (N, columns), which are packed by
   // pack_row, gradient_depth positions at a time, or by pack_pair as the first of `capacity` positions.
@@ -484,7 +486,7 @@ struct RecurrenceProducts {
       copy_transposed(depth, last - first, grad + k * grad_row + first, grad_row, int64_t{1}, workspace, row);
       for (const GradientFactor<C>* f = factors; f < factors + count; ++f)
         gemm_block<C>(last - first, f->columns, depth, workspace, row, f->packed + k * panels(f->columns) * gemm_nr<C>, depth * gemm_nr<C>,
-                      gemm_nr<C>, f->to + first * f->columns, f->columns, add || k > 0, nullptr, gradient_run);
+                      gemm_nr<C>, f->to + first * f->columns, f->columns, add || k > 0, nullptr, run);
     }
   }
 
