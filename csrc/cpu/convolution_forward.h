@@ -224,11 +224,13 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
 
   const int64_t reach = (p.taps - 1) * p.dilation;  // from the first tap to the last; negative for the gradient
   const int64_t earliest = t0 + p.origin + min<int64_t>(0, reach);
-  // Channels whose rows lie a multiple of 512 bytes apart crowd into few sets of the first-level cache: one copy for all taps, or one for
-  // each where taps are far from each other, serves several blocks of outputs.
+  // Channels whose rows lie a large power of two apart crowd into few of the first-level cache's sets (of 64, 12 lines each), more so where
+  // taps read across lines: one copy for all taps, or one for each where taps are far from each other, serves several blocks of outputs.
   const bool near = max(p.dilation, -p.dilation) < padded;
-  const bool crowded = p.in.channel * static_cast<int64_t>(sizeof(In)) % 512 == 0 && channels >= 16 && channels <= 128 &&
-                       outputs >= (near && reach != 0 ? 4 : 16) * p.rows;
+  const int64_t stride = p.in.channel * static_cast<int64_t>(sizeof(In)), lines = padded * static_cast<int64_t>(sizeof(In)) / 64 + 1;
+  const int64_t sets = min<int64_t>(64, 4096 / max<int64_t>(64, min<int64_t>(4096, stride & -stride)) * lines);
+  const bool crowded =
+      channels * lines > 12 * sets && channels <= 128 && outputs >= (near && p.dilation % lanes<C> != 0 && reach != 0 ? 4 : 16) * p.rows;
   const bool direct = std::is_same_v<In, C> && p.in.time == 1 && !crowded;
   const bool shared = !direct && near;
   const int64_t shared_width = padded + max(reach, -reach);
