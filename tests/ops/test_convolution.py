@@ -152,9 +152,18 @@ def test_gradients_of_channels_that_fill_vectors_or_not(channels, outputs, group
     """The weights' is made of products of panels, or of rows: from before the first position to past the last present
     one, over several stretches of time."""
     sample = convolution_sample(
-        "", 3, channels, outputs, 700, 4, groups=groups, dilation=45, lengths=(600, 700, 3), poison=True,
+        "",
+        3,
+        channels,
+        outputs,
+        700,
+        4,
+        groups=groups,
+        dilation=45,
+        lengths=(600, 700, 3),
+        poison=True,
         initial_state=True,
-    )  # fmt: skip
+    )
     assert all(by <= 0 for by in compare(s2s.causal_conv1d, sample.build(Draw(dtype)), "cpu").values())
 
 
