@@ -68,68 +68,104 @@ struct AttentionDecode {
   }
 
  private:
+  // As many as there are sums at once.
+  static constexpr bool folds = std::is_same_v<T, float> && lanes<T> == 16;
   template <int HEADS>
-  static constexpr int64_t keys_at_once = HEADS == 1 ? 8 : 4;
+  static constexpr int64_t keys_at_once = folds        ? (HEADS == 3 ? 5 : 16 / HEADS)
+                                          : HEADS == 1 ? 8
+                                                       : 4;
 
-  static void prefetch(const S* row, int64_t width) {
-    for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + c);
-  }
+  // Brings nearer, row by row, what is read some rows later: the rest of these rows, then the first of those that follow.
+  struct Next {
+    const S* row;
+    int64_t stride, width, left;
+    const S* row_after;
+    int64_t stride_after, width_after, left_after;
+    void step() {
+      if (left <= 0) {
+        if (left_after <= 0) return;
+        row = row_after, stride = stride_after, width = width_after, left = left_after, left_after = 0;
+      }
+      --left;
+      for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(row + c, 0, 3);
+      row += stride;
+    }
+  };
+  // So much further than a row is read that it comes in time, and yet is not driven out again.
+  static int64_t rows_ahead(int64_t width) { return max(int64_t{1}, 4096 / (width * static_cast<int64_t>(sizeof(S)))); }
 
   // Products of HEADS queries, `width` whole vectors apart, with `n` <= keys_at_once keys.
   template <int HEADS>
-  static void products(int64_t width, const T* queries, int64_t n, const S* keys, int64_t row, T* scores) {
+  static void products(int64_t width, const T* queries, int64_t n, const S* keys, int64_t row, T* scores, Next& next) {
     constexpr int64_t keys_at_once = AttentionDecode::keys_at_once<HEADS>;
+    constexpr int together = HEADS == 1 ? 4 : 2;
     const int64_t padded = whole_vectors<T>(width);
-    Vec<T> sum[keys_at_once][HEADS] = {};
-    const S* from[keys_at_once];
-    for (int64_t j = 0; j < keys_at_once; ++j) from[j] = keys + min(j, n - 1) * row;
-    for (int64_t c = 0; c < width; c += lanes<T>) {
-      Vec<T> k[keys_at_once];
-#pragma GCC unroll 8
-      for (int j = 0; j < keys_at_once; ++j) k[j] = c + lanes<T> <= width ? load(from[j] + c) : load_partial(from[j] + c, width - c);
+    Vec<T> sums[16];
+    if (n < keys_at_once) std::memset(sums, 0, sizeof sums);
+    // A few keys after another, as they lie in memory: the processor fetches ahead by itself what is read in order.
+    for (int64_t j = 0; j < n; j += together) {
+      const S* from[together];
+      for (int i = 0; i < together; ++i) next.step(), from[i] = keys + min(j + i, n - 1) * row;
+      Vec<T> sum[HEADS][together] = {};
+      each_vector<T>(
+          width, S2S_LAMBDA(auto at, int64_t c) {
+            Vec<T> k[together];
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) {
-        const Vec<T> q = load(queries + h * padded + c);
-#pragma GCC unroll 8
-        for (int j = 0; j < keys_at_once; ++j) sum[j][h] = fma(q, k[j], sum[j][h]);
-      }
+            for (int i = 0; i < together; ++i) k[i] = at.get(from[i] + c);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; ++h) {
+              const Vec<T> q = load(queries + h * padded + c);
+#pragma GCC unroll 4
+              for (int i = 0; i < together; ++i) sum[h][i] = fma(q, k[i], sum[h][i]);
+            }
+          });
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 4
+        for (int i = 0; i < together; ++i)
+          if (j + i < keys_at_once) sums[h * keys_at_once + j + i] = sum[h][i];
     }
-    for (int64_t j = 0; j < n; ++j)
-#pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) {
-        scores[h * attention_block + j] = hsum(sum[j][h]);
-      }
+    alignas(64) T folded[16];
+    if constexpr (folds)
+      store(folded, sums_of(sums));
+    else
+      for (int64_t i = 0; i < HEADS * keys_at_once; ++i) folded[i] = hsum(sums[i]);
+    // Where heads share 16 sums evenly, those past n fit in too.
+    const int64_t count = 16 % HEADS ? n : keys_at_once;
+    for (int h = 0; h < HEADS; ++h)
+      std::memcpy(scores + h * attention_block, folded + h * keys_at_once, static_cast<size_t>(count) * sizeof(T));
   }
 
   // sums (HEADS, size) += weights (HEADS, attention_block) times n values.
   template <int HEADS>
-  static void add_values(int64_t width, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size) {
-    constexpr int vectors = 4;
-    for (int64_t c = 0; c < width; c += vectors * lanes<T>) {
-      Vec<T> sum[HEADS][vectors];
-      const int64_t count = min(int64_t{vectors}, (width - c + lanes<T> - 1) / lanes<T>);
-      for (int h = 0; h < HEADS; ++h)
-        for (int v = 0; v < vectors; ++v) sum[h][v] = v < count ? load(sums + h * size + c + v * lanes<T>) : Vec<T>{};
-      if (c + vectors * lanes<T> <= width) {
-        for (int64_t j = 0; j < n; ++j) {
+  static void add_values(int64_t width, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size, Next next) {
+    constexpr int vectors = S2S_VECTOR_BYTES == 64 ? 4 : 2;
+    int64_t c = 0;
+    for (; c + vectors * lanes<T> <= width; c += vectors * lanes<T>)
+      add_columns<HEADS, vectors>(WholeVector<T>{}, weights, n, values + c, row, sums + c, size, next);
+    for (; c + lanes<T> <= width; c += lanes<T>) add_columns<HEADS, 1>(WholeVector<T>{}, weights, n, values + c, row, sums + c, size, next);
+    if (c < width) add_columns<HEADS, 1>(PartVector<T>{width - c}, weights, n, values + c, row, sums + c, size, next);
+  }
+  template <int HEADS, int VECTORS, class At>
+  S2S_INLINE void add_columns(At at, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size, Next& next) {
+    Vec<T> sum[HEADS][VECTORS];
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) {
-            const Vec<T> x = load(values + j * row + c + v * lanes<T>);
+    for (int h = 0; h < HEADS; ++h)
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; ++h) sum[h][v] = fma(broadcast(weights[h * attention_block + j]), x, sum[h][v]);
-          }
-        }
-      } else {
-        for (int64_t j = 0; j < n; ++j)
-          for (int64_t v = 0; v < count; ++v) {
-            const int64_t at = c + v * lanes<T>;
-            const Vec<T> x = at + lanes<T> <= width ? load(values + j * row + at) : load_partial(values + j * row + at, width - at);
-            for (int h = 0; h < HEADS; ++h) sum[h][v] = fma(broadcast(weights[h * attention_block + j]), x, sum[h][v]);
-          }
+      for (int v = 0; v < VECTORS; ++v) sum[h][v] = load(sums + h * size + v * lanes<T>);
+    for (int64_t j = 0; j < n; ++j) {
+      next.step();
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vec<T> x = at.get(values + j * row + v * lanes<T>);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; ++h) sum[h][v] = fma(broadcast(weights[h * attention_block + j]), x, sum[h][v]);
       }
-      for (int h = 0; h < HEADS; ++h)
-        for (int64_t v = 0; v < count; ++v) store(sums + h * size + c + v * lanes<T>, sum[h][v]);
     }
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) store(sums + h * size + v * lanes<T>, sum[h][v]);
   }
 
   template <bool EXTRA>
@@ -167,14 +203,20 @@ struct AttentionDecode {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
     for (int64_t at = begin; at < end; at += attention_block) {
       const int64_t count = min(attention_block, end - at);
+      const int64_t ahead = rows_ahead(p.width), value_ahead = rows_ahead(p.value_width), after = at + attention_block;
+      Next next_key{key + (at + ahead) * p.key_stride[2], p.key_stride[2],   p.width,       count - ahead,
+                    value + at * p.value_stride[2],       p.value_stride[2], p.value_width, min(count, value_ahead)};
+      const Next next_value{value + (at + value_ahead) * p.value_stride[2],
+                            p.value_stride[2],
+                            p.value_width,
+                            count - value_ahead,
+                            key + after * p.key_stride[2],
+                            p.key_stride[2],
+                            p.width,
+                            min(ahead, end - after)};
       for (int64_t j = 0; j < count; j += keys_at_once<HEADS>) {
         const int64_t n = min(keys_at_once<HEADS>, count - j);
-        // The values of this block come in while its keys are used, and the keys of the next.
-        for (int64_t i = at + j; i < at + j + n; ++i) {
-          prefetch(value + i * p.value_stride[2], p.value_width);
-          if (i + attention_block < end) prefetch(key + (i + attention_block) * p.key_stride[2], p.width);
-        }
-        products<HEADS>(p.width, m.queries, n, key + (at + j) * p.key_stride[2], p.key_stride[2], m.scores + j);
+        products<HEADS>(p.width, m.queries, n, key + (at + j) * p.key_stride[2], p.key_stride[2], m.scores + j, next_key);
       }
       for (int g = 0; g < HEADS; ++g) weigh<EXTRA>(p, m, b, h + g, at, count, m.scores + g * attention_block, g, parts + g * size);
       const S* const values = value + at * p.value_stride[2];
@@ -184,9 +226,9 @@ struct AttentionDecode {
           for (int g = 0; g < HEADS; ++g)
             if (m.seen[g * attention_block + j])
               add_values<1>(p.value_width, m.scores + g * attention_block + j, 1, values + j * p.value_stride[2], p.value_stride[2],
-                            parts + g * size, size);
+                            parts + g * size, size, {});
       } else {
-        add_values<HEADS>(p.value_width, m.scores, count, values, p.value_stride[2], parts, size);
+        add_values<HEADS>(p.value_width, m.scores, count, values, p.value_stride[2], parts, size, next_value);
       }
     }
   }
@@ -209,7 +251,7 @@ struct AttentionDecode {
       store(scores + c, s);
       top = max(s, top);
     }
-    for (int64_t c = 0; c < count; ++c) m.seen[g * attention_block + c] = scores[c] != lowest;
+    for (int64_t c = 0; EXTRA && c < count; ++c) m.seen[g * attention_block + c] = scores[c] != lowest;
     const T before = part[value_width + 1], peak = max(before, hmax(top));
     if (peak > before) {
       const T factor = before == lowest ? T(1) : vexp_fast(before - peak);

@@ -1,31 +1,5 @@
 // Pieces that work on one row or one matrix: conversions, packing, products of few rows, layer normalisation, zoneout, sums of columns.
 
-// Vectors of a row: whole ones, and the part of one at its end.
-template <class T>
-struct WholeVector {
-  S2S_INLINE Vec<T> get(const T* from) { return load(from); }
-  S2S_INLINE void put(T* to, Vec<T> v) { store(to, v); }
-  S2S_INLINE void keep(T* to, Vec<T> v, bool streams) { streams ? stream(to, v) : store(to, v); }
-  S2S_INLINE Vec<T> only(Vec<T> v) { return v; }  // 0 where there is no element
-};
-template <class T>
-struct PartVector {
-  int64_t n;
-  inline __attribute__((always_inline)) Vec<T> get(const T* from) const { return load_partial(from, n); }
-  inline __attribute__((always_inline)) void put(T* to, Vec<T> v) const { store_partial(to, v, n); }
-  inline __attribute__((always_inline)) void keep(T* to, Vec<T> v, bool) const { store_partial(to, v, n); }
-  inline __attribute__((always_inline)) Vec<T> only(Vec<T> v) const {
-    return select(iota<T>() < broadcast(static_cast<T>(n)), v, Vec<T>{});
-  }
-};
-
-template <class T, class F>
-S2S_INLINE void each_vector(int64_t n, const F& f) {
-  int64_t j = 0;
-  for (; j + lanes<T> <= n; j += lanes<T>) f(WholeVector<T>{}, j);
-  if (j < n) f(PartVector<T>{n - j}, j);
-}
-
 // As each_vector, for sums: f also gets which of four accumulators takes this vector, so that additions needn't wait for one another.
 template <class T, class F>
 S2S_INLINE void each_vector_by_four(int64_t n, const F& f) {
@@ -75,26 +49,6 @@ template <class T>
 void multiply(int64_t n, const T* factor, T* row) {
   each_vector<T>(n, S2S_LAMBDA(auto at, int64_t j) { at.put(row + j, at.get(row + j) * at.get(factor + j)); });
 }
-
-// The sums of 16 vectors, each folded alike, as lanes of one.
-#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-S2S_INLINE Vec<float> sums_of(const Vec<float> (&v)[16]) {
-  __m512 pairs[8], quads[4], eights[2];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    pairs[i] = _mm512_maskz_unpacklo_ps(-1, v[2 * i], v[2 * i + 1]) + _mm512_maskz_unpackhi_ps(-1, v[2 * i], v[2 * i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d even = (__m512d)pairs[2 * i], odd = (__m512d)pairs[2 * i + 1];
-    quads[i] = (__m512)_mm512_maskz_unpacklo_pd(-1, even, odd) + (__m512)_mm512_maskz_unpackhi_pd(-1, even, odd);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    eights[i] = _mm512_maskz_shuffle_f32x4(-1, quads[2 * i], quads[2 * i + 1], 0x88) +
-                _mm512_maskz_shuffle_f32x4(-1, quads[2 * i], quads[2 * i + 1], 0xdd);
-  return _mm512_maskz_shuffle_f32x4(-1, eights[0], eights[1], 0x88) + _mm512_maskz_shuffle_f32x4(-1, eights[0], eights[1], 0xdd);
-}
-#endif
 
 inline constexpr int64_t most_split = 128;  // rows of A, more of which make up for packing W for the tile unit
 inline constexpr int64_t split_rows = 32;   // of W, whose planes the first-level cache holds

@@ -86,7 +86,14 @@ S2S_INLINE To bit_cast(From from) {
 // ---- conversions of whole vectors of 16-bit storage ----
 typedef uint16_t HalfWords __attribute__((vector_size(S2S_VECTOR_BYTES / 2)));
 
-S2S_INLINE Vec<float> widen(HalfWords words, bfloat16) { return bit_cast<Vec<float>>(__builtin_convertvector(words, Vec<uint32_t>) << 16); }
+S2S_INLINE Vec<float> widen(HalfWords words, bfloat16) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  const Vec<uint32_t> wide = (Vec<uint32_t>)S2S_OP(cvtepu16_epi32, (__m256i)words);  // the compiler would make it of halves
+#else
+  const Vec<uint32_t> wide = __builtin_convertvector(words, Vec<uint32_t>);
+#endif
+  return bit_cast<Vec<float>>(wide << 16);
+}
 
 S2S_INLINE HalfWords narrow(Vec<float> v, bfloat16) {
   const Vec<uint32_t> u = bit_cast<Vec<uint32_t>>(v);
@@ -290,3 +297,55 @@ S2S_INLINE float hmax(Vec<float> v) { return max(max(v[0], v[2]), max(v[1], v[3]
 S2S_INLINE double hsum(Vec<double> v) { return v[0] + v[1]; }
 S2S_INLINE double hmax(Vec<double> v) { return max(v[0], v[1]); }
 #endif
+
+// The sums of 16 vectors, each folded alike, as lanes of one.
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+S2S_INLINE Vec<float> sums_of(const Vec<float> (&v)[16]) {
+  __m512 pairs[8], quads[4], eights[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_maskz_unpacklo_ps(-1, v[2 * i], v[2 * i + 1]) + _mm512_maskz_unpackhi_ps(-1, v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = (__m512d)pairs[2 * i], odd = (__m512d)pairs[2 * i + 1];
+    quads[i] = (__m512)_mm512_maskz_unpacklo_pd(-1, even, odd) + (__m512)_mm512_maskz_unpackhi_pd(-1, even, odd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    eights[i] = _mm512_maskz_shuffle_f32x4(-1, quads[2 * i], quads[2 * i + 1], 0x88) +
+                _mm512_maskz_shuffle_f32x4(-1, quads[2 * i], quads[2 * i + 1], 0xdd);
+  return _mm512_maskz_shuffle_f32x4(-1, eights[0], eights[1], 0x88) + _mm512_maskz_shuffle_f32x4(-1, eights[0], eights[1], 0xdd);
+}
+#endif
+
+// Vectors of a row: whole ones, and the part of one at its end.
+template <class T>
+struct WholeVector {
+  template <class S>
+  S2S_INLINE Vec<T> get(const S* from) {
+    return load(from);
+  }
+  S2S_INLINE void put(T* to, Vec<T> v) { store(to, v); }
+  S2S_INLINE void keep(T* to, Vec<T> v, bool streams) { streams ? stream(to, v) : store(to, v); }
+  S2S_INLINE Vec<T> only(Vec<T> v) { return v; }  // 0 where there is no element
+};
+template <class T>
+struct PartVector {
+  int64_t n;
+  template <class S>
+  inline __attribute__((always_inline)) Vec<T> get(const S* from) const {
+    return load_partial(from, n);
+  }
+  inline __attribute__((always_inline)) void put(T* to, Vec<T> v) const { store_partial(to, v, n); }
+  inline __attribute__((always_inline)) void keep(T* to, Vec<T> v, bool) const { store_partial(to, v, n); }
+  inline __attribute__((always_inline)) Vec<T> only(Vec<T> v) const {
+    return select(iota<T>() < broadcast(static_cast<T>(n)), v, Vec<T>{});
+  }
+};
+
+template <class T, class F>
+S2S_INLINE void each_vector(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + lanes<T> <= n; j += lanes<T>) f(WholeVector<T>{}, j);
+  if (j < n) f(PartVector<T>{n - j}, j);
+}
