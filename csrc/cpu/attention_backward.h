@@ -6,6 +6,7 @@
 template <class S>
 struct AttentionBackward {
   using T = compute_t<S>;
+  using Tiled = TiledBackward<S>;
   static constexpr int64_t groups_at_once = 11, queries_at_once = groups_at_once * attention_rows;
 
   struct Memory {
@@ -13,7 +14,10 @@ struct AttentionBackward {
     T *key_copies, *value_copies, *keys_transposed, *values_transposed, *weights, *grads, *factors;
     uint8_t* flags;
     ScoreExtras<S> extras;
+    typename Tiled::Memory tiled;
   };
+  // Whether forward was on the tile unit.
+  static bool tiled(const AttentionCall<S>& p) { return TiledForward<S>::pays(p); }
 
   static int64_t part_blocks(const AttentionCall<S>& p, int64_t parts) {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
@@ -39,6 +43,7 @@ struct AttentionBackward {
     m.factors = pieces.take<T>(attention_block);
     m.flags = pieces.take<uint8_t>(max(p.time, attention_block));
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
+    if (tiled(p)) m.tiled = Tiled::memory(p, pieces);
     return m;
   }
 
@@ -151,6 +156,7 @@ struct AttentionBackward {
       if (in_place) query_sums = grad_query;
     }
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
+    if (tiled(p)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
     ScoreRow<T> row = score_row_of(p, b, h);
     Vec<T> slope_sum = {};
     const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
@@ -164,9 +170,20 @@ struct AttentionBackward {
       const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies, flags);
       const Rows<T> values =
           prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3], m.value_copies);
+      row.valid = n;
+#if defined(S2S_TILE_UNIT)
+      if constexpr (TiledForward<S>::possible) {
+        if (tiled(p)) {
+          Tiled::pack_keys(p, m.tiled, n, keys, values);
+          tiled_chunks<EXTRA>(p, g, m, b, h, at, begin, end, peaks, shares, row, query_sums, slope_sum, ahead);
+          if (g.key) Tiled::turn_back(m.tiled, n, p.width, m.tiled.key_totals, key_sums + local * width);
+          if (g.value) Tiled::turn_back(m.tiled, n, p.value_width, m.tiled.value_totals, value_sums + local * value_width);
+          continue;
+        }
+      }
+#endif
       transpose_rows(n, p.width, keys, m.keys_transposed);
       transpose_rows(n, p.value_width, values, m.values_transposed);
-      row.valid = n;
       for (int64_t i = begin; i < end; i += queries_at_once)
         block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
                      key_sums + local * width, value_sums + local * value_width, slope_sum, ahead);
@@ -234,16 +251,7 @@ struct AttentionBackward {
       attention_product<T>(rows, columns,
                            {p.value_width, grads.data + i * grads.row, grads.row, 1, m.values_transposed + hull.begin, attention_block,
                             slopes + hull.begin, attention_block, false});
-      for (int64_t r = 0; r < rows; ++r) {
-        row.begin = max(hull.begin, first_key(span, p.left, i + r) - at);
-        row.end = min(hull.end, end_key(span, p.right, i + r) - at);
-        if constexpr (EXTRA) {
-          row.distance = static_cast<T>(at - i - r - span.diagonal);
-          m.extras.point(p, b, h, i + r, at, row);
-        }
-        differentiate<EXTRA>(p, g, m, b, h, i + r, at, row, hull, peaks[i + r], shares[i + r], m.delta[i + r],
-                             weights + r * attention_block, slopes + r * attention_block, slope_sum);
-      }
+      differentiate_rows<EXTRA, false>(p, g, m, b, h, at, i, rows, hull, peaks, shares, row, weights, slopes, slope_sum);
       if (g.query)
         attention_product<T>(rows, width,
                              {min(hull.end, row.valid) - hull.begin, slopes + hull.begin, attention_block, 1,
@@ -268,8 +276,81 @@ struct AttentionBackward {
     }
   }
 
-  // One row: products become weights (after dropout), and the gradient of the weights that of the products.
+#if defined(S2S_TILE_UNIT)
+  // The queries [begin, end) with the block of keys from `at` on, on the tile unit.
   template <bool EXTRA>
+  static void tiled_chunks(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
+                           int64_t begin, int64_t end, const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, Vec<T>& slope_sum,
+                           Ahead& ahead) {
+    using Chunk = typename Tiled::Chunk;
+    const AttentionSpan& span = p.spans[b];
+    const auto chunk_at = [&](int64_t turn, int64_t first) {
+      Chunk chunk{};
+      for (; first < end && !chunk.rows; first += Tiled::chunk_rows) {
+        chunk = {first, min(Tiled::chunk_rows, end - first), turn, {}};
+        for (int64_t q = 0; q < chunk.rows; q += tiled_rows)
+          chunk.hulls[q / tiled_rows] = hull_of<T>(span, p.left, p.right, first + q, first + min(chunk.rows, q + tiled_rows) - 1, at, 32);
+        if (chunk.begin() >= chunk.end() || chunk.hulls[chunk.begin()].empty()) chunk.rows = 0;
+      }
+      return chunk;
+    };
+    TileQueue queue;
+    Chunk last{}, before{}, now = chunk_at(0, begin / Tiled::chunk_rows * Tiled::chunk_rows);
+    if (now.rows) Tiled::add_scores(p, m.tiled, now, queue);
+    queue.finish();
+    while (now.rows) {
+      const Chunk next = chunk_at(now.turn + 1, now.first + Tiled::chunk_rows);
+      if (next.rows) Tiled::add_scores(p, m.tiled, next, queue);
+      if (before.rows) Tiled::add_gradients(p, g, m.tiled, before, row.valid, queue);
+      T *const weights = Tiled::scores(m.tiled, now), *const slopes = Tiled::slopes(m.tiled, now);
+      int64_t done = 0;
+      const int64_t all = (now.end() - now.begin()) * 16;
+      for (int64_t q = now.begin(); q < now.end(); ++q) {
+        ahead.step();
+        for (int64_t r = 0; r < 16; ++r) {
+          queue.advance(queue.parts() * ++done / all);
+          for (int64_t i = q * tiled_rows + r; i <= q * tiled_rows + r + 16; i += 16) {
+            const int64_t place = i * attention_block;
+            if (i < now.rows)
+              differentiate_rows<EXTRA, true>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks, shares, row, weights + place,
+                                              slopes + place, slope_sum);
+            else
+              for (int64_t c = 0; c < attention_block; ++c) weights[place + c] = slopes[place + c] = T(0);
+          }
+          Tiled::put_rows(m.tiled, now, q, r);
+        }
+      }
+      if (last.rows) Tiled::add_up(p, g, m.tiled, last, query_sums);
+      queue.finish();
+      last = before, before = now, now = next;
+    }
+    if (before.rows) Tiled::add_gradients(p, g, m.tiled, before, row.valid, queue);
+    if (last.rows) Tiled::add_up(p, g, m.tiled, last, query_sums);
+    queue.finish();
+    if (before.rows) Tiled::add_up(p, g, m.tiled, before, query_sums);
+  }
+#endif
+
+  // `rows` rows from the i'th on.
+  template <bool EXTRA, bool TILED>
+  S2S_INLINE void differentiate_rows(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h,
+                                     int64_t at, int64_t i, int64_t rows, const Hull& hull, const T* peaks, const T* shares,
+                                     ScoreRow<T>& row, T* weights, T* slopes, Vec<T>& slope_sum) {
+    const AttentionSpan& span = p.spans[b];
+    for (int64_t r = 0; r < rows; ++r) {
+      row.begin = max(hull.begin, first_key(span, p.left, i + r) - at);
+      row.end = min(hull.end, end_key(span, p.right, i + r) - at);
+      if constexpr (EXTRA) {
+        row.distance = static_cast<T>(at - i - r - span.diagonal);
+        m.extras.point(p, b, h, i + r, at, row);
+      }
+      differentiate<EXTRA, TILED>(p, g, m, b, h, i + r, at, row, hull, peaks[i + r], shares[i + r], m.delta[i + r],
+                                  weights + r * attention_block, slopes + r * attention_block, slope_sum);
+    }
+  }
+
+  // One row: products become weights (after dropout), and the gradient of the weights that of the products.
+  template <bool EXTRA, bool TILED>
   S2S_INLINE void differentiate(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t i,
                                 int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads,
                                 Vec<T>& slope_sum) {
@@ -291,8 +372,13 @@ struct AttentionBackward {
     const T level = peak == -std::numeric_limits<T>::infinity() ? T(0) : peak;
     for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
       Vec<T> slowed;
-      const Vec<T> s = score<T, EXTRA>(row, c, load(weights + c), slowed);
-      Vec<T> weight = select(s == hidden, Vec<T>{}, vexp_fast(s - level) * share), grad = load(grads + c);
+      const Vec<T> s = score<T, EXTRA, TILED>(row, c, load(weights + c), slowed);
+      Vec<T> exponential;
+      if constexpr (TILED)
+        exponential = vexp_weight(s - level);
+      else
+        exponential = vexp_fast(s - level);
+      Vec<T> weight = select(s == hidden, Vec<T>{}, exponential * share), grad = load(grads + c);
       if (p.dropout) {
         const Vec<T> factor = load(m.factors + c);
         grad = grad * factor;
@@ -305,7 +391,7 @@ struct AttentionBackward {
         if (bias) {
           if (c + lanes<T> <= row.valid)
             store(bias + c, load(bias + c) + grad);
-          else
+          else if (c < row.valid)
             store_partial(bias + c, load_partial(bias + c, row.valid - c) + grad, row.valid - c);
         }
         if (g.slopes) row_slope_sum = row_slope_sum - grad * vabs(iota<T>() + (row.distance + static_cast<T>(c)));

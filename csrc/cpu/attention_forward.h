@@ -5,20 +5,22 @@
 template <class S>
 struct AttentionForward {
   using T = compute_t<S>;
-  static constexpr int64_t queries_at_once = 16 * attention_rows;
+  using Tiled = TiledForward<S>;
+  static constexpr int64_t queries_at_once = attention_queries;
 
   struct Memory {
     T *transposed, *value_copies, *query_copies, *key_copies, *out, *sums, *peaks, *scores, *factors;
     Rows<T>* values;
     uint8_t *bad_values, *spoilt;
     ScoreExtras<S> extras;
+    typename Tiled::Memory tiled;
   };
 
   static Memory memory(const AttentionCall<S>& p, Pieces& pieces) {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
     Memory m;
-    m.transposed = pieces.take<T>(blocks * attention_block * p.width);
+    m.transposed = pieces.take<T>(Tiled::pays(p) ? 0 : blocks * attention_block * p.width);
     m.value_copies = pieces.take<T>(blocks * attention_block * value_width);
     m.query_copies = pieces.take<T>(queries_at_once * width);
     m.key_copies = pieces.take<T>(attention_block * width);
@@ -31,6 +33,7 @@ struct AttentionForward {
     m.bad_values = pieces.take<uint8_t>(blocks * attention_block);
     m.spoilt = pieces.take<uint8_t>(queries_at_once);
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
+    if (Tiled::pays(p)) m.tiled = Tiled::memory(p, pieces);
     return m;
   }
 
@@ -58,7 +61,10 @@ struct AttentionForward {
     for (int64_t at = block_begin * attention_block; at < min(span.keys, block_end * attention_block); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at);
       const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies);
-      transpose_rows(n, p.width, keys, m.transposed + at * p.width);
+      if (Tiled::pays(p))
+        Tiled::pack_keys(p, m.tiled, at / attention_block, n, keys);
+      else
+        transpose_rows(n, p.width, keys, m.transposed + at * p.width);
     }
     prepare_values(p, m, b, kv, block_begin, block_end, false);
     bool cleaned = false;
@@ -69,7 +75,7 @@ struct AttentionForward {
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
       ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
     }
-    ahead.begin(group * (present - query_begin) / attention_rows * (block_end - block_begin));
+    ahead.begin(group * (present - query_begin) / (Tiled::pays(p) ? tiled_rows : attention_rows) * (block_end - block_begin));
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
         const int64_t n = min(queries_at_once, query_end - i), some = max(int64_t{0}, min(n, present - i));
@@ -91,32 +97,34 @@ struct AttentionForward {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
     for (int64_t k = block_begin; k < block_end; ++k) {
       const int64_t at = k * attention_block;
-      m.values[k] =
-          prepare_rows(min(attention_block, span.keys - at), p.value_width, value + at * p.value_stride[2], p.value_stride[2],
-                       p.value_stride[3], m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
+      const int64_t n = min(attention_block, span.keys - at);
+      m.values[k] = prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3],
+                                 m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
+      if (Tiled::pays(p)) Tiled::pack_values(p, m.tiled, k, n, m.values[k]);
     }
   }
 
   static void queries(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
                       int64_t block_end, Ahead& ahead) {
-    if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
-      queries_of<!plain<S>>(p, m, b, h, first, n, block_begin, block_end, ahead);
-    else
-      queries_of<true>(p, m, b, h, first, n, block_begin, block_end, ahead);
-  }
-
-  template <bool EXTRA>
-  static void queries_of(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
-                         int64_t block_end, Ahead& ahead) {
     if (n <= 0) return;
-    const AttentionSpan& span = p.spans[b];
-    const int64_t value_width = whole_vectors<T>(p.value_width);
-    const S* const from = p.query + b * p.query_stride[0] + h * p.query_stride[1] + (span.query_begin + first) * p.query_stride[2];
+    const S* const from = p.query + b * p.query_stride[0] + h * p.query_stride[1] + (p.spans[b].query_begin + first) * p.query_stride[2];
     const Rows<T> queries = prepare_rows(n, p.width, from, p.query_stride[2], p.query_stride[3], m.query_copies);
-    std::memset(m.out, 0, static_cast<size_t>(n * value_width) * sizeof(T));
+    std::memset(m.out, 0, static_cast<size_t>(n * whole_vectors<T>(p.value_width)) * sizeof(T));
     std::memset(m.sums, 0, static_cast<size_t>(n * lanes<T>) * sizeof(T));
     std::memset(m.spoilt, 0, static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) m.peaks[i] = -std::numeric_limits<T>::infinity();
+    const bool extra = !plain<S> || p.softcap > 0 || p.bias || p.mask || p.slopes;
+    const auto run = Tiled::pays(p) ? extra ? &Tiled::template queries<true, Memory> : &Tiled::template queries<!plain<S>, Memory>
+                     : extra        ? &queries_of<true>
+                                    : &queries_of<!plain<S>>;
+    run(p, m, b, h, first, n, queries, block_begin, block_end, ahead);
+  }
+
+  template <bool EXTRA>
+  static void queries_of(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, const Rows<T>& queries,
+                         int64_t block_begin, int64_t block_end, Ahead& ahead) {
+    const AttentionSpan& span = p.spans[b];
+    const int64_t value_width = whole_vectors<T>(p.value_width);
     ScoreRow<T> row = score_row_of(p, b, h);
     for (int64_t k = block_begin; k < block_end; ++k) {
       const int64_t at = k * attention_block;

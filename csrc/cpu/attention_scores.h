@@ -4,18 +4,19 @@
 S2S_INLINE int64_t first_key(const AttentionSpan& span, int64_t left, int64_t i) { return max(int64_t{0}, i + span.diagonal - left); }
 S2S_INLINE int64_t end_key(const AttentionSpan& span, int64_t right, int64_t i) { return min(span.keys, i + span.diagonal + right + 1); }
 
-// The columns of a block that a group of rows sees, rounded to whole vectors.
+// The columns of a block that a group of rows sees, rounded to multiples of `whole`.
 struct Hull {
   int64_t begin, end;
   bool empty() const { return end <= begin; }
 };
 
 template <class T>
-S2S_INLINE Hull hull_of(const AttentionSpan& span, int64_t left, int64_t right, int64_t first_row, int64_t last_row, int64_t block_begin) {
+S2S_INLINE Hull hull_of(const AttentionSpan& span, int64_t left, int64_t right, int64_t first_row, int64_t last_row, int64_t block_begin,
+                        int64_t whole = lanes<T>) {
   const int64_t begin = max(int64_t{0}, first_key(span, left, first_row) - block_begin);
   const int64_t end = min(attention_block, end_key(span, right, last_row) - block_begin);
   if (end <= begin) return {0, 0};
-  return {begin / lanes<T> * lanes<T>, whole_vectors<T>(end)};
+  return {begin / whole * whole, (end + whole - 1) / whole * whole};
 }
 
 // Whether calls with nothing but a scale and intervals have code of their own: float64 and float16 are not worth it.
@@ -49,13 +50,14 @@ S2S_INLINE Mask<T> load_mask(const uint8_t* from, int64_t n) {
 }
 
 // The scores of one vector of columns from c on, -infinity where hidden. Without EXTRA there is only a scale and the interval.
-// `slowed` becomes tanh(score / cap).
-template <class T, bool EXTRA>
+// `slowed` becomes tanh(score / cap). SCALED: the product has been scaled.
+template <class T, bool EXTRA, bool SCALED = false>
 S2S_INLINE Vec<T> score(const ScoreRow<T>& row, int64_t c, Vec<T> product, Vec<T>& slowed) {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
   // What is not finite gives NaN, be it an infinity.
-  Vec<T> s = fma(product, Vec<T>{}, product) * row.scale;
+  Vec<T> s = fma(product, Vec<T>{}, product);
+  if constexpr (!SCALED) s = s * row.scale;
   if constexpr (EXTRA) {
     if (row.capped) {
       slowed = vtanh(s * row.over_cap);

@@ -231,53 +231,69 @@ struct alignas(64) TileShapes {
 #define S2S_LOAD(tile, from) _tile_loadd(tile, from, 64)
 #define S2S_FMA(sum, left, right) _tile_dpbf16ps(sum, left, right)
 
-// Sums of the row tiles a and c by the columns from b on, `stride` apart. Loads stand between the products, which would wait for them
-// otherwise, and go through memory upwards.
-S2S_INLINE void split_two_by_two(int64_t steps, const char* a, const char* c, const char* b, int64_t stride, float* sums) {
-  const char* d = b + stride;
+// The sums of the row tiles a and c by the columns b and d, in the first four registers, start at 0 and go on a step in four parts, between
+// which there may be other work. Loads stand between the products, which would wait for them otherwise, and go through memory upwards.
+S2S_INLINE void split_clear() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t s = 0; s < steps; ++s, a += split_step, b += split_step, c += split_step, d += split_step) {
-    S2S_LOAD(4, a);
-    S2S_LOAD(6, b);
-    S2S_FMA(0, 4, 6);
-    S2S_LOAD(7, d);
-    S2S_FMA(1, 4, 7);
-    S2S_LOAD(5, c);
-    S2S_FMA(2, 5, 6);
-    S2S_LOAD(6, b + split_tile);
-    S2S_FMA(3, 5, 7);
-    S2S_LOAD(7, d + split_tile);
-    S2S_FMA(0, 4, 6);
-    S2S_FMA(1, 4, 7);
-    S2S_FMA(2, 5, 6);
-    S2S_LOAD(4, a + split_tile);
-    S2S_FMA(3, 5, 7);
-    S2S_LOAD(5, c + split_tile);
-    S2S_FMA(0, 4, 6);
-    S2S_FMA(1, 4, 7);
-    S2S_FMA(2, 5, 6);
-    S2S_LOAD(6, b + 2 * split_tile);
-    S2S_FMA(3, 5, 7);
-    S2S_LOAD(7, d + 2 * split_tile);
-    S2S_FMA(0, 4, 6);
-    S2S_FMA(1, 4, 7);
-    S2S_FMA(2, 5, 6);
-    S2S_LOAD(4, a);
-    S2S_FMA(3, 5, 7);
-    S2S_LOAD(5, c);
-    S2S_FMA(0, 4, 6);
-    S2S_FMA(1, 4, 7);
-    S2S_LOAD(4, a + 2 * split_tile);
-    S2S_FMA(2, 5, 6);
-    S2S_FMA(3, 5, 7);
-    S2S_LOAD(5, c + 2 * split_tile);
-    S2S_FMA(0, 4, 6);
-    S2S_FMA(1, 4, 7);
-    S2S_FMA(2, 5, 6);
-    S2S_FMA(3, 5, 7);
+}
+S2S_INLINE void split_part(int part, const char* a, const char* c, const char* b, const char* d) {
+  switch (part) {
+    case 0:
+      S2S_LOAD(4, a);
+      S2S_LOAD(6, b);
+      S2S_FMA(0, 4, 6);
+      S2S_LOAD(7, d);
+      S2S_FMA(1, 4, 7);
+      S2S_LOAD(5, c);
+      S2S_FMA(2, 5, 6);
+      S2S_LOAD(6, b + split_tile);
+      S2S_FMA(3, 5, 7);
+      S2S_LOAD(7, d + split_tile);
+      S2S_FMA(0, 4, 6);
+      S2S_FMA(1, 4, 7);
+      return;
+    case 1:
+      S2S_FMA(2, 5, 6);
+      S2S_LOAD(4, a + split_tile);
+      S2S_FMA(3, 5, 7);
+      S2S_LOAD(5, c + split_tile);
+      S2S_FMA(0, 4, 6);
+      S2S_FMA(1, 4, 7);
+      S2S_FMA(2, 5, 6);
+      S2S_LOAD(6, b + 2 * split_tile);
+      S2S_FMA(3, 5, 7);
+      S2S_LOAD(7, d + 2 * split_tile);
+      return;
+    case 2:
+      S2S_FMA(0, 4, 6);
+      S2S_FMA(1, 4, 7);
+      S2S_FMA(2, 5, 6);
+      S2S_LOAD(4, a);
+      S2S_FMA(3, 5, 7);
+      S2S_LOAD(5, c);
+      S2S_FMA(0, 4, 6);
+      S2S_FMA(1, 4, 7);
+      return;
+    default:
+      S2S_LOAD(4, a + 2 * split_tile);
+      S2S_FMA(2, 5, 6);
+      S2S_FMA(3, 5, 7);
+      S2S_LOAD(5, c + 2 * split_tile);
+      S2S_FMA(0, 4, 6);
+      S2S_FMA(1, 4, 7);
+      S2S_FMA(2, 5, 6);
+      S2S_FMA(3, 5, 7);
+  }
+}
+// Sums of the row tiles a and c by the columns from b on, `stride` apart.
+S2S_INLINE void split_two_by_two(int64_t steps, const char* a, const char* c, const char* b, int64_t stride, float* sums) {
+  split_clear();
+  for (int64_t s = 0; s < steps; ++s, a += split_step, b += split_step, c += split_step) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) split_part(part, a, c, b, b + stride);
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);

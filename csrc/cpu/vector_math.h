@@ -13,6 +13,7 @@ struct MathConstants<float> {
   static constexpr Bits one = 0x3f800000u, exponent_tag = 0x4b000000u, round_bits = 0x4b400000u;
   static constexpr float exponent_tag_value = 8388608.0f + 127.0f, round = 12582912.0f;
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float ln2 = 0.693147181f;
   static constexpr float exp_min = -104.0f, exp_max = 89.0f, exp_fast_min = -88.0f, exp_fast_max = 88.8f, tanh_max = 20.0f;
   static constexpr float sigmoid_min = -87.33f;
   static constexpr float smallest_normal = 0x1p-126f, subnormal_scale = 0x1p25f, subnormal_exponent = 25.0f;
@@ -103,6 +104,16 @@ S2S_INLINE Vec<T> exp_fast(Vec<T> x) {
   Vec<typename M::Bits> rounded;
   const Vec<T> r = reduce_exponent<T>(max(broadcast(M::exp_fast_min), min(broadcast(M::exp_fast_max), x)), rounded);
   return (expm1_reduced<T>(r) + T(1)) * power_of_two<T>(rounded);
+}
+
+// exp(x) for x <= 0 with an error of an ulp or two of 1, not of the result, as sums that have a term of 1 need it; 0 from -88 on.
+S2S_INLINE Vec<float> vexp_weight(Vec<float> x) {
+  using M = MathConstants<float>;
+  const Vec<float> kept = max(broadcast(M::exp_fast_min), x), biased = broadcast(M::round + static_cast<float>(M::bias));
+  const Vec<float> shifted = fma(kept, broadcast(M::log2e), biased);
+  const Vec<float> r = fma(shifted - biased, broadcast(-M::ln2), kept);
+  const Vec<float> scale = bit_cast<Vec<float>>(bit_cast<Vec<M::Bits>>(shifted) << M::mantissa_bits);
+  return fma(r, fma(r, polynomial<float>(M::exp, r), broadcast(1.0f)), broadcast(1.0f)) * scale;
 }
 
 // tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n expm1(r) + (2^n - 1), which cancels nowhere. In float32 of |x|: near -1 the last bit of e

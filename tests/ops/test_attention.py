@@ -169,12 +169,12 @@ def test_a_mask_beside_causal_is_anded(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("time", [9, 70, 150])
+@pytest.mark.parametrize("time, width", [(9, 16), (70, 16), (150, 16), (150, 40), (260, 40)])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
-def test_what_is_hidden_never_leaks(backend, time, poison):
+def test_what_is_hidden_never_leaks(backend, time, width, poison):
     """Row 14: a NaN in a future key or value stays in the future, in results and in gradients."""
     at = time // 2
-    query, key, value = (Draw(seed=i)(1, 2, time, 16) for i in range(3))
+    query, key, value = (Draw(seed=i)(1, 2, time, width) for i in range(3))
     for place in range(3):
         leaves = [t.clone() for t in (query, key, value)]
         leaves[place][0, 0, at, 3] = poison
@@ -197,14 +197,14 @@ def test_what_is_hidden_never_leaks(backend, time, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("time", [1, 5, 70])
+@pytest.mark.parametrize("time, width", [(1, 8), (5, 8), (70, 8), (130, 40), (260, 40)])
 @pytest.mark.parametrize("by", ["mask", "bias"])
-def test_a_masked_key_that_other_rows_see(backend, time, by):
+def test_a_masked_key_that_other_rows_see(backend, time, width, by):
     source = 80
     keep = torch.ones(time, source, dtype=torch.bool)
     keep[: (time + 1) // 2, 7] = False
     options = {by: keep if by == "mask" else torch.zeros(time, source).masked_fill(~keep, -INF)}
-    query, key, value = (Draw(seed=i)(2, 3, n, 8) for i, n in enumerate((time, source, source)))
+    query, key, value = (Draw(seed=i)(2, 3, n, width) for i, n in enumerate((time, source, source)))
     poisoned = [t.clone() for t in (query, key, value)]
     poisoned[1][:, :, 7] = NAN
     poisoned[2][:, :, 7] = INF
@@ -380,7 +380,7 @@ def test_a_long_cache_of_grouped_heads():
 @st.composite
 def calls(draw):
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
-    time, source = draw(st.integers(0, 150)), draw(st.integers(0, 150))
+    time, source = (draw(st.one_of(st.integers(0, 150), st.integers(90, 280))) for _ in range(2))
     batch = draw(st.integers(1, 3))
     side = st.one_of(st.none(), st.integers(0, 160))
     shape = st.tuples(*(st.sampled_from([1, n]) for n in (batch, heads, time, source)))
@@ -389,7 +389,8 @@ def calls(draw):
     ]
     return {
         "sizes": (batch, heads, kv_heads, time, source),
-        "widths": draw(st.sampled_from([(1, 1), (8, 8), (16, 5), (33, 64), (7, 20)])),
+        # Sides of 32 and more, and lengths of about 100, meet the tile unit where there is one.
+        "widths": draw(st.sampled_from([(1, 1), (8, 8), (16, 5), (7, 20), (33, 64), (64, 40), (80, 33)])),
         "dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         "layout": draw(st.sampled_from(["dense", "heads inside", "columns apart", "expanded"])),
         "mask": draw(st.one_of(st.none(), shape)),
@@ -443,10 +444,11 @@ def test_any_call_equals_the_definition(made):
 
 
 @needs_extension
+@pytest.mark.parametrize("width", [16, 40])
 @pytest.mark.parametrize("bias", [None, (1, 4, 300, 300), (2, 1, 300, 1)])
-def test_the_same_bits_on_any_number_of_threads(bias):
+def test_the_same_bits_on_any_number_of_threads(bias, width):
     draw = Draw()
-    leaves = [draw(2, 4, 300, 16), draw(2, 2, 300, 16), draw(2, 2, 300, 16)]
+    leaves = [draw(2, 4, 300, width), draw(2, 2, 300, width), draw(2, 2, 300, width)]
     options = {} if bias is None else {"bias": draw(*bias).requires_grad_()}
 
     def run():
