@@ -67,7 +67,7 @@ def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.const
 def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
     """The splits' shares added in their order: the same bits on every run."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), sums.dtype.element_ty)
     for split in range(splits):
         total += tl.load(sums + split * count + element, mask=element < count, other=0.0)
     tl.store(result + element, total.to(result.dtype.element_ty), mask=element < count)
@@ -79,7 +79,7 @@ def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def reduce(sums: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Fills result with the sum over the first dimension of sums, which is float32."""
+    """Fills result with the sum over the first dimension of sums, which has a dtype to sum in."""
     count = result.numel()
     reduce_kernel[(-(-count // 256),)](sums, result, count, sums.shape[0], BLOCK=256, num_warps=4)
     return result

@@ -1,12 +1,15 @@
-"""The gradients of attention on a GPU: weights are made again from forward's greatest scores and sums. Queries' by tiles
-of rows, keys' and values' by tiles of keys, a bias' by tiles of its own elements: every sum has one order."""
+"""The gradients of attention on a GPU: weights are made again from forward's greatest scores and sums. Those of queries
+by tiles of rows, of keys and values by tiles of keys, of a bias by tiles of its own elements: each sum has one order.
+"""
 
 import triton
 import triton.language as tl
 
 from ..triton_common import keep_tile, spread
+from .triton_scores import ROWS as OVER_ROWS
 from .triton_scores import (
-    blocks_of,
+    aligned,
+    edges_of,
     finite,
     load_rows,
     score,
@@ -16,7 +19,6 @@ from .triton_scores import (
     weight,
     wide_product,
 )
-from .triton_scores import ROWS as OVER_ROWS
 
 
 @triton.jit(
@@ -91,10 +93,11 @@ def query_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, ELEMENTS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries (B, H, T, D), and of each row's slope (B, H, T). factor: what products are scaled by; scale
-    is that of the exponent. The rest as in forward_kernel."""
+    """The gradient of queries (B, H, T, D), and of each row's slope (B, H, T). factor: what products are scaled by;
+    scale is that of the exponent. The rest as in forward_kernel."""
     program = tl.program_id(0).to(tl.int64)
     rows = (time * GROUP).to(tl.int32)
     tiles = tl.cdiv(rows, ROWS)
@@ -102,9 +105,10 @@ def query_kernel(
     if RIGHT:
         tile = tiles - 1 - tile
     head, batch = program // tiles % kv_heads, program // tiles // kv_heads
-    query_h, query_t = query_h // VECTOR * VECTOR, query_t // VECTOR * VECTOR
-    key_s, value_s = key_s // VECTOR * VECTOR, value_s // VECTOR * VECTOR
-    grad_h, grad_t = grad_h // VECTOR * VECTOR, grad_t // VECTOR * VECTOR
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
 
     queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
@@ -141,7 +145,9 @@ def query_kernel(
     first_query, last_query = tile * ROWS // GROUP, tl.minimum((tile * ROWS + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
-    first, stop, whole_first, whole_stop = blocks_of(begin, end, whole_begin, whole_end, KEYS, MASK + BIAS > 0)
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    blocks = (whole_stop - whole_first) * EDGE // KEYS
+    whole_stop = whole_first + blocks * (KEYS // EDGE)
 
     q = None
     upstream = None
@@ -151,18 +157,17 @@ def query_kernel(
         upstream = load_rows(grad_out, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
     sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
     slope_sum = tl.zeros((ROWS,), tl.float32)
-    column = tl.arange(0, KEYS)
-    key_offset, value_offset = column * key_s, column * value_s
     for phase in tl.static_range(2):
+        column = tl.arange(0, KEYS if phase == 0 else EDGE)
+        key_offset, value_offset = column * key_s, column * value_s
         before = whole_first - first
-        number = whole_stop - whole_first if phase == 0 else before + stop - whole_stop
+        number = blocks if phase == 0 else before + stop - whole_stop
         if phase == 1 or MASK + BIAS == 0:
             for n in range(number):
                 if phase == 0:
-                    block = whole_first + n
+                    at = whole_first * EDGE + n * KEYS
                 else:
-                    block = tl.where(n < before, first + n, whole_stop + n - before)
-                at = block * KEYS
+                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
                 j = at + column
                 keys_at, values_at = key + at * key_s, value + at * value_s
                 if CHUNK >= WIDTH:
@@ -171,7 +176,7 @@ def query_kernel(
                 else:
                     s = wide_product(
                         query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS,
+                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
                     k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
                 if VALUE_CHUNK >= VALUE_WIDTH:
@@ -182,7 +187,7 @@ def query_kernel(
                 else:
                     grad = wide_product(
                         grad_out, grad_offset, alive, grad_d, values_at, value_offset, j < keys, value_d,
-                        VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS,
+                        VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
                 s, seen, slowed = score(
                     s, i[:, None], j[None, :], present[:, None], keys, diagonal, left, right, factor, softcap, slope,
@@ -191,7 +196,7 @@ def query_kernel(
                 )  # fmt: skip
                 keep = None
                 if seed is not None:
-                    keep = keep_tile(seed, place, at, threshold, ROWS, KEYS)
+                    keep = keep_tile(seed, place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
                 _, grad, inner = _differentiate(
                     s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
                     SOFTCAP, FOLDED, seed is not None, phase == 0,
@@ -234,18 +239,19 @@ def key_value_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, ELEMENTS: tl.constexpr,
-    VALUE_ELEMENTS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
+    ELEMENTS: tl.constexpr, VALUE_ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), or of one of them, over all heads that read them.
-    Tiles of products have keys along their first dimension."""
+    """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), or of one of them, over all heads that read
+    them. Tiles of products have keys along their first dimension."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(source, KEYS)
     first_key = (program % tiles).to(tl.int32) * KEYS
     head, batch = program // tiles % kv_heads, program // tiles // kv_heads
-    query_h, query_t = query_h // VECTOR * VECTOR, query_t // VECTOR * VECTOR
-    key_s, value_s = key_s // VECTOR * VECTOR, value_s // VECTOR * VECTOR
-    grad_h, grad_t = grad_h // VECTOR * VECTOR, grad_t // VECTOR * VECTOR
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
 
     queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
@@ -264,13 +270,13 @@ def key_value_kernel(
     count = batches * kv_heads * GROUP * time
 
     last_key = tl.minimum(first_key + KEYS, keys) - 1
-    begin, end, whole_begin, whole_end = seen_queries(
-        first_key, last_key, queries, diagonal, left, right, LEFT, RIGHT
-    )
+    begin, end, whole_begin, whole_end = seen_queries(first_key, last_key, queries, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_key < keys, end, 0)
-    first, stop, whole_first, whole_stop = blocks_of(
-        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, ROWS, MASK + BIAS > 0
+    first, stop, whole_first, whole_stop = edges_of(
+        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, EDGE, MASK + BIAS > 0
     )
+    blocks = (whole_stop - whole_first) * EDGE // ROWS
+    whole_stop = whole_first + blocks * (ROWS // EDGE)
 
     k = None
     v = None
@@ -282,14 +288,13 @@ def key_value_kernel(
     value_sums = tl.zeros((KEYS, VALUE_ELEMENTS), tl.float32)
     for phase in tl.static_range(2):
         before = whole_first - first
-        number = whole_stop - whole_first if phase == 0 else before + stop - whole_stop
+        number = blocks if phase == 0 else before + stop - whole_stop
         if phase == 1 or MASK + BIAS == 0:
             for n in range(number):
                 if phase == 0:
-                    block = whole_first + n
+                    row = whole_first * EDGE + n * ROWS + tl.arange(0, ROWS)
                 else:
-                    block = tl.where(n < before, first + n, whole_stop + n - before)
-                row = block * ROWS + tl.arange(0, ROWS)
+                    row = tl.where(n < before, first + n, whole_stop + n - before) * EDGE + tl.arange(0, EDGE)
                 i, member = row // GROUP, row % GROUP
                 query_offset, grad_offset = i * query_t, i * grad_t
                 if GROUP > 1:
@@ -322,7 +327,7 @@ def key_value_kernel(
                 else:
                     s = wide_product(
                         key, key_offset, present, key_d, query, query_offset, exists, query_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, KEYS, ROWS,
+                        WIDTH, CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
                     )  # fmt: skip
                     q = None
                     if into_key is not None:
@@ -339,7 +344,7 @@ def key_value_kernel(
                     else:
                         grad = wide_product(
                             value, value_offset, present, value_d, grad_out, grad_offset, alive, grad_d,
-                            VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, KEYS, ROWS,
+                            VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
                         )  # fmt: skip
                 s, seen, slowed = score(
                     s, i[None, :], j[:, None], exists[None, :], keys, diagonal, left, right, factor, softcap, slope,
@@ -348,7 +353,8 @@ def key_value_kernel(
                 )  # fmt: skip
                 keep = None
                 if seed is not None:
-                    keep = tl.trans(keep_tile(seed, place, first_key, threshold, ROWS, KEYS))
+                    keep = keep_tile(seed, place, first_key, threshold, ROWS if phase == 0 else EDGE, KEYS)
+                    keep = tl.trans(keep)
                 p, _, inner = _differentiate(
                     s, seen, slowed, grad, level[None, :], share[None, :], origin[None, :], scale, keep, kept,
                     SOFTCAP, FOLDED, seed is not None, phase == 0,
@@ -408,9 +414,10 @@ def bias_kernel(
 
     A program makes a tile of it: the sum over the batch and the heads that share it and, where all queries do (not
     OWN_ROWS), over their tiles; of these it takes those whose number is its split's, modulo the splits."""
-    query_h, query_t = query_h // VECTOR * VECTOR, query_t // VECTOR * VECTOR
-    key_s, value_s = key_s // VECTOR * VECTOR, value_s // VECTOR * VECTOR
-    grad_h, grad_t = grad_h // VECTOR * VECTOR, grad_t // VECTOR * VECTOR
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
     program = tl.program_id(0).to(tl.int64)
     key_tiles, row_tiles = tl.cdiv(source, KEYS), tl.cdiv(time, ROWS)
     own_tiles = row_tiles if OWN_ROWS else 1
@@ -427,7 +434,8 @@ def bias_kernel(
     key_offset, value_offset = j * key_s, j * value_s
     several_tiles = 1 if OWN_ROWS else row_tiles
     several_heads, several_batches = heads // own_heads, batches // own_batches
-    total = tl.zeros((ROWS, KEYS), tl.float32)
+    SUM: tl.constexpr = tl.float64 if bias.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((ROWS, KEYS), SUM)
     for n in range(split, several_tiles * several_heads * several_batches, splits):
         tile = own_tile if OWN_ROWS else n % several_tiles
         head = own_head + n // several_tiles % several_heads
@@ -482,7 +490,7 @@ def bias_kernel(
                 s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
                 SOFTCAP, False, seed is not None, False,
             )  # fmt: skip
-            total += grad
+            total += grad.to(SUM)
     line = (split * own_batches + own_batch) * own_heads + own_head
     if OWN_ROWS:
         i = own_tile * ROWS + tl.arange(0, ROWS)

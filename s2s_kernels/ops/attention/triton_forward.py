@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import keep_tile
-from .triton_scores import LN2, blocks_of, finite, load_rows, score, seen_keys, span_of, weight, wide_product
+from .triton_scores import LN2, aligned, edges_of, finite, load_rows, score, seen_keys, span_of, weight, wide_product
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def forward_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, T, Dv), lse (B, H, T) and softmax (2, B, H, T), or with `parts` one share of the keys' sums of values
     (splits, B H T, Dv + 2), each row followed by its greatest score and its sum of weights.
@@ -77,8 +77,9 @@ def forward_kernel(
     split = (rest % splits).to(tl.int32)
     rest = rest // splits
     head, batch = rest % kv_heads, rest // kv_heads
-    query_h, query_t = query_h // VECTOR * VECTOR, query_t // VECTOR * VECTOR
-    key_s, value_s = key_s // VECTOR * VECTOR, value_s // VECTOR * VECTOR
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
 
     queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
@@ -108,13 +109,15 @@ def forward_kernel(
     first_query, last_query = tile * ROWS // GROUP, tl.minimum((tile * ROWS + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
-    first, stop, whole_first, whole_stop = blocks_of(begin, end, whole_begin, whole_end, KEYS, MASK + BIAS > 0)
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
     if parts is not None:
         share = tl.cdiv(stop - first, splits.to(tl.int32))
         first = tl.minimum(first + split * share, stop)
         stop = tl.minimum(first + share, stop)
         whole_first = tl.minimum(tl.maximum(whole_first, first), stop)
         whole_stop = tl.minimum(tl.maximum(whole_stop, whole_first), stop)
+    blocks = (whole_stop - whole_first) * EDGE // KEYS
+    whole_stop = whole_first + blocks * (KEYS // EDGE)
 
     q = None
     if CHUNK >= WIDTH:
@@ -123,19 +126,19 @@ def forward_kernel(
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     spoilt = tl.zeros((ROWS,), tl.float32)  # NaN where the row sees a value that isn't finite
-    column = tl.arange(0, KEYS)
-    key_offset, value_offset = column * key_s, column * value_s
     for phase in tl.static_range(2):
-        # First the blocks in which nothing is hidden, then those before and after them.
+        # First the blocks in which nothing is hidden, then those before and after them, smaller ones: they take more
+        # registers, and less of them is hidden.
+        column = tl.arange(0, KEYS if phase == 0 else EDGE)
+        key_offset, value_offset = column * key_s, column * value_s
         before = whole_first - first
-        count = whole_stop - whole_first if phase == 0 else before + stop - whole_stop
+        count = blocks if phase == 0 else before + stop - whole_stop
         if phase == 1 or MASK + BIAS == 0:
             for n in range(count):
                 if phase == 0:
-                    block = whole_first + n
+                    at = whole_first * EDGE + n * KEYS
                 else:
-                    block = tl.where(n < before, first + n, whole_stop + n - before)
-                at = block * KEYS
+                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
                 j = at + column
                 keys_at = key + at * key_s
                 if CHUNK >= WIDTH:
@@ -144,7 +147,7 @@ def forward_kernel(
                 else:
                     s = wide_product(
                         query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS,
+                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
                 s, seen, _ = score(
                     s, i[:, None], j[None, :], present[:, None], keys, diagonal, left, right, scale, softcap, slope,
@@ -159,7 +162,8 @@ def forward_kernel(
                 peak = higher
                 total = total * factor + tl.sum(p, 1)
                 if seed is not None:
-                    p = tl.where(keep_tile(seed, place, at, threshold, ROWS, KEYS), p * kept, 0.0)
+                    keep = keep_tile(seed, place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
+                    p = tl.where(keep, p * kept, 0.0)
                 v = load_rows(
                     value + at * value_s, value_offset, j < keys, value_d, 0, VALUE_WIDTH, COLUMNS, DENSE, phase == 1
                 )

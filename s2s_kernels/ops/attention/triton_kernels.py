@@ -134,14 +134,14 @@ def _forward_tiles(call: _Call) -> dict[str, int]:
     rows = _power(call.time * call.group, 16, 128)
     chunk = min(width, 256)
     return {
-        "ROWS": min(rows, 64), "KEYS": 32, "CHUNK": chunk, "COLUMNS": columns, "num_warps": 4, "num_stages": 2,
+        "ROWS": min(rows, 64), "KEYS": 64, "EDGE": 32, "CHUNK": chunk, "COLUMNS": columns, "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
 
 
 def _backward_tiles(call: _Call) -> dict[str, int]:
     width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
     return {
-        "ROWS": 32, "KEYS": 32, "CHUNK": min(width, 256), "VALUE_CHUNK": min(columns, 256), "num_warps": 4,
+        "ROWS": 64, "KEYS": 64, "EDGE": 32, "CHUNK": min(width, 256), "VALUE_CHUNK": min(columns, 256), "num_warps": 4,
         "num_stages": 2,
     }  # fmt: skip
 
@@ -171,7 +171,7 @@ def attention_forward(
         return out, lse, softmax, wide_out
     tiles = _forward_tiles(call)
     programs = -(-time * call.group // tiles["ROWS"]) * batch * key.shape[1]
-    splits = _splits(programs, -(-call.source // (4 * tiles["KEYS"])))
+    splits = _splits(programs, -(-call.source // (4 * tiles["EDGE"])))
     parts = None
     if splits > 1:
         parts = query.new_empty((splits, lse.numel(), columns + 2), dtype=torch.float32)
@@ -300,10 +300,12 @@ def _bias_gradient(
     shared = batch // own_batches * (heads // own_heads) * (1 if own_rows else row_tiles)
     splits = _splits(programs, shared)
     result = bias.new_empty(bias.shape)
-    sums = result if splits == 1 else bias.new_empty((splits, *bias.shape), dtype=torch.float32)
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    sums = result if splits == 1 else bias.new_empty((splits, *bias.shape), dtype=dtype)
     bias_kernel[(programs * splits,)](
         *tensors, sums, *strides, batch, heads, *sizes[2:], own_batches, own_heads, splits,
-        GROUP=call.group, MASK=_kind(call.mask, 1), BIAS=_kind(bias, 1), OWN_ROWS=own_rows, **options, **tiles,
+        GROUP=call.group, MASK=_kind(call.mask, 1), BIAS=_kind(bias, 1), OWN_ROWS=own_rows, **options,
+        **{name: size for name, size in tiles.items() if name != "EDGE"},
     )  # fmt: skip
     return result if splits == 1 else reduce(sums, result)
 
@@ -326,7 +328,8 @@ def _checked(
         fits = fits and max(time * heads, source) < MOST_POSITIONS
         for pairs in (mask, bias):
             fits = fits and (
-                pairs is None or (pairs.dim() == 4 and all(a in (1, b) for a, b in zip(pairs.shape, shape, strict=True)))
+                pairs is None
+                or (pairs.dim() == 4 and all(a in (1, b) for a, b in zip(pairs.shape, shape, strict=True)))
             )
         fits = fits and (mask is None or mask.dtype == torch.bool)
         for lengths in (query_lengths, key_lengths):

@@ -20,6 +20,12 @@ UNIT = tl.constexpr(8)  # keys that are neighbours in memory
 
 
 @triton.jit
+def aligned(batch, head, row, VECTOR: tl.constexpr):
+    """Strides of a tensor, said to the compiler to be what the launcher has seen: divisible by the size of a vector."""
+    return batch // VECTOR * VECTOR, head // VECTOR * VECTOR, row // VECTOR * VECTOR
+
+
+@triton.jit
 def span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT: tl.constexpr):
     """How many queries and keys are present, and the key at which query 0 stands."""
     queries = length_of(query_lengths, batch, time).to(tl.int32)
@@ -52,16 +58,16 @@ def seen_queries(first, last, queries, diagonal, left, right, LEFT: tl.constexpr
 
 
 @triton.jit
-def blocks_of(begin, end, whole_begin, whole_end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Blocks first..stop reach into begin..end; of these whole_first..whole_stop lie in whole_begin..whole_end, where
-    nothing is hidden. A mask or bias hides anywhere."""
-    first = begin // BLOCK
-    stop = tl.where(begin < end, tl.cdiv(tl.maximum(end, 0), BLOCK), first)
+def edges_of(begin, end, whole_begin, whole_end, EDGE: tl.constexpr, MASKED: tl.constexpr):
+    """Blocks of EDGE: first..stop reach into begin..end; of these whole_first..whole_stop lie in whole_begin..whole_end,
+    where nothing is hidden. A mask or bias hides anywhere."""
+    first = begin // EDGE
+    stop = tl.where(begin < end, tl.cdiv(tl.maximum(end, 0), EDGE), first)
     if MASKED:
         return first, stop, first, first
     else:
-        whole_first = tl.minimum(tl.cdiv(whole_begin, BLOCK), stop)
-        whole_stop = tl.maximum(tl.minimum(tl.maximum(whole_end, 0) // BLOCK, stop), whole_first)
+        whole_first = tl.minimum(tl.cdiv(whole_begin, EDGE), stop)
+        whole_stop = tl.maximum(tl.minimum(tl.maximum(whole_end, 0) // EDGE, stop), whole_first)
         return first, stop, whole_first, whole_stop
 
 
@@ -164,6 +170,6 @@ def score(
 def weight(s, level, scale, FOLDED: tl.constexpr):
     """exp(s - level). FOLDED: s has yet to be scaled, by a scale that makes exp of exp2."""
     if FOLDED:
-        return tl.exp2(s * scale - level)
+        return tl.exp2(tl.fma(s, scale, -level))
     else:
         return tl.exp(s - level)
