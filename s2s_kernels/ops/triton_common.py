@@ -48,10 +48,11 @@ def tanh(x):
 def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Which elements of columns first..first + COLUMNS of some rows dropout keeps, as `random.keep_mask` draws them.
 
-    row: (ROWS,) int64; first: a multiple of 32, as COLUMNS is; threshold: the least word that is kept.
+    row: (ROWS,) int64; first: a multiple of COLUMNS, that of 32, or 16; threshold: the least word that is kept.
     """
     # 32 columns are four words of eight neighbouring counters.
-    counter = first // 4 + tl.arange(0, COLUMNS // 4)
+    COUNTERS: tl.constexpr = COLUMNS // 4 if COLUMNS >= 32 else 8
+    counter = first // 32 * 8 + tl.arange(0, COUNTERS)
     low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(
         tl.load(seed), counter.to(tl.uint32)[None, :], low[:, None], high[:, None], tl.load(seed + 1).to(tl.uint32)
@@ -59,8 +60,13 @@ def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.const
     least = threshold.to(tl.uint32)
     a, b = (a >= least).to(tl.int8), (b >= least).to(tl.int8)
     c, d = (c >= least).to(tl.int8), (d >= least).to(tl.int8)
-    words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLUMNS // 32, 8, 4)
-    return words.permute(0, 1, 3, 2).reshape(ROWS, COLUMNS) != 0
+    if COLUMNS >= 32:
+        words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLUMNS // 32, 8, 4)
+        return words.permute(0, 1, 3, 2).reshape(ROWS, COLUMNS) != 0
+    else:
+        later = first % 32 != 0
+        words = tl.join(tl.where(later, c, a), tl.where(later, d, b))
+        return words.permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
 
 
 @triton.jit(do_not_specialize=["count", "splits"])

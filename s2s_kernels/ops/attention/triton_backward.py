@@ -6,12 +6,14 @@ import triton
 import triton.language as tl
 
 from ..triton_common import keep_tile, spread
-from .triton_scores import ROWS as OVER_ROWS
 from .triton_scores import (
     aligned,
     edges_of,
     finite,
     load_rows,
+    offsets_of,
+    pairs_of,
+    rows_of,
     score,
     seen_keys,
     seen_queries,
@@ -112,37 +114,33 @@ def query_kernel(
 
     queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    i, member = row // GROUP, row % GROUP
+    first_row = tile * ROWS
+    i, member, start, place = offsets_of(first_row, batch, head, kv_heads, time, ROWS, GROUP)
     present = i < queries
-    query_offset, grad_offset = i * query_t, i * grad_t
-    if GROUP > 1:
-        query_offset += member * query_h
-        grad_offset += member * grad_h
-    query += batch * query_b + head * GROUP * query_h
-    grad_out += batch * grad_b + head * GROUP * grad_h
+    query, query_offset = rows_of(query, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP)
+    grad_out, grad_offset = rows_of(grad_out, first_row, i, member, batch, head, grad_b, grad_h, grad_t, ROWS, GROUP)
     key += batch * key_b + head * key_h
     value += batch * value_b + head * value_h
     mask_row = None
     bias_row = None
     slope = None
     if MASK:
-        mask += batch * mask_b + head * GROUP * mask_h
-        mask_row = (member * mask_h + i * mask_t)[:, None]
+        mask, mask_row = pairs_of(
+            mask, i[:, None], member[:, None], batch, head, mask_b, mask_h, mask_t, MASK, GROUP
+        )  # fmt: skip
     if BIAS:
-        bias += batch * bias_b + head * GROUP * bias_h
-        bias_row = (member * bias_h + i * bias_t)[:, None]
+        bias, bias_row = pairs_of(
+            bias, i[:, None], member[:, None], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
+        )  # fmt: skip
     if slopes is not None:
-        at = slopes + batch * slope_b + (head * GROUP + member) * slope_h
-        slope = tl.load(at).to(tl.float32)[:, None]
-    place = (batch * kv_heads * GROUP + head * GROUP + member) * time + i  # in (B, H, T)
+        slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
     count = batches * kv_heads * GROUP * time
-    level = tl.load(softmax + place, mask=present, other=0.0)
-    share = tl.load(softmax + count + place, mask=present, other=0.0)
+    level = tl.load(softmax + start + place, mask=present, other=0.0)
+    share = tl.load(softmax + count + start + place, mask=present, other=0.0)
     alive = present & (share != 0)
-    origin = tl.load(delta + place, mask=alive, other=0.0)
+    origin = tl.load(delta + start + place, mask=alive, other=0.0)
 
-    first_query, last_query = tile * ROWS // GROUP, tl.minimum((tile * ROWS + ROWS - 1) // GROUP, queries - 1)
+    first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
     first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
@@ -163,7 +161,7 @@ def query_kernel(
         before = whole_first - first
         number = blocks if phase == 0 else before + stop - whole_stop
         if phase == 1 or MASK + BIAS == 0:
-            for n in range(number):
+            for n in tl.range(number, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
                 if phase == 0:
                     at = whole_first * EDGE + n * KEYS
                 else:
@@ -190,13 +188,14 @@ def query_kernel(
                         VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
                 s, seen, slowed = score(
-                    s, i[:, None], j[None, :], present[:, None], keys, diagonal, left, right, factor, softcap, slope,
+                    s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
+                    left, right, factor, softcap, slope,
                     mask, mask_row, mask_s, bias, bias_row, bias_s,
                     LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
                 )  # fmt: skip
                 keep = None
                 if seed is not None:
-                    keep = keep_tile(seed, place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
+                    keep = keep_tile(seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
                 _, grad, inner = _differentiate(
                     s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
                     SOFTCAP, FOLDED, seed is not None, phase == 0,
@@ -207,14 +206,15 @@ def query_kernel(
                     k = finite(k)
                 sums = tl.dot(inner.to(k.dtype), k, sums, input_precision=PRECISION)
 
-    exists = row < rows
+    exists = i < time
     if into is not None:
         element = tl.arange(0, ELEMENTS)[None, :]
         sums = tl.where(alive[:, None], sums * factor, 0.0)
         inside = exists[:, None] & (element < WIDTH)
-        tl.store(into + place[:, None] * WIDTH + element, sums.to(into.dtype.element_ty), mask=inside)
+        at = into + start * WIDTH + (place[:, None] * WIDTH + element)
+        tl.store(at, sums.to(into.dtype.element_ty), mask=inside)
     if slope_sums is not None:
-        tl.store(slope_sums + place, tl.where(alive, slope_sum, 0.0), mask=exists)
+        tl.store(slope_sums + start + place, tl.where(alive, slope_sum, 0.0), mask=exists)
 
 
 @triton.jit(
@@ -255,18 +255,11 @@ def key_value_kernel(
 
     queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
-    j = first_key + tl.arange(0, KEYS)
+    line = tl.arange(0, KEYS)
+    j = first_key + line
     present = j < keys
-    key_offset, value_offset = j * key_s, j * value_s
-    query += batch * query_b + head * GROUP * query_h
-    grad_out += batch * grad_b + head * GROUP * grad_h
-    key += batch * key_b + head * key_h
-    value += batch * value_b + head * value_h
-    if MASK:
-        mask += batch * mask_b + head * GROUP * mask_h
-    if BIAS:
-        bias += batch * bias_b + head * GROUP * bias_h
-    start = (batch * kv_heads + head) * GROUP * time
+    key, key_offset = key + batch * key_b + head * key_h + first_key * key_s, line * key_s
+    value, value_offset = value + batch * value_b + head * value_h + first_key * value_s, line * value_s
     count = batches * kv_heads * GROUP * time
 
     last_key = tl.minimum(first_key + KEYS, keys) - 1
@@ -290,52 +283,61 @@ def key_value_kernel(
         before = whole_first - first
         number = blocks if phase == 0 else before + stop - whole_stop
         if phase == 1 or MASK + BIAS == 0:
-            for n in range(number):
+            for n in tl.range(number, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
                 if phase == 0:
-                    row = whole_first * EDGE + n * ROWS + tl.arange(0, ROWS)
+                    at = whole_first * EDGE + n * ROWS
                 else:
-                    row = tl.where(n < before, first + n, whole_stop + n - before) * EDGE + tl.arange(0, EDGE)
-                i, member = row // GROUP, row % GROUP
-                query_offset, grad_offset = i * query_t, i * grad_t
-                if GROUP > 1:
-                    query_offset += member * query_h
-                    grad_offset += member * grad_h
-                place = start + member * time + i
+                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
+                i, member, start, place = offsets_of(
+                    at, batch, head, kv_heads, time, ROWS if phase == 0 else EDGE, GROUP
+                )  # fmt: skip
+                queries_at, query_offset = rows_of(
+                    query, at, i, member, batch, head, query_b, query_h, query_t, ROWS if phase == 0 else EDGE, GROUP
+                )  # fmt: skip
+                grads_at, grad_offset = rows_of(
+                    grad_out, at, i, member, batch, head, grad_b, grad_h, grad_t, ROWS if phase == 0 else EDGE, GROUP
+                )  # fmt: skip
                 exists = i < queries
                 if phase == 0:
-                    level, share = tl.load(softmax + place), tl.load(softmax + count + place)
-                    origin = tl.load(delta + place)
+                    level, share = tl.load(softmax + start + place), tl.load(softmax + count + start + place)
+                    origin = tl.load(delta + start + place)
                     alive = exists
                 else:
-                    level = tl.load(softmax + place, mask=exists, other=0.0)
-                    share = tl.load(softmax + count + place, mask=exists, other=0.0)
-                    origin = tl.load(delta + place, mask=exists, other=0.0)
+                    level = tl.load(softmax + start + place, mask=exists, other=0.0)
+                    share = tl.load(softmax + count + start + place, mask=exists, other=0.0)
+                    origin = tl.load(delta + start + place, mask=exists, other=0.0)
                     alive = exists & (share != 0)
-                mask_row = None
-                bias_row = None
                 slope = None
+                mask_at = mask
+                mask_row = None
                 if MASK:
-                    mask_row = (member * mask_h + i * mask_t)[None, :]
+                    mask_at, mask_row = pairs_of(
+                        mask, i[None, :], member[None, :], batch, head, mask_b, mask_h, mask_t, MASK, GROUP
+                    )  # fmt: skip
+                bias_at = bias
+                bias_row = None
                 if BIAS:
-                    bias_row = (member * bias_h + i * bias_t)[None, :]
+                    bias_at, bias_row = pairs_of(
+                        bias, i[None, :], member[None, :], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
+                    )  # fmt: skip
                 if slopes is not None:
-                    at = slopes + batch * slope_b + (head * GROUP + member) * slope_h
-                    slope = tl.load(at).to(tl.float32)[None, :]
+                    slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h)
+                    slope = slope.to(tl.float32)[None, :]
                 if CHUNK >= WIDTH:
-                    q = load_rows(query, query_offset, exists, query_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 else:
                     s = wide_product(
-                        key, key_offset, present, key_d, query, query_offset, exists, query_d,
+                        key, key_offset, present, key_d, queries_at, query_offset, exists, query_d,
                         WIDTH, CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
                     )  # fmt: skip
                     q = None
                     if into_key is not None:
-                        q = load_rows(query, query_offset, exists, query_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
+                        q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
                 upstream = None
                 if into_value is not None or VALUE_CHUNK >= VALUE_WIDTH:
                     upstream = load_rows(
-                        grad_out, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_ELEMENTS, DENSE, phase == 1
+                        grads_at, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_ELEMENTS, DENSE, phase == 1
                     )
                 grad = s
                 if into_key is not None:
@@ -343,17 +345,18 @@ def key_value_kernel(
                         grad = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
                     else:
                         grad = wide_product(
-                            value, value_offset, present, value_d, grad_out, grad_offset, alive, grad_d,
+                            value, value_offset, present, value_d, grads_at, grad_offset, alive, grad_d,
                             VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
                         )  # fmt: skip
                 s, seen, slowed = score(
-                    s, i[None, :], j[:, None], exists[None, :], keys, diagonal, left, right, factor, softcap, slope,
-                    mask, mask_row, mask_s, bias, bias_row, bias_s,
+                    s, i[None, :], j[:, None], exists[None, :], keys, source, diagonal,
+                    left, right, factor, softcap, slope,
+                    mask_at, mask_row, mask_s, bias_at, bias_row, bias_s,
                     LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
                 )  # fmt: skip
                 keep = None
                 if seed is not None:
-                    keep = keep_tile(seed, place, first_key, threshold, ROWS if phase == 0 else EDGE, KEYS)
+                    keep = keep_tile(seed, start + place, first_key, threshold, ROWS if phase == 0 else EDGE, KEYS)
                     keep = tl.trans(keep)
                 p, _, inner = _differentiate(
                     s, seen, slowed, grad, level[None, :], share[None, :], origin[None, :], scale, keep, kept,
@@ -367,21 +370,21 @@ def key_value_kernel(
                     key_sums = tl.dot(inner.to(q.dtype), q, key_sums, input_precision=PRECISION)
 
     exists = j < source
-    line = (batch * kv_heads + head) * source + j
+    origin = (batch * kv_heads + head) * source + first_key
     if into_key is not None:
         element = tl.arange(0, ELEMENTS)[None, :]
         key_sums = tl.where(present[:, None], key_sums * factor, 0.0)
         inside = exists[:, None] & (element < WIDTH)
-        tl.store(into_key + line[:, None] * WIDTH + element, key_sums.to(into_key.dtype.element_ty), mask=inside)
+        at = into_key + origin * WIDTH + (line[:, None] * WIDTH + element)
+        tl.store(at, key_sums.to(into_key.dtype.element_ty), mask=inside)
     if into_value is not None:
         element = tl.arange(0, VALUE_ELEMENTS)[None, :]
         # What is not finite in a value was left out of the products, and has no gradient.
         values = load_rows(value, value_offset, present, value_d, 0, VALUE_WIDTH, VALUE_ELEMENTS, DENSE, True)
         value_sums = tl.where(present[:, None] & (values * 0.0 == 0.0), value_sums, 0.0)
         inside = exists[:, None] & (element < VALUE_WIDTH)
-        tl.store(
-            into_value + line[:, None] * VALUE_WIDTH + element, value_sums.to(into_value.dtype.element_ty), mask=inside
-        )
+        at = into_value + origin * VALUE_WIDTH + (line[:, None] * VALUE_WIDTH + element)
+        tl.store(at, value_sums.to(into_value.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -443,7 +446,9 @@ def bias_kernel(
         queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
         first_query = tile.to(tl.int32) * ROWS
         last_query = tl.minimum(first_query + ROWS, queries) - 1
-        begin, end, _, _ = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
+        begin, end, _whole_begin, _whole_end = seen_keys(
+            first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT
+        )
         if (first_query < queries) & (begin < end) & (begin < first_key + KEYS) & (end > first_key):
             i = first_query + tl.arange(0, ROWS)
             exists, present = i < queries, j < keys
@@ -458,16 +463,13 @@ def bias_kernel(
             share = tl.load(softmax + count + place, mask=exists, other=0.0)
             origin = tl.load(delta + place, mask=exists, other=0.0)
             alive = exists & (share != 0)
+            i_down = i[:, None]
+            mask_at = mask
             mask_row = None
-            bias_row = None
             slope = None
-            masks_at = None
-            biases_at = bias + batch * bias_b + head * bias_h
-            if OVER_ROWS & BIAS:
-                bias_row = (i * bias_t)[:, None]
             if MASK:
-                masks_at = mask + batch * mask_b + head * mask_h
-                mask_row = (i * mask_t)[:, None]
+                mask_at, mask_row = pairs_of(mask, i_down, 0, batch, head, mask_b, mask_h, mask_t, MASK, 1)
+            bias_at, bias_row = pairs_of(bias, i_down, 0, batch, head, bias_b, bias_h, bias_t, BIAS, 1)
             if slopes is not None:
                 slope = tl.load(slopes + batch * slope_b + head * slope_h).to(tl.float32)
             s = wide_product(
@@ -479,14 +481,14 @@ def bias_kernel(
                 VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS,
             )  # fmt: skip
             s, seen, slowed = score(
-                s, i[:, None], j[None, :], exists[:, None], keys, diagonal, left, right, factor, softcap, slope,
-                masks_at, mask_row, mask_s, biases_at, bias_row, bias_s,
+                s, i[:, None], j[None, :], exists[:, None], keys, source, diagonal, left, right, factor, softcap, slope,
+                mask_at, mask_row, mask_s, bias_at, bias_row, bias_s,
                 LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, False, False,
             )  # fmt: skip
             keep = None
             if seed is not None:
                 keep = keep_tile(seed, place, first_key, threshold, ROWS, KEYS)
-            _, grad, _ = _differentiate(
+            _dropped, grad, _inner = _differentiate(
                 s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
                 SOFTCAP, False, seed is not None, False,
             )  # fmt: skip

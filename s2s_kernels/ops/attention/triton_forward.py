@@ -5,15 +5,29 @@ import triton
 import triton.language as tl
 
 from ..triton_common import keep_tile
-from .triton_scores import LN2, aligned, edges_of, finite, load_rows, score, seen_keys, span_of, weight, wide_product
+from .triton_scores import (
+    LN2,
+    aligned,
+    edges_of,
+    finite,
+    load_rows,
+    offsets_of,
+    pairs_of,
+    rows_of,
+    score,
+    seen_keys,
+    span_of,
+    weight,
+    wide_product,
+)
 
 
 @triton.jit
 def _write(
-    sums, peak, total, alive, row, exists, out, lse, softmax, wide_out, count,
+    sums, peak, total, alive, start, row, exists, out, lse, softmax, wide_out, count,
     VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Results of rows from their sums; a row that has no key is 0. row: where in (B, H, T)."""
+    """Results of rows from their sums; a row that has no key is 0. start + row: where in (B, H, T)."""
     column = tl.arange(0, COLUMNS)[None, :]
     alive = alive & (total != 0)  # a NaN passes
     result = sums * tl.where(alive, 1 / total, 0.0)[:, None]
@@ -22,9 +36,9 @@ def _write(
     result = tl.where(alive[:, None], result, 0.0)
     inside = exists[:, None] & (column < VALUE_WIDTH)
     at = row[:, None] * VALUE_WIDTH + column
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + start * VALUE_WIDTH + at, result.to(out.dtype.element_ty), mask=inside)
     if wide_out is not None:
-        tl.store(wide_out + at, result, mask=inside)
+        tl.store(wide_out + start * VALUE_WIDTH + at, result, mask=inside)
     if FOLDED:
         level = peak + tl.log2(total)
         natural = level * LN2
@@ -33,10 +47,10 @@ def _write(
         natural = peak + tl.log(total)
         level = peak
         share = tl.where(alive, 1 / total, 0.0)
-    tl.store(lse + row, tl.where(alive, natural, float("-inf")), mask=exists)
+    tl.store(lse + start + row, tl.where(alive, natural, float("-inf")), mask=exists)
     if softmax is not None:
-        tl.store(softmax + row, tl.where(alive, level, 0.0), mask=exists)
-        tl.store(softmax + count + row, share, mask=exists)
+        tl.store(softmax + start + row, tl.where(alive, level, 0.0), mask=exists)
+        tl.store(softmax + count + start + row, share, mask=exists)
 
 
 @triton.jit(
@@ -83,30 +97,29 @@ def forward_kernel(
 
     queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    i, member = row // GROUP, row % GROUP
+    first_row = tile * ROWS
+    i, member, start, place = offsets_of(first_row, batch, head, kv_heads, time, ROWS, GROUP)
     present = i < queries
-    query_offset = i * query_t
-    if GROUP > 1:
-        query_offset += member * query_h
-    query += batch * query_b + head * GROUP * query_h
+    query, query_offset = rows_of(
+        query, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP
+    )  # fmt: skip
     key += batch * key_b + head * key_h
     value += batch * value_b + head * value_h
     mask_row = None
     bias_row = None
     slope = None
     if MASK:
-        mask += batch * mask_b + head * GROUP * mask_h
-        mask_row = (member * mask_h + i * mask_t)[:, None]
+        mask, mask_row = pairs_of(
+            mask, i[:, None], member[:, None], batch, head, mask_b, mask_h, mask_t, MASK, GROUP
+        )  # fmt: skip
     if BIAS:
-        bias += batch * bias_b + head * GROUP * bias_h
-        bias_row = (member * bias_h + i * bias_t)[:, None]
+        bias, bias_row = pairs_of(
+            bias, i[:, None], member[:, None], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
+        )  # fmt: skip
     if slopes is not None:
-        at = slopes + batch * slope_b + (head * GROUP + member) * slope_h
-        slope = tl.load(at).to(tl.float32)[:, None]
-    place = (batch * kv_heads * GROUP + head * GROUP + member) * time + i  # in (B, H, T)
+        slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
 
-    first_query, last_query = tile * ROWS // GROUP, tl.minimum((tile * ROWS + ROWS - 1) // GROUP, queries - 1)
+    first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
     first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
@@ -134,7 +147,7 @@ def forward_kernel(
         before = whole_first - first
         count = blocks if phase == 0 else before + stop - whole_stop
         if phase == 1 or MASK + BIAS == 0:
-            for n in range(count):
+            for n in tl.range(count, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
                 if phase == 0:
                     at = whole_first * EDGE + n * KEYS
                 else:
@@ -150,7 +163,8 @@ def forward_kernel(
                         WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
                 s, seen, _ = score(
-                    s, i[:, None], j[None, :], present[:, None], keys, diagonal, left, right, scale, softcap, slope,
+                    s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
+                    left, right, scale, softcap, slope,
                     mask, mask_row, mask_s, bias, bias_row, bias_s,
                     LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
                 )  # fmt: skip
@@ -162,7 +176,7 @@ def forward_kernel(
                 peak = higher
                 total = total * factor + tl.sum(p, 1)
                 if seed is not None:
-                    keep = keep_tile(seed, place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
+                    keep = keep_tile(seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
                     p = tl.where(keep, p * kept, 0.0)
                 v = load_rows(
                     value + at * value_s, value_offset, j < keys, value_d, 0, VALUE_WIDTH, COLUMNS, DENSE, phase == 1
@@ -177,17 +191,17 @@ def forward_kernel(
                     # A result that keeps its precision must come of weights that do.
                     sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision="tf32x3")
 
-    exists = row < rows
+    exists = i < time
+    sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
+    count = batches * kv_heads * GROUP * time
     if parts is None:
-        sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
         _write(
-            sums, peak, total, present, place, exists, out, lse, softmax, wide_out,
-            batches * kv_heads * GROUP * time, VALUE_WIDTH, COLUMNS, FOLDED,
+            sums, peak, total, present, start, place, exists, out, lse, softmax, wide_out, count,
+            VALUE_WIDTH, COLUMNS, FOLDED,
         )  # fmt: skip
     else:
-        into = parts + (split * (batches * kv_heads * GROUP * time) + place) * (VALUE_WIDTH + 2)
+        into = parts + (split * count + start) * (VALUE_WIDTH + 2) + place * (VALUE_WIDTH + 2)
         wide = tl.arange(0, COLUMNS)[None, :]
-        sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
         tl.store(into[:, None] + wide, sums, mask=exists[:, None] & (wide < VALUE_WIDTH))
         tl.store(into + VALUE_WIDTH, peak, mask=exists)
         tl.store(into + VALUE_WIDTH + 1, tl.where(present, total, 0.0), mask=exists)
@@ -199,15 +213,15 @@ def combine_kernel(
     VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """The shares' sums brought to their common greatest score and added up, in their order."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < count
+    start, row = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
+    exists = start + row < count
     column = tl.arange(0, COLUMNS)[None, :]
     inside = exists[:, None] & (column < VALUE_WIDTH)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for split in range(splits):
-        at = parts + (split * count + row) * (VALUE_WIDTH + 2)
+        at = parts + (split * count + start + row) * (VALUE_WIDTH + 2)
         part = tl.load(at[:, None] + column, mask=inside, other=0.0)
         top = tl.load(at + VALUE_WIDTH, mask=exists, other=float("-inf"))
         higher = tl.maximum(peak, top)
@@ -217,4 +231,6 @@ def combine_kernel(
         sums = sums * before[:, None] + part * now[:, None]
         total = total * before + tl.load(at + VALUE_WIDTH + 1, mask=exists, other=0.0) * now
         peak = higher
-    _write(sums, peak, total, exists, row, exists, out, lse, softmax, wide_out, count, VALUE_WIDTH, COLUMNS, FOLDED)
+    _write(
+        sums, peak, total, exists, start, row, exists, out, lse, softmax, wide_out, count, VALUE_WIDTH, COLUMNS, FOLDED,
+    )  # fmt: skip

@@ -31,13 +31,17 @@ def _kind(tensor: torch.Tensor | None, group: int) -> int:
     """What a mask or bias varies over, and how the kernels read it."""
     if tensor is None:
         return 0
-    _, head, row, column = _pair_strides(tensor)
+    batch, head, row, column = _pair_strides(tensor)
     kind = scores.GIVEN.value
     if row or (head and group > 1):
         kind |= scores.ROWS.value
     if column:
         kind |= scores.COLUMNS.value
-    return kind | (scores.UNIT.value if column == 1 else 0)
+    if column == 1:
+        kind |= scores.UNIT.value
+        if not any(size % 16 for size in (batch, head, row, tensor.shape[3])):
+            kind |= scores.VECTORS.value
+    return kind
 
 
 def _pair_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
@@ -93,6 +97,10 @@ class _Call:
         plain = self.bias is None and self.slopes is None and self.softcap is None
         return plain and self.query.dtype != torch.float32 and self.factor > 0
 
+    @property
+    def hides(self) -> bool:
+        return self.mask is not None or self.bias is not None
+
     def pairs(self) -> tuple[Any, ...]:
         slopes = (0, 0) if self.slopes is None else self.slopes.stride()
         return (*_pair_strides(self.mask), *_pair_strides(self.bias), *((0, 0, *slopes)[-2:]))
@@ -128,22 +136,49 @@ class _Call:
         }  # fmt: skip
 
 
-def _forward_tiles(call: _Call) -> dict[str, int]:
-    wide = call.query.dtype == torch.float32
+def generation(x: torch.Tensor) -> int:
+    """The major compute capability: from 9 on a program has twice the shared memory."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
+
+
+def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int) -> dict[str, int]:
+    return {"ROWS": rows, "KEYS": keys, "EDGE": edge, "CHUNK": chunk, "num_warps": warps, "num_stages": stages}
+
+
+# Sizes with which the compiler doesn't spill, on any of the architectures.
+def _forward_tiles(call: _Call, wide_out: bool) -> dict[str, int]:
     width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
+    most, large = max(width, columns), generation(call.query) >= 9
     rows = _power(call.time * call.group, 16, 128)
-    chunk = min(width, 256)
-    return {
-        "ROWS": min(rows, 64), "KEYS": 64, "EDGE": 32, "CHUNK": chunk, "COLUMNS": columns, "num_warps": 4, "num_stages": 2,
-    }  # fmt: skip
+    if call.query.dtype == torch.float32 or wide_out:
+        tiles = _tiles(64, 32, 16, 32, 8, 2) if most <= 128 else _tiles(8192 // most, 32, 16, 32, 8, 2)
+    elif most > 256:
+        tiles = _tiles(64 if most <= 512 else 16, 32, 16, 64, 8, 2)
+    elif most > 128:
+        tiles = _tiles(128, 64, 16, 256, 8, 2) if large else _tiles(64, 32, 16, 256, 8, 2)
+    elif call.hides:
+        tiles = _tiles(128, 32, 32, 128, 8, 2)
+    else:
+        tiles = _tiles(128, 128 if large or most <= 64 else 64, 32, 128, 8, 2)
+    if rows < tiles["ROWS"]:
+        tiles |= {"ROWS": rows, "num_warps": 4 if rows <= 32 else tiles["num_warps"]}
+    return {**tiles, "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
-def _backward_tiles(call: _Call) -> dict[str, int]:
+def _backward_tiles(call: _Call, direction: str) -> dict[str, int]:
     width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
-    return {
-        "ROWS": 64, "KEYS": 64, "EDGE": 32, "CHUNK": min(width, 256), "VALUE_CHUNK": min(columns, 256), "num_warps": 4,
-        "num_stages": 2,
-    }  # fmt: skip
+    most, large = max(width, columns), generation(call.query) >= 9
+    if call.query.dtype == torch.float32:
+        tiles = _tiles(32, 32, 16, 32, 8, 2)
+    elif most > 128:
+        tiles = _tiles(64, 64, 16, 64, 8, 2)
+    elif direction == "query":
+        tiles = _tiles(128 if large else 64, 64, 16, 128, 8, 2)
+    elif direction == "key":
+        tiles = _tiles(64, 128, 16, 128, 8, 2) if most <= 64 else _tiles(32, 128 if large else 64, 16, 128, 8, 2)
+    else:
+        tiles = _tiles(64, 64, 64, 64, 8, 2)
+    return {**tiles, "CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
 
 
 def _splits(programs: int, most: int) -> int:
@@ -169,7 +204,7 @@ def attention_forward(
     results = (out, lse, softmax if save else None, wide_out if save_wide else None)
     if not lse.numel():
         return out, lse, softmax, wide_out
-    tiles = _forward_tiles(call)
+    tiles = _forward_tiles(call, save_wide)
     programs = -(-time * call.group // tiles["ROWS"]) * batch * key.shape[1]
     splits = _splits(programs, -(-call.source // (4 * tiles["EDGE"])))
     parts = None
@@ -246,10 +281,10 @@ def _backward(
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
     sizes = (batch, kv_heads, *call.limits(), call.factor, *call.numbers())
     options = call.options(grad_out)
-    tiles = _backward_tiles(call)
     grad_query = query.new_empty(query.shape) if need_query else None
     slope_sums = torch.empty_like(delta) if need_slopes else None
     if grad_query is not None or slope_sums is not None:
+        tiles = _backward_tiles(call, "query")
         programs = -(-time * call.group // tiles["ROWS"]) * batch * kv_heads
         query_kernel[(programs,)](
             *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=_power(width, 16, 1024),
@@ -257,10 +292,15 @@ def _backward(
         )  # fmt: skip
     grad_key = key.new_empty(key.shape) if need_key else None
     grad_value = value.new_empty(value.shape) if need_value else None
-    if grad_key is not None or grad_value is not None:
-        programs = -(-call.source // tiles["KEYS"]) * batch * kv_heads
+    tiles = _backward_tiles(call, "key")
+    programs = -(-call.source // tiles["KEYS"]) * batch * kv_heads
+    # Both at once have too many sums for the registers where they are wide.
+    both = [(grad_key, grad_value)] if max(width, columns) <= 128 else [(grad_key, None), (None, grad_value)]
+    for into_key, into_value in both:
+        if into_key is None and into_value is None:
+            continue
         key_value_kernel[(programs,)](
-            *tensors, grad_key, grad_value, *strides, *sizes, ELEMENTS=_power(width, 16, 1024),
+            *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=_power(width, 16, 1024),
             VALUE_ELEMENTS=_power(columns, 16, 1024), **options, **call.grouped(), **tiles,
         )  # fmt: skip
     grad_slopes = None
@@ -274,7 +314,7 @@ def _backward(
         if call.bias.shape[3] == 1:
             grad_bias = _lse_gradient(call.bias, grad_lse, delta, softmax)
         else:
-            grad_bias = _bias_gradient(call, call.bias, tensors, strides, sizes, options, tiles)
+            grad_bias = _bias_gradient(call, call.bias, tensors, strides, sizes, options)
     return [grad_query, grad_key, grad_value, grad_bias, grad_slopes]
 
 
@@ -290,10 +330,11 @@ def _lse_gradient(
 
 def _bias_gradient(
     call: _Call, bias: torch.Tensor, tensors: tuple[Any, ...], strides: tuple[Any, ...], sizes: tuple[Any, ...],
-    options: dict[str, Any], tiles: dict[str, int],
+    options: dict[str, Any],
 ) -> torch.Tensor:  # fmt: skip
     batch, heads, time, _ = call.query.shape
     own_batches, own_heads, own_time, source = bias.shape
+    tiles = _backward_tiles(call, "bias")
     own_rows = own_time > 1 or time == 1
     row_tiles = -(-time // tiles["ROWS"])
     programs = -(-source // tiles["KEYS"]) * (row_tiles if own_rows else 1) * own_batches * own_heads

@@ -17,6 +17,7 @@ GIVEN = tl.constexpr(1)
 ROWS = tl.constexpr(2)  # queries, or the heads of a group
 COLUMNS = tl.constexpr(4)  # keys
 UNIT = tl.constexpr(8)  # keys that are neighbours in memory
+VECTORS = tl.constexpr(16)  # such keys, a multiple of 16 of them, and strides that are multiples too
 
 
 @triton.jit
@@ -31,6 +32,27 @@ def span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT: tl.co
     queries = length_of(query_lengths, batch, time).to(tl.int32)
     keys = length_of(key_lengths, batch, source).to(tl.int32)
     return queries, keys, keys - queries if BOTTOM_RIGHT else 0
+
+
+@triton.jit
+def offsets_of(first, batch, head, kv_heads, time, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Of rows from `first` on: their queries, their heads within the group, and where they lie in (B, H, T), as one
+    number and what each row adds to it. Without a group that is 32-bit and known to the compiler."""
+    row = first + tl.arange(0, ROWS)
+    i, member = row // GROUP, row % GROUP
+    if GROUP == 1:
+        return i, member, (batch * kv_heads + head) * time + first, tl.arange(0, ROWS)
+    else:
+        return i, member, (batch * kv_heads + head) * GROUP * time, member * time + i
+
+
+@triton.jit
+def rows_of(base, first, i, member, batch, head, b, h, t, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """A pointer to a tensor and what each row adds to it."""
+    if GROUP == 1:
+        return base + batch * b + head * h + first * t, tl.arange(0, ROWS) * t
+    else:
+        return base + batch * b + head * GROUP * h, member * h + i * t
 
 
 @triton.jit
@@ -110,25 +132,37 @@ def finite(x):
 
 
 @triton.jit
-def _load_pairs(base, row, column, stride, row_exists, column_exists, KIND: tl.constexpr):
+def pairs_of(base, i, member, batch, head, b, h, t, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """A pointer to a mask or bias and what each row adds to it."""
+    STEP: tl.constexpr = 16 if VECTORS & KIND else 1
+    b, h, t = aligned(b, h, t, STEP)
+    if GROUP == 1:
+        return base + batch * b + head * h, i * t
+    else:
+        return base + batch * b + head * GROUP * h, member * h + i * t
+
+
+@triton.jit
+def _load_pairs(base, row, column, stride, row_exists, source, KIND: tl.constexpr):
     at = base
+    exists = column < (source // 16 * 16 if VECTORS & KIND else source)
     if ROWS & KIND:
         at += row
     if COLUMNS & KIND:
         at += spread(column, stride, UNIT & KIND)
     if ROWS & KIND and COLUMNS & KIND:
-        return tl.load(at, mask=row_exists & column_exists, other=0)
+        return tl.load(at, mask=row_exists & exists, other=0)
     elif ROWS & KIND:
         return tl.load(at, mask=row_exists, other=0)
     elif COLUMNS & KIND:
-        return tl.load(at, mask=column_exists, other=0)
+        return tl.load(at, mask=exists, other=0)
     else:
         return tl.load(at)
 
 
 @triton.jit
 def score(
-    product, i, j, row_exists, keys, diagonal, left, right, scale, softcap, slope,
+    product, i, j, row_exists, keys, source, diagonal, left, right, scale, softcap, slope,
     mask, mask_row, mask_s, bias, bias_row, bias_s,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr,
     SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, WHOLE: tl.constexpr,
@@ -155,9 +189,9 @@ def score(
         if RIGHT:
             seen = seen & (j <= i + diagonal + right)
         if MASK:
-            seen = seen & (_load_pairs(mask, mask_row, j, mask_s, row_exists, j < keys, MASK) != 0)
+            seen = seen & (_load_pairs(mask, mask_row, j, mask_s, row_exists, source, MASK) != 0)
         if BIAS:
-            b = _load_pairs(bias, bias_row, j, bias_s, row_exists, j < keys, BIAS)
+            b = _load_pairs(bias, bias_row, j, bias_s, row_exists, source, BIAS)
             if b.dtype == tl.float64:
                 b = tl.where((b < LEAST) & (b > float("-inf")), LEAST, b)  # must not become an infinity, which hides
             seen = seen & (b != float("-inf"))
