@@ -48,6 +48,25 @@ def delta_kernel(
     tl.store(delta + row, total, mask=exists)
 
 
+@triton.jit(do_not_specialize=["value_b", "value_h", "value_s", "value_d", "heads", "source", "count"])
+def drop_kernel(
+    value, grad_value,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    heads: tl.int64, source: tl.int64, count: tl.int64,
+    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Takes the gradient from what is not finite in values, which had no part in the products. In a kernel of its own:
+    in key_value_kernel it would cost registers that the loops need."""
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    j, h, b = line % source, line // source % heads, line // source // heads
+    d = tl.arange(0, WIDE)[None, :]
+    inside = (line < count)[:, None] & (d < VALUE_WIDTH)
+    at = value + (b * value_b + h * value_h + j * value_s)[:, None] + spread(d, value_d, DENSE)
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.zeros((LINES, WIDE), grad_value.dtype.element_ty)
+    tl.store(grad_value + line[:, None] * VALUE_WIDTH + d, zero, mask=inside & (x * 0.0 != 0.0))
+
+
 @triton.jit
 def _differentiate(
     s, seen, slowed, grad, level, share, delta, scale, keep, kept,
@@ -379,9 +398,7 @@ def key_value_kernel(
         tl.store(at, key_sums.to(into_key.dtype.element_ty), mask=inside)
     if into_value is not None:
         element = tl.arange(0, VALUE_ELEMENTS)[None, :]
-        # What is not finite in a value was left out of the products, and has no gradient.
-        values = load_rows(value, value_offset, present, value_d, 0, VALUE_WIDTH, VALUE_ELEMENTS, DENSE, True)
-        value_sums = tl.where(present[:, None] & (values * 0.0 == 0.0), value_sums, 0.0)
+        value_sums = tl.where(present[:, None], value_sums, 0.0)
         inside = exists[:, None] & (element < VALUE_WIDTH)
         at = into_value + origin * VALUE_WIDTH + (line[:, None] * VALUE_WIDTH + element)
         tl.store(at, value_sums.to(into_value.dtype.element_ty), mask=inside)

@@ -13,12 +13,12 @@ import triton
 from ..random import threshold as threshold_of
 from ..triton_common import PRECISION, device_of, reduce
 from . import triton_scores as scores
-from .triton_backward import bias_kernel, delta_kernel, key_value_kernel, query_kernel
+from .triton_backward import bias_kernel, delta_kernel, drop_kernel, key_value_kernel, query_kernel
 from .triton_forward import combine_kernel, forward_kernel
 
 # Programs among which a sum over keys, or over what shares a bias, is split. A constant: the bits must not depend on
 # the GPU.
-PROGRAMS = 256
+PROGRAMS = 128
 MOST_POSITIONS = 2**29  # with which sums of a few positions and lengths fit 32 bits
 LOG2E = math.log2(math.e)
 
@@ -101,6 +101,11 @@ class _Call:
     def hides(self) -> bool:
         return self.mask is not None or self.bias is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether more than products and what hides takes registers."""
+        return self.softcap is not None or self.slopes is not None or self.seed is not None
+
     def pairs(self) -> tuple[Any, ...]:
         slopes = (0, 0) if self.slopes is None else self.slopes.stride()
         return (*_pair_strides(self.mask), *_pair_strides(self.bias), *((0, 0, *slopes)[-2:]))
@@ -148,36 +153,51 @@ def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int)
 # Sizes with which the compiler doesn't spill, on any of the architectures.
 def _forward_tiles(call: _Call, wide_out: bool) -> dict[str, int]:
     width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
-    most, large = max(width, columns), generation(call.query) >= 9
-    rows = _power(call.time * call.group, 16, 128)
+    most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32 or wide_out:
         tiles = _tiles(64, 32, 16, 32, 8, 2) if most <= 128 else _tiles(8192 // most, 32, 16, 32, 8, 2)
     elif most > 256:
-        tiles = _tiles(64 if most <= 512 else 16, 32, 16, 64, 8, 2)
+        tiles = _tiles(32 if most <= 512 else 16, 32, 16, 64, 8, 2)
     elif most > 128:
-        tiles = _tiles(128, 64, 16, 256, 8, 2) if large else _tiles(64, 32, 16, 256, 8, 2)
+        tiles = _tiles(128, 64, 16, 256, 8, 2) if major == 9 and not call.busy else _tiles(64, 32, 16, 256, 8, 2)
     elif call.hides:
-        tiles = _tiles(128, 32, 32, 128, 8, 2)
+        edge = 64 if most <= 64 else 32
+        tiles = _tiles(128, 32, 16, 128, 8, 2) if call.busy else _tiles(64, edge, edge, 128, 8, 2)
+    elif call.busy:
+        tiles = _tiles(128, 64, 32, 128, 8, 2) if major >= 9 else _tiles(128, 32, 16, 128, 8, 2)
     else:
-        tiles = _tiles(128, 128 if large or most <= 64 else 64, 32, 128, 8, 2)
-    if rows < tiles["ROWS"]:
-        tiles |= {"ROWS": rows, "num_warps": 4 if rows <= 32 else tiles["num_warps"]}
+        tiles = _tiles(128, 128, 32, 128, 8, 2) if major >= 9 or most <= 64 else _tiles(128, 32, 16, 128, 8, 2)
+    rows = call.time * call.group  # a few, as in decoding, or some: not a compilation for each number of queries
+    if rows <= 16 and most <= 256:
+        keys = 32 if tiles["CHUNK"] == 32 else 128 if most <= 128 else 64
+        tiles = _tiles(16, keys, 32, tiles["CHUNK"], 4, 2)
+    elif rows <= 16:
+        tiles |= {"ROWS": 16}
+    elif rows <= 64 and tiles["ROWS"] > 64:
+        tiles |= {"ROWS": 64}
     return {**tiles, "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
 def _backward_tiles(call: _Call, direction: str) -> dict[str, int]:
     width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
-    most, large = max(width, columns), generation(call.query) >= 9
+    most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32:
-        tiles = _tiles(32, 32, 16, 32, 8, 2)
+        rows = 32 if most <= 64 or direction == "bias" else 16
+        tiles = _tiles(rows, 32 if direction == "key" else rows, 16, 32, 8, 2)
+    elif direction == "bias":
+        tiles = _tiles(64, 64 if major >= 9 else 32, 16, 64, 8, 2)
     elif most > 128:
-        tiles = _tiles(64, 64, 16, 64, 8, 2)
+        rows = 16 if most > 512 else 32 if most > 256 or major < 9 else 64
+        tiles = _tiles(rows, rows, 16, 64, 8, 2)
     elif direction == "query":
-        tiles = _tiles(128 if large else 64, 64, 16, 128, 8, 2)
-    elif direction == "key":
-        tiles = _tiles(64, 128, 16, 128, 8, 2) if most <= 64 else _tiles(32, 128 if large else 64, 16, 128, 8, 2)
+        if call.busy:
+            tiles = _tiles(64 if major == 9 else 32, 32, 16, 128, 8, 2)
+        else:
+            tiles = _tiles(128 if major >= 9 else 64, 64, 16, 128, 8, 2)
+    elif call.busy:
+        tiles = _tiles(32, 64, 16, 128, 8, 2)
     else:
-        tiles = _tiles(64, 64, 64, 64, 8, 2)
+        tiles = _tiles(64 if most <= 64 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     return {**tiles, "CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
 
 
@@ -206,7 +226,7 @@ def attention_forward(
         return out, lse, softmax, wide_out
     tiles = _forward_tiles(call, save_wide)
     programs = -(-time * call.group // tiles["ROWS"]) * batch * key.shape[1]
-    splits = _splits(programs, -(-call.source // (4 * tiles["EDGE"])))
+    splits = _splits(programs, -(-call.source // (2 * tiles["KEYS"])))
     parts = None
     if splits > 1:
         parts = query.new_empty((splits, lse.numel(), columns + 2), dtype=torch.float32)
@@ -249,8 +269,6 @@ def attention_backward(
     pairs = ((query, need_query), (key, need_key), (value, need_value), (bias, need_bias), (alibi_slopes, need_slopes))
     if not (softmax.numel() and key.numel() and value.numel()):
         grads = [x.new_zeros(x.shape) if x is not None and need else None for x, need in pairs]
-        if need_bias and grad_lse is not None:
-            pass
     else:
         with device_of(query):
             grads = _backward(call, grad_out, grad_lse, out.contiguous(), softmax.contiguous(), *(n for _, n in pairs))
@@ -302,6 +320,12 @@ def _backward(
         key_value_kernel[(programs,)](
             *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=_power(width, 16, 1024),
             VALUE_ELEMENTS=_power(columns, 16, 1024), **options, **call.grouped(), **tiles,
+        )  # fmt: skip
+    if grad_value is not None:
+        count = batch * kv_heads * call.source
+        drop_kernel[(-(-count // lines),)](
+            value, grad_value, *value.stride(), kv_heads, call.source, count,
+            VALUE_WIDTH=columns, DENSE=value.stride(3) == 1, WIDE=wide, LINES=lines, num_warps=4,
         )  # fmt: skip
     grad_slopes = None
     if slope_sums is not None:

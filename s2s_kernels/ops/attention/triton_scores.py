@@ -81,8 +81,8 @@ def seen_queries(first, last, queries, diagonal, left, right, LEFT: tl.constexpr
 
 @triton.jit
 def edges_of(begin, end, whole_begin, whole_end, EDGE: tl.constexpr, MASKED: tl.constexpr):
-    """Blocks of EDGE: first..stop reach into begin..end; of these whole_first..whole_stop lie in whole_begin..whole_end,
-    where nothing is hidden. A mask or bias hides anywhere."""
+    """Blocks of EDGE: first..stop reach into begin..end; of these whole_first..whole_stop lie in the interval
+    whole_begin..whole_end, where nothing is hidden. A mask or bias hides anywhere."""
     first = begin // EDGE
     stop = tl.where(begin < end, tl.cdiv(tl.maximum(end, 0), EDGE), first)
     if MASKED:
