@@ -40,7 +40,7 @@ def call(
 
 
 def calls(arch: int) -> Iterator[tuple[torch.dtype, str]]:
-    """Makes the calls, some for one architecture only; yields the dtype and the precision of what they have launched."""
+    """Makes the calls, some for one architecture only; yields the dtype and the precision of what they launched."""
     triton_kernels.generation = lambda x: arch // 10
     call(torch.bfloat16, 64)
     call(torch.bfloat16, 128, **EVERYTHING)

@@ -382,7 +382,7 @@ def key_value_kernel(
                     SOFTCAP, FOLDED, seed is not None, phase == 0,
                 )  # fmt: skip
                 if into_value is not None:
-                    value_sums = tl.dot(p.to(upstream.dtype), upstream, value_sums, input_precision=PRECISION)
+                    value_sums = tl.dot(p.to(value.dtype.element_ty), upstream, value_sums, input_precision=PRECISION)
                 if into_key is not None:
                     if phase == 1:
                         q = finite(q)
@@ -461,7 +461,7 @@ def bias_kernel(
         head = own_head + n // several_tiles % several_heads
         batch = own_batch + n // several_tiles // several_heads
         queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
-        first_query = tile.to(tl.int32) * ROWS
+        first_query = tl.cast(tile, tl.int32) * ROWS
         last_query = tl.minimum(first_query + ROWS, queries) - 1
         begin, end, _whole_begin, _whole_end = seen_keys(
             first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT

@@ -12,6 +12,7 @@ import triton
 
 from ..random import threshold as threshold_of
 from ..triton_common import PRECISION, device_of, reduce
+from . import TRITON_POSITIONS
 from . import triton_scores as scores
 from .triton_backward import bias_kernel, delta_kernel, drop_kernel, key_value_kernel, query_kernel
 from .triton_forward import combine_kernel, forward_kernel
@@ -19,7 +20,6 @@ from .triton_forward import combine_kernel, forward_kernel
 # Programs among which a sum over keys, or over what shares a bias, is split. A constant: the bits must not depend on
 # the GPU.
 PROGRAMS = 128
-MOST_POSITIONS = 2**29  # with which sums of a few positions and lengths fit 32 bits
 LOG2E = math.log2(math.e)
 
 
@@ -294,8 +294,10 @@ def _backward(
         *((0, 0, 0) if grad_lse is None else grad_lse.stride()), heads, time, rows,
         VALUE_WIDTH=columns, DENSE=grad_out.stride(3) == 1, WIDE=wide, QUERIES=lines, num_warps=4,
     )  # fmt: skip
-    tensors = (query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes)
-    tensors = (*tensors, call.query_lengths, call.key_lengths, call.seed)
+    tensors = (
+        query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
+        call.key_lengths, call.seed,
+    )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
     sizes = (batch, kv_heads, *call.limits(), call.factor, *call.numbers())
     options = call.options(grad_out)
@@ -390,7 +392,7 @@ def _checked(
         fits = fits and min(width, value.shape[3]) >= 1 and max(width, value.shape[3]) <= 1024
         fits = fits and (heads % kv_heads == 0 if kv_heads else heads == 0)
         fits = fits and query.dtype == key.dtype == value.dtype != torch.float64
-        fits = fits and max(time * heads, source) < MOST_POSITIONS
+        fits = fits and max(time * heads, source) < TRITON_POSITIONS
         for pairs in (mask, bias):
             fits = fits and (
                 pairs is None
