@@ -93,7 +93,7 @@ def heads_inside(value):
 LAYOUTS = [transposed, sliced, heads_inside]
 
 
-def everything(draw, batch=2, heads=4, kv_heads=2, time=37, source=48, width=16, value_width=20, **options):
+def everything(draw, batch=2, heads=2, kv_heads=1, time=37, source=48, width=16, value_width=20, **options):
     shapes = ((batch, heads, time, width), (batch, kv_heads, source, width), (batch, kv_heads, source, value_width))
     given = {
         "mask": draw.mask(batch, 1, time, source, p=0.8), "bias": draw(heads, time, source),
@@ -234,11 +234,11 @@ def test_bias_of_least_number_and_infinity(dtype):
 @interpreted
 @pytest.mark.parametrize(
     "shape",
-    [(2, 4, 70, 90), (1, 4, 70, 90), (2, 1, 70, 90), (70, 90), (4, 1, 90), (2, 1, 70, 1), (1, 1), (90,), (2, 4, 1, 1)],
+    [(2, 2, 40, 48), (1, 2, 40, 48), (2, 1, 40, 48), (40, 48), (2, 1, 48), (2, 1, 40, 1), (1, 1), (48,), (2, 2, 1, 1)],
 )
 def test_the_gradient_of_a_bias_has_its_shape(shape):
     draw = Draw()
-    query, key, value = draw(2, 4, 70, 8), draw(2, 2, 90, 8), draw(2, 2, 90, 8)
+    query, key, value = draw(2, 2, 40, 8), draw(2, 1, 48, 8), draw(2, 1, 48, 8)
     options = {"bias": draw(*shape), "causal": "bottom-right", "enable_gqa": True, "return_lse": True}
     judge(((query, key, value), options))
 
@@ -283,14 +283,15 @@ def test_empty(batch, heads, time, source):
 
 
 @interpreted
-def test_a_cache_is_decoded():
+def test_step_by_step_against_a_cache_equals_the_whole():
     draw = Draw()
-    cache = s2s.nn.KVCache(2, 2, 40, 8, torch.float32, torch.device("cpu"))
     queries, keys, values = draw(2, 4, 5, 8), draw(2, 2, 5, 8), draw(2, 2, 5, 8)
+    cache = [torch.full((2, 2, 40, 8), NAN) for _ in range(2)]
     steps = []
     for t in range(5):
-        key, value, lengths = cache.append(keys[:, :, t : t + 1], values[:, :, t : t + 1])
-        steps.append(s2s.attention(queries[:, :, t : t + 1], key, value, key_lengths=lengths, enable_gqa=True))
+        cache[0][:, :, t], cache[1][:, :, t] = keys[:, :, t], values[:, :, t]
+        lengths = torch.full((2,), t + 1)
+        steps.append(s2s.attention(queries[:, :, t : t + 1], *cache, key_lengths=lengths, enable_gqa=True))
     whole = s2s.attention(queries, keys, values, causal=True, enable_gqa=True)
     torch.testing.assert_close(torch.cat(steps, 2), whole)
 
@@ -298,7 +299,7 @@ def test_a_cache_is_decoded():
 @st.composite
 def calls(draw):
     heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
-    time, source = draw(st.integers(0, 90)), draw(st.integers(0, 160))
+    time, source = draw(st.integers(0, 50)), draw(st.integers(0, 90))
     batch = draw(st.integers(1, 2))
     noise = Draw(draw(st.sampled_from([torch.float32, torch.float16])), seed=draw(st.integers(0, 1000)))
     width, value_width = draw(st.sampled_from([(1, 1), (8, 8), (16, 5), (33, 64)]))

@@ -155,7 +155,7 @@ def _forward_tiles(call: _Call, wide_out: bool) -> dict[str, int]:
     width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32 or wide_out:
-        tiles = _tiles(64, 32, 16, 32, 8, 2) if most <= 128 else _tiles(8192 // most, 32, 16, 32, 8, 2)
+        tiles = _tiles(64, 32, 16, 32, 8, 2) if most <= 128 else _tiles(max(16, 8192 // most), 32, 16, 32, 8, 2)
     elif most > 256:
         tiles = _tiles(32 if most <= 512 else 16, 32, 16, 64, 8, 2)
     elif most > 128:
@@ -183,7 +183,7 @@ def _backward_tiles(call: _Call, direction: str) -> dict[str, int]:
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32:
         rows = 32 if most <= 64 or direction == "bias" else 16
-        tiles = _tiles(rows, 32 if direction == "key" else rows, 16, 32, 8, 2)
+        tiles = _tiles(rows, 32 if direction == "key" and most <= 256 else rows, 16, 32, 8, 2)
     elif direction == "bias":
         tiles = _tiles(64, 64 if major >= 9 else 32, 16, 64, 8, 2)
     elif most > 128:

@@ -157,7 +157,7 @@ def _load_pairs(base, row, column, stride, row_exists, source, KIND: tl.constexp
     elif COLUMNS & KIND:
         return tl.load(at, mask=exists, other=0)
     else:
-        return tl.load(at)
+        return tl.load(at + tl.zeros_like(column), mask=exists, other=0)
 
 
 @triton.jit
