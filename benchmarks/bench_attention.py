@@ -232,9 +232,11 @@ def on_a_gpu(grid: Grid, width: int, kind: str, time: int = 2048) -> Case:
         mask = (torch.arange(time, device=inputs.device) < present[:, None])[:, None, None] if lengths else learned
         flexible: dict[str, Any] = {}
         if causal:
-            flexible["block_mask"] = create_block_mask(lambda b, h, i, j: i >= j, None, None, time, time)
+            flexible["block_mask"] = create_block_mask(lambda b, h, i, j: i >= j, None, None, time, time, inputs.device)
         elif lengths:
-            flexible["block_mask"] = create_block_mask(lambda b, h, i, j: j < present[b], batch, None, time, time)
+            flexible["block_mask"] = create_block_mask(
+                lambda b, h, i, j: j < present[b], batch, None, time, time, inputs.device
+            )
         elif learned is not None:
             flexible["score_mod"] = biased_score(learned)
 
