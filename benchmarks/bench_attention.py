@@ -6,12 +6,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask
 
 import s2s_kernels as s2s
 
 from . import work
 from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
-from .peers import naive_attention
+from .peers import biased_score, compiled_flex_attention, naive_attention
 
 sdpa = F.scaled_dot_product_attention
 NAIVE = 1024  # longest T of the form that writes the matrix of scores out
@@ -210,6 +211,64 @@ def decoding(label: str, count: int, kv_heads: int, width: int, cached: int, dty
     return Case(row, cached, 1, build, amount, ("ours", "sdpa"), (FORWARD,), quick=True)
 
 
+def on_a_gpu(grid: Grid, width: int, kind: str, time: int = 2048) -> Case:
+    """16 heads against torch's backends by name and FlexAttention, at sizes that fill a GPU. `kind`: dense, causal,
+    lengths (of keys, half of S on average) or bias (learned, (1, H, T, S))."""
+    batch, count = 4, 16
+    causal, lengths, bias = kind == "causal", kind == "lengths", kind == "bias"
+    backends = [name for name, backend in CUDA_BACKENDS.items() if serves(backend, causal, grid.dtype)]
+    if lengths or bias:  # only one of torch's backends has a mask, and none learns one that is broadcast
+        backends = [name for name in backends if name == "sdpa efficient"]
+
+    def lengths_of(time: int) -> torch.Tensor:
+        share = torch.rand(batch, generator=torch.Generator().manual_seed(11))
+        return (share * time).long() + 1
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        query, key, value = tensors = heads(inputs, batch, count, time, width)
+        present = lengths_of(time).to(inputs.device)
+        learned = inputs.noise(1, count, time, time) if bias else None
+        leaves = tensors if learned is None else (*tensors, learned)
+        mask = (torch.arange(time, device=inputs.device) < present[:, None])[:, None, None] if lengths else learned
+        flexible: dict[str, Any] = {}
+        if causal:
+            flexible["block_mask"] = create_block_mask(lambda b, h, i, j: i >= j, None, None, time, time, inputs.device)
+        elif lengths:
+            flexible["block_mask"] = create_block_mask(
+                lambda b, h, i, j: j < present[b], batch, None, time, time, inputs.device
+            )
+        elif learned is not None:
+            flexible["score_mod"] = biased_score(learned)
+
+        def ours() -> torch.Tensor:
+            return s2s.attention(
+                query, key, value, causal=causal, bias=learned, key_lengths=present if lengths else None
+            )  # fmt: skip
+
+        def theirs() -> torch.Tensor:
+            return sdpa(query, key, value, attn_mask=mask, is_causal=causal)
+
+        return {
+            "ours": Entrant(ours, leaves),
+            **{name: Entrant(on_backend(CUDA_BACKENDS[name], theirs), leaves) for name in backends},
+            "flex": Entrant(lambda: compiled_flex_attention()(query, key, value, **flexible), leaves),
+        }
+
+    def amount(t: int) -> work.Work:
+        present = lengths_of(t).double().mean().item() / t if lengths else 1.0
+        share = (t + 1) / (2 * t) if causal else present
+        return work.attention(batch, count, t, t, width, share=share, present=present)
+
+    row = f"GPU {kind} attention B{batch} H{count} D{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", *backends, "flex"), quick=width == 128)
+
+
+def for_a_gpu(grid: Grid) -> list[Case]:
+    if grid.device != "cuda":
+        return []
+    return [on_a_gpu(grid, width, kind) for width in (64, 128, 256) for kind in ("dense", "causal", "lengths", "bias")]
+
+
 def cases(grid: Grid) -> list[Case]:
     return [
         *dense(grid, 32, False, quick=(32, 64), lengths=[32, 64]),
@@ -224,6 +283,7 @@ def cases(grid: Grid) -> list[Case]:
         biased(1024, quick=False),
         decoding("32 over 8 heads", 32, 8, 128, 2048),
         decoding("bfloat16", 8, 8, 64, 4096, torch.bfloat16),
+        *for_a_gpu(grid),
     ]
 
 

@@ -1,11 +1,14 @@
 """What users write without this package, in plain PyTorch: the rivals of the benchmarks."""
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 
 def padded_conv1d(
@@ -112,6 +115,23 @@ def naive_attention(
     """softmax(Q K^T / sqrt(D) + bias) V with the matrix of scores written out; query (B, H, T, D)."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     return (scores if bias is None else scores + bias).softmax(-1) @ value
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """torch's FlexAttention, which is its kernel only when compiled."""
+    return torch.compile(flex_attention)  # type: ignore[return-value]
+
+
+def biased_score(bias: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """FlexAttention's way to add a bias (1, H, T, S) to scores."""
+
+    def modified(
+        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return score + bias[0, head, query, key]
+
+    return modified
 
 
 def additive_attention(

@@ -35,6 +35,8 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # the device a backend's kernels run on
 
+NO_FLOAT64 = "its kernels take float32, bfloat16 and float16"  # what every Triton kernel says of float64
+
 # What a backend doesn't cover of a call: a reason in words, or None where it serves it.
 Gap = Callable[[Any], str | None]
 

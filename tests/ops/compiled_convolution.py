@@ -1,65 +1,13 @@
-"""python compiled_convolution.py ARCHITECTURE: compiles every launch of some calls of causal convolution, without a
-GPU, and prints a line of JSON for each: its resources and the matrix instructions in it."""
+"""The calls of causal convolution whose launches are compiled for each architecture."""
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from s2s_kernels.ops.convolution import triton_kernels
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS
 
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-
-def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-    launched.append((self, args, kwargs))
-
-
-def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, int]]:
-    """What the launch would compile: pointers that torch has aligned, integers of no known value."""
-    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    options = {name: values.pop(name) for name in OPTIONS if name in values}
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(place,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        else:  # a length in a compilation's key would show here
-            assert parameter.do_not_specialize and parameter.annotation_type == "i64", parameter.name
-            signature[parameter.name] = "i64"
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
-
-
-def inspect(compiled: Any, products: bool) -> dict[str, Any]:
-    def told(flag: str) -> str:
-        return subprocess.run([TOOL, flag, file.name], capture_output=True, text=True, check=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = told("-res-usage"), told("-sass") if products else ""
-    found = {word: int(re.search(rf"\b{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    operations = sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS)\b", sass)))
-    return {
-        "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
-        "shared": compiled.metadata.shared, "operations": operations,
-    }  # fmt: skip
+PRODUCTS = ("dense_kernel", "dense_weight_kernel")  # whose instructions are read
 
 
 def call(
@@ -85,7 +33,7 @@ def call(
         )  # fmt: skip
 
 
-def calls() -> Iterator[tuple[torch.dtype, str]]:
+def calls(arch: int) -> Iterator[tuple[torch.dtype, str]]:
     """Makes the calls; yields the dtype and the precision of what they have launched."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         call(dtype, 64, 128, 2, activation="gated_tanh", extras=dtype == torch.bfloat16)
@@ -103,27 +51,8 @@ def calls() -> Iterator[tuple[torch.dtype, str]]:
     torch.set_float32_matmul_precision("highest")
 
 
-def main(arch: int) -> None:
-    JITFunction.run = record  # type: ignore[method-assign]
-    seen = set()
-    for dtype, precision in calls():
-        for kernel, args, kwargs in launched:
-            source, options = source_of(kernel, args, kwargs)
-            if (key := (source.hash(), *options.values())) in seen:
-                continue
-            seen.add(key)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            facts = {"name": kernel.__name__, "dtype": str(dtype).removeprefix("torch."), "precision": precision}
-            print(json.dumps({**facts, **kwargs, **inspect(compiled, "dense" in kernel.__name__)}), flush=True)
-        launched.clear()
-    # Another batch and length, odd ones too, compile to the same kernels.
+def again() -> None:
+    """Another batch and length, odd ones too, that compile to the same kernels."""
     call(torch.bfloat16, 64, 128, 2, activation="gated_tanh", extras=True, batch=3, frames=513)
     call(torch.bfloat16, 128, 256, 3, activation="gelu", batch=1, frames=1001)
     call(torch.float16, 96, 96, 4, groups=96, activation="silu", last=True, batch=3, frames=64)
-    for kernel, args, kwargs in launched:
-        source, options = source_of(kernel, args, kwargs)
-        assert (source.hash(), *options.values()) in seen, f"{kernel.__name__} compiles again for another length"
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

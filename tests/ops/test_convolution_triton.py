@@ -1,10 +1,6 @@
 """The Triton kernels of causal convolution without a GPU: their values by Triton's interpreter, and what they compile
 to."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +13,9 @@ from s2s_kernels import dispatch
 from s2s_kernels.ops.convolution import conditioned_conv1d
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
 from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
+from s2s_kernels.testing.compilation import compile_for, on_tensor_cores, within_limits
 from s2s_kernels.testing.emulation import emulated, unavailable
 
-ROOT = Path(__file__).parent.parent.parent
 CASE = CASES["causal_conv1d"]
 SAMPLES = [pytest.param(sample, id=sample.name) for sample in CASE.samples]
 by_name = {sample.name: sample for sample in CASE.samples}
@@ -284,39 +280,17 @@ def test_a_gpu_compiles_once_for_all_lengths_takes_lengths_of_the_cpu_and_repeat
 # What the compiler makes of the kernels
 
 
-TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """What each launch of the calls in compiled_convolution.py compiles to: the interpreter is of another process."""
-
-    def compile_for(arch):
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-        program = Path(__file__).parent / "compiled_convolution.py"
-        run = subprocess.run(
-            [sys.executable, program, str(arch)], env=environment, capture_output=True, text=True, check=False
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
-        return [json.loads(line) for line in run.stdout.splitlines()]
-
-    return compile_for
-
-
 @pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_within_the_limits_and_onto_tensor_cores(compiled, arch):
-    kernels = compiled(arch)
+def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
+    kernels = compile_for(Path(__file__).parent / "compiled_convolution.py", arch)
     assert {kernel["name"] for kernel in kernels} == {
         "dense_kernel", "dense_weight_kernel", "bias_kernel", "reduce_kernel", "depthwise_kernel",
         "depthwise_weight_kernel", "finish_kernel", "activation_gradient_kernel",
     }  # fmt: skip
     for kernel in kernels:
-        assert kernel["local"] == kernel["stack"] == 0, kernel
-        assert kernel["shared"] <= SHARED[arch], kernel
+        assert within_limits(kernel, arch), kernel
         if kernel["name"] in ("dense_kernel", "dense_weight_kernel") and kernel["dtype"] != "float32":
-            assert any(word in kernel["operations"] for word in TENSOR_CORES[arch]), kernel
+            assert on_tensor_cores(kernel, arch), kernel
         if kernel["name"] == "dense_kernel" and kernel["precision"] == "high":
-            assert any(word in kernel["operations"] for words in TENSOR_CORES.values() for word in words), kernel
+            assert on_tensor_cores(kernel), kernel

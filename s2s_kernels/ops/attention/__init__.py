@@ -13,6 +13,8 @@ from . import autograd
 __all__ = ["attention", "scaled_dot_product_attention"]
 
 MAXIMUM_WIDTH = 1024
+# With which sums of a few positions and lengths fit 32 bits.
+TRITON_POSITIONS = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,21 @@ def _torch_gap(call: Call) -> str | None:
     )
 
 
-OPERATOR = dispatch.register("attention", cpu=lambda call: None, torch=_torch_gap)
+def _triton_gap(call: Call) -> str | None:
+    query, key = call.tensors[:2]
+    assert query is not None and key is not None
+    if query.dtype == torch.float64:
+        return dispatch.NO_FLOAT64
+    sizes = (query.shape[1] * query.shape[2], key.shape[2])
+    # torch.compile's symbols are left alone: to compare one would make a condition of the compilation.
+    if any(isinstance(size, int) and size >= TRITON_POSITIONS for size in sizes):
+        return (
+            "its kernels count positions in 32 bits: all queries of a batch element, and its keys, must be below 2^29"
+        )
+    return None
+
+
+OPERATOR = dispatch.register("attention", cpu=lambda call: None, triton=_triton_gap, torch=_torch_gap)
 # The same kernels under torch's signature, which passes its calls on.
 dispatch.register("scaled_dot_product_attention", **OPERATOR.gaps)
 

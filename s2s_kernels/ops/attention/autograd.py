@@ -3,6 +3,7 @@
 import torch
 
 from ... import checks, dispatch
+from .. import python_kernels
 from ..differentiation import Options, Tensors, differentiable
 from ..random import keep_mask
 from . import reference
@@ -40,6 +41,9 @@ if dispatch.extension_missing is None:
             x.new_empty(x.shape) if need else query.new_empty((0,), dtype=query.dtype if x is None else x.dtype)
             for x, need in pairs
         )
+
+
+python_kernels.register(f"{__package__}.triton_kernels", "attention_forward", "attention_backward")
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:

@@ -13,7 +13,7 @@ __all__ = ["causal_conv1d", "causal_conv1d_step"]
 OPERATOR = dispatch.register(
     "causal_conv1d",
     cpu=lambda dtype: None,
-    triton=lambda dtype: "its kernels take float32, bfloat16 and float16" if dtype == torch.float64 else None,
+    triton=lambda dtype: dispatch.NO_FLOAT64 if dtype == torch.float64 else None,
 )
 STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
 STACK = dispatch.register(

@@ -7,7 +7,8 @@ round (`channel` and `output` change places, the taps run backwards) and another
 import triton
 import triton.language as tl
 
-from .triton_epilogue import CHANNEL, GLU, TIME, finish, length_of, spread
+from ..triton_common import length_of, spread
+from .triton_epilogue import CHANNEL, GLU, TIME, finish
 
 
 @triton.jit(
@@ -231,13 +232,3 @@ def bias_kernel(
             source = grads + batch * grad_b + start * grad_t
             total += tl.load(source, mask=exists & (offset < stop - start)[None, :], other=0.0).to(tl.float32)
     tl.store(sums + split * OUTPUTS + output, tl.sum(total, 1), mask=output < OUTPUTS)
-
-
-@triton.jit(do_not_specialize=["count", "splits"])
-def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
-    """The splits' shares added in their order: the same bits on every run."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(sums + split * count + element, mask=element < count, other=0.0)
-    tl.store(result + element, total.to(result.dtype.element_ty), mask=element < count)

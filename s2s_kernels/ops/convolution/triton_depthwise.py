@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .triton_epilogue import CHANNEL, GLU, TIME, finish, length_of, spread
+from ..triton_common import length_of, spread
+from .triton_epilogue import CHANNEL, GLU, TIME, finish
 
 
 @triton.jit

@@ -6,6 +6,8 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 import triton
 import triton.language as tl
 
+from ..triton_common import length_of, spread, tanh
+
 # The numbers of the activations, as the schema passes them; from GLU on they are gates.
 NONE = tl.constexpr(0)
 RELU = tl.constexpr(1)
@@ -24,18 +26,6 @@ CHANNEL = tl.constexpr(2)
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def tanh(x):
-    """A series near 0, where the exponential form cancels."""
-    square = x * x
-    series = x + x * square * (
-        -0.333333333333 + square * (0.133333333333 + square * (-0.0539682539683 + square * 0.0218694885362))
-    )
-    decay = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -magnitude, magnitude))
 
 
 @triton.jit
@@ -94,24 +84,6 @@ def activate_gradient(grad, a, b, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.cons
         return grad * s * tanh_slope(a), grad * tanh(a) * (s * rest)
     else:
         return grad, grad
-
-
-@triton.jit
-def spread(index, stride, UNIT: tl.constexpr):
-    """index times stride; a stride known to be 1 is left out, so that the compiler sees neighbours."""
-    if UNIT:
-        return index
-    else:
-        return index * stride
-
-
-@triton.jit
-def length_of(lengths, batch, time):
-    """How many positions of a row are present: its length, in [0, T] whatever the tensor holds."""
-    if lengths is None:
-        return time
-    else:
-        return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), time)
 
 
 @triton.jit

@@ -3,22 +3,19 @@
 Imported by the first call on a CUDA tensor. The tiles have not been measured on a GPU yet.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 
+from ..triton_common import PRECISION, device_of, reduce
 from . import triton_epilogue as epilogue
 from .reference import padding
-from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel, reduce_kernel
+from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel
 from .triton_depthwise import depthwise_kernel, depthwise_weight_kernel
 
 STRIDED, TIME, CHANNEL = (unit.value for unit in (epilogue.STRIDED, epilogue.TIME, epilogue.CHANNEL))
 GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
-# How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
-# products, in one.
-PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 # Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
 PROGRAMS = 512
 
@@ -32,11 +29,6 @@ def _unit(tensor: torch.Tensor | None) -> int:
 
 def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
-
-
-def _device(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Kernels start on the current device, which may be another than the tensors'."""
-    return torch.cuda.device_of(x)
 
 
 def _power(size: int, low: int, high: int) -> int:
@@ -144,7 +136,7 @@ def _dense(
     spans = [(edge, 0, before), (whole, before, last_whole), (edge, last_whole, tiles)]
     if lengths is not None and reach > 0:
         spans = [(whole, before, tiles), (edge, 0, tiles)]
-    with _device(x):
+    with device_of(x):
         for chosen, first, stop in spans:
             programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * y.shape[0]
             if not programs:
@@ -174,7 +166,7 @@ def _depthwise(
     unit, count = _unit(x), y.shape[2]
     tiles = _line_tiles(y.shape[1], unit)
     programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-count // tiles["POSITIONS"]) * y.shape[0]
-    with _device(x):
+    with device_of(x):
         depthwise_kernel[(programs,)](
             x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
             *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
@@ -218,7 +210,7 @@ def causal_conv1d_forward(
         if y.numel():
             tiles = _line_tiles(y.shape[1], TIME)
             programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
-            with _device(x):
+            with device_of(x):
                 epilogue.finish_kernel[(programs,)](
                     sums, residual, lengths, y, *_strides(residual), time, RESULTS=y.shape[1], ACTIVATION=activation,
                     RESIDUAL_UNIT=_unit(residual), **tiles,
@@ -278,7 +270,7 @@ def _activation_gradient(
         unit = _unit(grad)
         tiles = _line_tiles(results, CHANNEL if into.stride(1) == 1 and unit == CHANNEL else TIME)
         programs = -(-results // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
-        with _device(x):
+        with device_of(x):
             epilogue.activation_gradient_kernel[(programs,)](
                 grad, None if saved is None else saved.contiguous(), lengths, into, *_strides(grad), *_strides(into),
                 time, RESULTS=results, ACTIVATION=activation, FROM_OUTPUT=from_output, GRAD_UNIT=unit,
@@ -296,12 +288,6 @@ def _splits(batch: int, time: int, tiles: int, positions: int) -> tuple[int, int
     return rows, -(-time // chunk), chunk
 
 
-def _reduce(sums: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    count = result.numel()
-    reduce_kernel[(-(-count // 256),)](sums, result, count, sums.shape[0], BLOCK=256, num_warps=4)
-    return result
-
-
 def _weight_gradient(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
     state: torch.Tensor | None, groups: int, origin: int, dilation: int, heavy: bool,
@@ -311,7 +297,7 @@ def _weight_gradient(
         return weight.new_zeros(weight.shape)
     result = weight.new_empty(weight.shape)
     tensors, low = (grad, x, state, lengths), 0 if state is None else -state.shape[2]
-    with _device(x):
+    with device_of(x):
         if channels == 1:
             several = _power(taps, 1, 4)
             lines = {**_line_tiles(outputs, _unit(x)), "SEVERAL": several}
@@ -325,7 +311,7 @@ def _weight_gradient(
                 OUTPUTS=outputs, MULTIPLE=outputs // groups, TAPS=taps, GRAD_UNIT=_unit(grad), X_UNIT=_unit(x),
                 ALIGNED=_aligned(x) and _aligned(grad), **lines,
             )  # fmt: skip
-            return _reduce(sums, result)
+            return reduce(sums, result)
         if heavy:
             x = _channels_last(x)
         aligned = _aligned(x) and _aligned(grad)
@@ -339,7 +325,7 @@ def _weight_gradient(
             INPUTS=channels, OUTPUTS=outputs // groups, GROUPS=groups, TAPS=taps, GRAD_UNIT=_unit(grad),
             X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=PRECISION[torch.get_float32_matmul_precision()], **blocks,
         )  # fmt: skip
-        return _reduce(sums, result)
+        return reduce(sums, result)
 
 
 def _bias_gradient(grad: torch.Tensor, lengths: torch.Tensor | None, outputs: int, x: torch.Tensor) -> torch.Tensor:
@@ -350,12 +336,12 @@ def _bias_gradient(grad: torch.Tensor, lengths: torch.Tensor | None, outputs: in
     tiles = -(-outputs // lines["CHANNELS"])
     rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
     sums = x.new_empty((rows * chunks, outputs), dtype=torch.float32)
-    with _device(x):
+    with device_of(x):
         bias_kernel[(tiles * rows * chunks,)](
             grad, lengths, sums, *_strides(grad), batch, time, chunk, rows, OUTPUTS=outputs, GRAD_UNIT=_unit(grad),
             **lines,
         )  # fmt: skip
-        return _reduce(sums, x.new_empty(outputs))
+        return reduce(sums, x.new_empty(outputs))
 
 
 def _check(

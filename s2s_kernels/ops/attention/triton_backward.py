@@ -1,0 +1,519 @@
+"""The gradients of attention on a GPU: weights are made again from forward's greatest scores and sums. Those of queries
+by tiles of rows, of keys and values by tiles of keys, of a bias by tiles of its own elements: each sum has one order.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import keep_tile, spread
+from .triton_scores import (
+    aligned,
+    edges_of,
+    finite,
+    load_rows,
+    offsets_of,
+    pairs_of,
+    rows_of,
+    score,
+    seen_keys,
+    seen_queries,
+    span_of,
+    weight,
+    wide_product,
+)
+
+
+@triton.jit(
+    do_not_specialize=["grad_b", "grad_h", "grad_t", "grad_d", "lse_b", "lse_h", "lse_t", "heads", "time", "count"]
+)
+def delta_kernel(
+    grad_out, grad_lse, out, softmax, delta,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, heads: tl.int64, time: tl.int64, count: tl.int64,
+    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key."""
+    row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
+    exists = row < count
+    i, h, b = row % time, row // time % heads, row // time // heads
+    alive = tl.load(softmax + count + row, mask=exists, other=0.0) != 0  # a NaN passes
+    d = tl.arange(0, WIDE)[None, :]
+    inside = alive[:, None] & (d < VALUE_WIDTH)
+    at = grad_out + (b * grad_b + h * grad_h + i * grad_t)[:, None] + spread(d, grad_d, DENSE)
+    grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    result = tl.load(out + row[:, None] * VALUE_WIDTH + d, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(grad * result, 1)
+    if grad_lse is not None:
+        total -= tl.load(grad_lse + b * lse_b + h * lse_h + i * lse_t, mask=alive, other=0.0)
+    tl.store(delta + row, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=["value_b", "value_h", "value_s", "value_d", "heads", "source", "count"])
+def drop_kernel(
+    value, grad_value,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    heads: tl.int64, source: tl.int64, count: tl.int64,
+    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Takes the gradient from what is not finite in values, which had no part in the products. In a kernel of its own:
+    in key_value_kernel it would cost registers that the loops need."""
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    j, h, b = line % source, line // source % heads, line // source // heads
+    d = tl.arange(0, WIDE)[None, :]
+    inside = (line < count)[:, None] & (d < VALUE_WIDTH)
+    at = value + (b * value_b + h * value_h + j * value_s)[:, None] + spread(d, value_d, DENSE)
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.zeros((LINES, WIDE), grad_value.dtype.element_ty)
+    tl.store(grad_value + line[:, None] * VALUE_WIDTH + d, zero, mask=inside & (x * 0.0 != 0.0))
+
+
+@triton.jit
+def _differentiate(
+    s, seen, slowed, grad, level, share, delta, scale, keep, kept,
+    SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """From scores and the gradients of weights: weights after dropout, the gradients of scores as a bias or slope is
+    added to them, and those before the softcap."""
+    p = weight(s, level, scale, FOLDED)
+    if not FOLDED:
+        p *= share
+    dropped = p
+    if DROPOUT:
+        grad = tl.where(keep, grad * kept, 0.0)
+        dropped = tl.where(keep, p * kept, 0.0)
+    grad = p * (grad - delta)
+    if not WHOLE:
+        grad = tl.where(seen, grad, 0.0)
+        dropped = tl.where(seen, dropped, 0.0)
+    before = grad
+    if SOFTCAP:
+        before = grad * (1.0 - slowed * slowed)
+        if not WHOLE:
+            before = tl.where(seen, before, 0.0)
+    return dropped, grad, before
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
+        "value_b", "value_h", "value_s", "value_d", "grad_b", "grad_h", "grad_t", "grad_d",
+        "mask_b", "mask_h", "mask_t", "mask_s", "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
+        "batches", "kv_heads", "time", "source", "left", "right", "factor", "scale", "softcap", "threshold", "kept",
+    ]
+)  # fmt: skip
+def query_kernel(
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into, slope_sums,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
+    bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
+    batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
+    factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of queries (B, H, T, D), and of each row's slope (B, H, T). factor: what products are scaled by;
+    scale is that of the exponent. The rest as in forward_kernel."""
+    program = tl.program_id(0).to(tl.int64)
+    rows = (time * GROUP).to(tl.int32)
+    tiles = tl.cdiv(rows, ROWS)
+    tile = (program % tiles).to(tl.int32)
+    if RIGHT:
+        tile = tiles - 1 - tile
+    head, batch = program // tiles % kv_heads, program // tiles // kv_heads
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+
+    queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
+    left, right = left.to(tl.int32), right.to(tl.int32)
+    first_row = tile * ROWS
+    i, member, start, place = offsets_of(first_row, batch, head, kv_heads, time, ROWS, GROUP)
+    present = i < queries
+    query, query_offset = rows_of(query, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP)
+    grad_out, grad_offset = rows_of(grad_out, first_row, i, member, batch, head, grad_b, grad_h, grad_t, ROWS, GROUP)
+    key += batch * key_b + head * key_h
+    value += batch * value_b + head * value_h
+    mask_row = None
+    bias_row = None
+    slope = None
+    if MASK:
+        mask, mask_row = pairs_of(
+            mask, i[:, None], member[:, None], batch, head, mask_b, mask_h, mask_t, MASK, GROUP
+        )  # fmt: skip
+    if BIAS:
+        bias, bias_row = pairs_of(
+            bias, i[:, None], member[:, None], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
+        )  # fmt: skip
+    if slopes is not None:
+        slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
+    count = batches * kv_heads * GROUP * time
+    level = tl.load(softmax + start + place, mask=present, other=0.0)
+    share = tl.load(softmax + count + start + place, mask=present, other=0.0)
+    alive = present & (share != 0)
+    origin = tl.load(delta + start + place, mask=alive, other=0.0)
+
+    first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
+    begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
+    end = tl.where(first_query < queries, end, 0)
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    blocks = (whole_stop - whole_first) * EDGE // KEYS
+    whole_stop = whole_first + blocks * (KEYS // EDGE)
+
+    q = None
+    upstream = None
+    if CHUNK >= WIDTH:
+        q = load_rows(query, query_offset, present, query_d, 0, WIDTH, CHUNK, DENSE, True)
+    if VALUE_CHUNK >= VALUE_WIDTH:
+        upstream = load_rows(grad_out, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
+    sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
+    slope_sum = tl.zeros((ROWS,), tl.float32)
+    for phase in tl.static_range(2):
+        column = tl.arange(0, KEYS if phase == 0 else EDGE)
+        key_offset, value_offset = column * key_s, column * value_s
+        before = whole_first - first
+        number = blocks if phase == 0 else before + stop - whole_stop
+        if phase == 1 or MASK + BIAS == 0:
+            for n in tl.range(number, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
+                if phase == 0:
+                    at = whole_first * EDGE + n * KEYS
+                else:
+                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
+                j = at + column
+                keys_at, values_at = key + at * key_s, value + at * value_s
+                if CHUNK >= WIDTH:
+                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                else:
+                    s = wide_product(
+                        query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
+                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
+                    )  # fmt: skip
+                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
+                if VALUE_CHUNK >= VALUE_WIDTH:
+                    v = load_rows(
+                        values_at, value_offset, j < keys, value_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, phase == 1
+                    )
+                    grad = tl.dot(upstream, tl.trans(v), input_precision=PRECISION)
+                else:
+                    grad = wide_product(
+                        grad_out, grad_offset, alive, grad_d, values_at, value_offset, j < keys, value_d,
+                        VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
+                    )  # fmt: skip
+                s, seen, slowed = score(
+                    s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
+                    left, right, factor, softcap, slope,
+                    mask, mask_row, mask_s, bias, bias_row, bias_s,
+                    LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
+                )  # fmt: skip
+                keep = None
+                if seed is not None:
+                    keep = keep_tile(seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
+                _, grad, inner = _differentiate(
+                    s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
+                    SOFTCAP, FOLDED, seed is not None, phase == 0,
+                )  # fmt: skip
+                if slope_sums is not None:
+                    slope_sum -= tl.sum(grad * tl.abs(i[:, None] + diagonal - j[None, :]).to(tl.float32), 1)
+                if phase == 1:
+                    k = finite(k)
+                sums = tl.dot(inner.to(k.dtype), k, sums, input_precision=PRECISION)
+
+    exists = i < time
+    if into is not None:
+        element = tl.arange(0, ELEMENTS)[None, :]
+        sums = tl.where(alive[:, None], sums * factor, 0.0)
+        inside = exists[:, None] & (element < WIDTH)
+        at = into + start * WIDTH + (place[:, None] * WIDTH + element)
+        tl.store(at, sums.to(into.dtype.element_ty), mask=inside)
+    if slope_sums is not None:
+        tl.store(slope_sums + start + place, tl.where(alive, slope_sum, 0.0), mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
+        "value_b", "value_h", "value_s", "value_d", "grad_b", "grad_h", "grad_t", "grad_d",
+        "mask_b", "mask_h", "mask_t", "mask_s", "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
+        "batches", "kv_heads", "time", "source", "left", "right", "factor", "scale", "softcap", "threshold", "kept",
+    ]
+)  # fmt: skip
+def key_value_kernel(
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed,
+    into_key, into_value,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
+    bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
+    batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
+    factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
+    ELEMENTS: tl.constexpr, VALUE_ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), or of one of them, over all heads that read
+    them. Tiles of products have keys along their first dimension."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(source, KEYS)
+    first_key = (program % tiles).to(tl.int32) * KEYS
+    head, batch = program // tiles % kv_heads, program // tiles // kv_heads
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+
+    queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
+    left, right = left.to(tl.int32), right.to(tl.int32)
+    line = tl.arange(0, KEYS)
+    j = first_key + line
+    present = j < keys
+    key, key_offset = key + batch * key_b + head * key_h + first_key * key_s, line * key_s
+    value, value_offset = value + batch * value_b + head * value_h + first_key * value_s, line * value_s
+    count = batches * kv_heads * GROUP * time
+
+    last_key = tl.minimum(first_key + KEYS, keys) - 1
+    begin, end, whole_begin, whole_end = seen_queries(first_key, last_key, queries, diagonal, left, right, LEFT, RIGHT)
+    end = tl.where(first_key < keys, end, 0)
+    first, stop, whole_first, whole_stop = edges_of(
+        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, EDGE, MASK + BIAS > 0
+    )
+    blocks = (whole_stop - whole_first) * EDGE // ROWS
+    whole_stop = whole_first + blocks * (ROWS // EDGE)
+
+    k = None
+    v = None
+    if CHUNK >= WIDTH:
+        k = load_rows(key, key_offset, present, key_d, 0, WIDTH, CHUNK, DENSE, True)
+    if into_key is not None and VALUE_CHUNK >= VALUE_WIDTH:
+        v = load_rows(value, value_offset, present, value_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
+    key_sums = tl.zeros((KEYS, ELEMENTS), tl.float32)
+    value_sums = tl.zeros((KEYS, VALUE_ELEMENTS), tl.float32)
+    for phase in tl.static_range(2):
+        before = whole_first - first
+        number = blocks if phase == 0 else before + stop - whole_stop
+        if phase == 1 or MASK + BIAS == 0:
+            for n in tl.range(number, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
+                if phase == 0:
+                    at = whole_first * EDGE + n * ROWS
+                else:
+                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
+                i, member, start, place = offsets_of(
+                    at, batch, head, kv_heads, time, ROWS if phase == 0 else EDGE, GROUP
+                )  # fmt: skip
+                queries_at, query_offset = rows_of(
+                    query, at, i, member, batch, head, query_b, query_h, query_t, ROWS if phase == 0 else EDGE, GROUP
+                )  # fmt: skip
+                grads_at, grad_offset = rows_of(
+                    grad_out, at, i, member, batch, head, grad_b, grad_h, grad_t, ROWS if phase == 0 else EDGE, GROUP
+                )  # fmt: skip
+                exists = i < queries
+                if phase == 0:
+                    level, share = tl.load(softmax + start + place), tl.load(softmax + count + start + place)
+                    origin = tl.load(delta + start + place)
+                    alive = exists
+                else:
+                    level = tl.load(softmax + start + place, mask=exists, other=0.0)
+                    share = tl.load(softmax + count + start + place, mask=exists, other=0.0)
+                    origin = tl.load(delta + start + place, mask=exists, other=0.0)
+                    alive = exists & (share != 0)
+                slope = None
+                mask_at = mask
+                mask_row = None
+                if MASK:
+                    mask_at, mask_row = pairs_of(
+                        mask, i[None, :], member[None, :], batch, head, mask_b, mask_h, mask_t, MASK, GROUP
+                    )  # fmt: skip
+                bias_at = bias
+                bias_row = None
+                if BIAS:
+                    bias_at, bias_row = pairs_of(
+                        bias, i[None, :], member[None, :], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
+                    )  # fmt: skip
+                if slopes is not None:
+                    slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h)
+                    slope = slope.to(tl.float32)[None, :]
+                if CHUNK >= WIDTH:
+                    q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                else:
+                    s = wide_product(
+                        key, key_offset, present, key_d, queries_at, query_offset, exists, query_d,
+                        WIDTH, CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
+                    )  # fmt: skip
+                    q = None
+                    if into_key is not None:
+                        q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
+                upstream = None
+                if into_value is not None or VALUE_CHUNK >= VALUE_WIDTH:
+                    upstream = load_rows(
+                        grads_at, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_ELEMENTS, DENSE, phase == 1
+                    )
+                grad = s
+                if into_key is not None:
+                    if VALUE_CHUNK >= VALUE_WIDTH:
+                        grad = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
+                    else:
+                        grad = wide_product(
+                            value, value_offset, present, value_d, grads_at, grad_offset, alive, grad_d,
+                            VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
+                        )  # fmt: skip
+                s, seen, slowed = score(
+                    s, i[None, :], j[:, None], exists[None, :], keys, source, diagonal,
+                    left, right, factor, softcap, slope,
+                    mask_at, mask_row, mask_s, bias_at, bias_row, bias_s,
+                    LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
+                )  # fmt: skip
+                keep = None
+                if seed is not None:
+                    keep = keep_tile(seed, start + place, first_key, threshold, ROWS if phase == 0 else EDGE, KEYS)
+                    keep = tl.trans(keep)
+                p, _, inner = _differentiate(
+                    s, seen, slowed, grad, level[None, :], share[None, :], origin[None, :], scale, keep, kept,
+                    SOFTCAP, FOLDED, seed is not None, phase == 0,
+                )  # fmt: skip
+                if into_value is not None:
+                    value_sums = tl.dot(p.to(value.dtype.element_ty), upstream, value_sums, input_precision=PRECISION)
+                if into_key is not None:
+                    if phase == 1:
+                        q = finite(q)
+                    key_sums = tl.dot(inner.to(q.dtype), q, key_sums, input_precision=PRECISION)
+
+    exists = j < source
+    origin = (batch * kv_heads + head) * source + first_key
+    if into_key is not None:
+        element = tl.arange(0, ELEMENTS)[None, :]
+        key_sums = tl.where(present[:, None], key_sums * factor, 0.0)
+        inside = exists[:, None] & (element < WIDTH)
+        at = into_key + origin * WIDTH + (line[:, None] * WIDTH + element)
+        tl.store(at, key_sums.to(into_key.dtype.element_ty), mask=inside)
+    if into_value is not None:
+        element = tl.arange(0, VALUE_ELEMENTS)[None, :]
+        value_sums = tl.where(present[:, None], value_sums, 0.0)
+        inside = exists[:, None] & (element < VALUE_WIDTH)
+        at = into_value + origin * VALUE_WIDTH + (line[:, None] * VALUE_WIDTH + element)
+        tl.store(at, value_sums.to(into_value.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
+        "value_b", "value_h", "value_s", "value_d", "grad_b", "grad_h", "grad_t", "grad_d",
+        "mask_b", "mask_h", "mask_t", "mask_s", "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
+        "batches", "heads", "time", "source", "left", "right", "factor", "scale", "softcap", "threshold", "kept",
+        "own_batches", "own_heads", "splits",
+    ]
+)  # fmt: skip
+def bias_kernel(
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
+    bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
+    batches: tl.int64, heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
+    factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
+    own_batches: tl.int64, own_heads: tl.int64, splits: tl.int64,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One split's share of the gradient of a bias (own_batches, own_heads, T or 1, S); into: (splits, ...), contiguous.
+
+    A program makes a tile of it: the sum over the batch and the heads that share it and, where all queries do (not
+    OWN_ROWS), over their tiles; of these it takes those whose number is its split's, modulo the splits."""
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+    program = tl.program_id(0).to(tl.int64)
+    key_tiles, row_tiles = tl.cdiv(source, KEYS), tl.cdiv(time, ROWS)
+    own_tiles = row_tiles if OWN_ROWS else 1
+    first_key = (program % key_tiles).to(tl.int32) * KEYS
+    rest = program // key_tiles
+    own_tile = rest % own_tiles
+    rest = rest // own_tiles
+    own_head = rest % own_heads
+    rest = rest // own_heads
+    own_batch, split = rest % own_batches, rest // own_batches
+
+    left, right = left.to(tl.int32), right.to(tl.int32)
+    j = first_key + tl.arange(0, KEYS)
+    key_offset, value_offset = j * key_s, j * value_s
+    several_tiles = 1 if OWN_ROWS else row_tiles
+    several_heads, several_batches = heads // own_heads, batches // own_batches
+    SUM: tl.constexpr = tl.float64 if bias.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((ROWS, KEYS), SUM)
+    for n in range(split, several_tiles * several_heads * several_batches, splits):
+        tile = own_tile if OWN_ROWS else n % several_tiles
+        head = own_head + n // several_tiles % several_heads
+        batch = own_batch + n // several_tiles // several_heads
+        queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
+        first_query = tl.cast(tile, tl.int32) * ROWS
+        last_query = tl.minimum(first_query + ROWS, queries) - 1
+        begin, end, _whole_begin, _whole_end = seen_keys(
+            first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT
+        )
+        if (first_query < queries) & (begin < end) & (begin < first_key + KEYS) & (end > first_key):
+            i = first_query + tl.arange(0, ROWS)
+            exists, present = i < queries, j < keys
+            query_offset, grad_offset = i * query_t, i * grad_t
+            queries_at, grads_at = query + batch * query_b + head * query_h, grad_out + batch * grad_b + head * grad_h
+            keys_at, values_at = key + batch * key_b, value + batch * value_b
+            keys_at += head // GROUP * key_h
+            values_at += head // GROUP * value_h
+            place = (batch * heads + head) * time + i
+            count = batches * heads * time
+            level = tl.load(softmax + place, mask=exists, other=0.0)
+            share = tl.load(softmax + count + place, mask=exists, other=0.0)
+            origin = tl.load(delta + place, mask=exists, other=0.0)
+            alive = exists & (share != 0)
+            i_down = i[:, None]
+            mask_at = mask
+            mask_row = None
+            slope = None
+            if MASK:
+                mask_at, mask_row = pairs_of(mask, i_down, 0, batch, head, mask_b, mask_h, mask_t, MASK, 1)
+            bias_at, bias_row = pairs_of(bias, i_down, 0, batch, head, bias_b, bias_h, bias_t, BIAS, 1)
+            if slopes is not None:
+                slope = tl.load(slopes + batch * slope_b + head * slope_h).to(tl.float32)
+            s = wide_product(
+                queries_at, query_offset, exists, query_d, keys_at, key_offset, present, key_d,
+                WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS,
+            )  # fmt: skip
+            grad = wide_product(
+                grads_at, grad_offset, alive, grad_d, values_at, value_offset, present, value_d,
+                VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS,
+            )  # fmt: skip
+            s, seen, slowed = score(
+                s, i[:, None], j[None, :], exists[:, None], keys, source, diagonal, left, right, factor, softcap, slope,
+                mask_at, mask_row, mask_s, bias_at, bias_row, bias_s,
+                LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, False, False,
+            )  # fmt: skip
+            keep = None
+            if seed is not None:
+                keep = keep_tile(seed, place, first_key, threshold, ROWS, KEYS)
+            _dropped, grad, _inner = _differentiate(
+                s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
+                SOFTCAP, False, seed is not None, False,
+            )  # fmt: skip
+            total += grad.to(SUM)
+    line = (split * own_batches + own_batch) * own_heads + own_head
+    if OWN_ROWS:
+        i = own_tile * ROWS + tl.arange(0, ROWS)
+        at = into + (line * time + i)[:, None] * source + j[None, :]
+        tl.store(at, total.to(into.dtype.element_ty), mask=(i < time)[:, None] & (j < source)[None, :])
+    else:
+        tl.store(into + line * source + j, tl.sum(total, 0).to(into.dtype.element_ty), mask=j < source)

@@ -1,0 +1,236 @@
+"""Attention on a GPU: a program makes the results of a tile of rows, block after block of keys with a running softmax
+(Milakov and Gimelshein 2018; in blocks: Dao et al. 2022), of all keys that the rows see or of one share of them."""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import keep_tile
+from .triton_scores import (
+    LN2,
+    aligned,
+    edges_of,
+    finite,
+    load_rows,
+    offsets_of,
+    pairs_of,
+    rows_of,
+    score,
+    seen_keys,
+    span_of,
+    weight,
+    wide_product,
+)
+
+
+@triton.jit
+def _write(
+    sums, peak, total, alive, start, row, exists, out, lse, softmax, wide_out, count,
+    VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """Results of rows from their sums; a row that has no key is 0. start + row: where in (B, H, T)."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    alive = alive & (total != 0)  # a NaN passes
+    result = sums * tl.where(alive, 1 / total, 0.0)[:, None]
+    # A value with anything not finite in it spoils the whole row.
+    result = tl.where((tl.sum(result * 0.0, 1) == 0.0)[:, None], result, float("nan"))
+    result = tl.where(alive[:, None], result, 0.0)
+    inside = exists[:, None] & (column < VALUE_WIDTH)
+    at = row[:, None] * VALUE_WIDTH + column
+    tl.store(out + start * VALUE_WIDTH + at, result.to(out.dtype.element_ty), mask=inside)
+    if wide_out is not None:
+        tl.store(wide_out + start * VALUE_WIDTH + at, result, mask=inside)
+    if FOLDED:
+        level = peak + tl.log2(total)
+        natural = level * LN2
+        share = tl.where(alive, 1.0, 0.0)
+    else:
+        natural = peak + tl.log(total)
+        level = peak
+        share = tl.where(alive, 1 / total, 0.0)
+    tl.store(lse + start + row, tl.where(alive, natural, float("-inf")), mask=exists)
+    if softmax is not None:
+        tl.store(softmax + start + row, tl.where(alive, level, 0.0), mask=exists)
+        tl.store(softmax + count + start + row, share, mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
+        "value_b", "value_h", "value_s", "value_d", "mask_b", "mask_h", "mask_t", "mask_s",
+        "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
+        "batches", "kv_heads", "time", "source", "left", "right", "scale", "softcap", "threshold", "kept", "splits",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, out, lse, softmax, wide_out, parts,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
+    bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
+    batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
+    scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32, splits: tl.int64,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
+    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out (B, H, T, Dv), lse (B, H, T) and softmax (2, B, H, T), or with `parts` one share of the keys' sums of values
+    (splits, B H T, Dv + 2), each row followed by its greatest score and its sum of weights.
+
+    DENSE: the last dimensions are contiguous. VECTOR: by how many elements strides are divisible. What the options say
+    is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    rows = (time * GROUP).to(tl.int32)
+    tiles = tl.cdiv(rows, ROWS)
+    tile = (program % tiles).to(tl.int32)
+    if RIGHT:
+        tile = tiles - 1 - tile  # those with the most keys first
+    rest = program // tiles
+    split = (rest % splits).to(tl.int32)
+    rest = rest // splits
+    head, batch = rest % kv_heads, rest // kv_heads
+    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+
+    queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
+    left, right = left.to(tl.int32), right.to(tl.int32)
+    first_row = tile * ROWS
+    i, member, start, place = offsets_of(first_row, batch, head, kv_heads, time, ROWS, GROUP)
+    present = i < queries
+    query, query_offset = rows_of(
+        query, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP
+    )  # fmt: skip
+    key += batch * key_b + head * key_h
+    value += batch * value_b + head * value_h
+    mask_row = None
+    bias_row = None
+    slope = None
+    if MASK:
+        mask, mask_row = pairs_of(
+            mask, i[:, None], member[:, None], batch, head, mask_b, mask_h, mask_t, MASK, GROUP
+        )  # fmt: skip
+    if BIAS:
+        bias, bias_row = pairs_of(
+            bias, i[:, None], member[:, None], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
+        )  # fmt: skip
+    if slopes is not None:
+        slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
+
+    first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
+    begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
+    end = tl.where(first_query < queries, end, 0)
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    if parts is not None:
+        share = tl.cdiv(stop - first, splits.to(tl.int32))
+        first = tl.minimum(first + split * share, stop)
+        stop = tl.minimum(first + share, stop)
+        whole_first = tl.minimum(tl.maximum(whole_first, first), stop)
+        whole_stop = tl.minimum(tl.maximum(whole_stop, whole_first), stop)
+    blocks = (whole_stop - whole_first) * EDGE // KEYS
+    whole_stop = whole_first + blocks * (KEYS // EDGE)
+
+    q = None
+    if CHUNK >= WIDTH:
+        q = load_rows(query, query_offset, present, query_d, 0, WIDTH, CHUNK, DENSE, True)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    spoilt = tl.zeros((ROWS,), tl.float32)  # NaN where the row sees a value that isn't finite
+    for phase in tl.static_range(2):
+        # First the blocks in which nothing is hidden, then those before and after them, smaller ones: they take more
+        # registers, and less of them is hidden.
+        column = tl.arange(0, KEYS if phase == 0 else EDGE)
+        key_offset, value_offset = column * key_s, column * value_s
+        before = whole_first - first
+        count = blocks if phase == 0 else before + stop - whole_stop
+        if phase == 1 or MASK + BIAS == 0:
+            for n in tl.range(count, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
+                if phase == 0:
+                    at = whole_first * EDGE + n * KEYS
+                else:
+                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
+                j = at + column
+                keys_at = key + at * key_s
+                if CHUNK >= WIDTH:
+                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                else:
+                    s = wide_product(
+                        query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
+                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
+                    )  # fmt: skip
+                s, seen, _ = score(
+                    s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
+                    left, right, scale, softcap, slope,
+                    mask, mask_row, mask_s, bias, bias_row, bias_s,
+                    LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
+                )  # fmt: skip
+                top = tl.max(s, 1)
+                higher = tl.maximum(peak, top * scale if FOLDED else top)
+                level = tl.where(higher == float("-inf"), 0.0, higher)
+                factor = weight(peak, level, 1.0, FOLDED)
+                p = weight(s, level[:, None], scale, FOLDED)
+                peak = higher
+                total = total * factor + tl.sum(p, 1)
+                if seed is not None:
+                    keep = keep_tile(seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
+                    p = tl.where(keep, p * kept, 0.0)
+                v = load_rows(
+                    value + at * value_s, value_offset, j < keys, value_d, 0, VALUE_WIDTH, COLUMNS, DENSE, phase == 1
+                )
+                if phase == 1:
+                    bad = tl.sum(v.to(tl.float32) * 0.0, 1)
+                    spoilt += tl.sum(tl.where(seen, bad[None, :], 0.0), 1)
+                    v = finite(v)
+                if wide_out is None:
+                    sums = tl.dot(p.to(v.dtype), v, sums * factor[:, None], input_precision=PRECISION)
+                else:
+                    # A result that keeps its precision must come of weights that do.
+                    sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision="tf32x3")
+
+    exists = i < time
+    sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
+    count = batches * kv_heads * GROUP * time
+    if parts is None:
+        _write(
+            sums, peak, total, present, start, place, exists, out, lse, softmax, wide_out, count,
+            VALUE_WIDTH, COLUMNS, FOLDED,
+        )  # fmt: skip
+    else:
+        into = parts + (split * count + start) * (VALUE_WIDTH + 2) + place * (VALUE_WIDTH + 2)
+        wide = tl.arange(0, COLUMNS)[None, :]
+        tl.store(into[:, None] + wide, sums, mask=exists[:, None] & (wide < VALUE_WIDTH))
+        tl.store(into + VALUE_WIDTH, peak, mask=exists)
+        tl.store(into + VALUE_WIDTH + 1, tl.where(present, total, 0.0), mask=exists)
+
+
+@triton.jit(do_not_specialize=["splits", "count"])
+def combine_kernel(
+    parts, out, lse, softmax, wide_out, splits: tl.int64, count: tl.int64,
+    VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """The shares' sums brought to their common greatest score and added up, in their order."""
+    start, row = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
+    exists = start + row < count
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = exists[:, None] & (column < VALUE_WIDTH)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for split in range(splits):
+        at = parts + (split * count + start + row) * (VALUE_WIDTH + 2)
+        part = tl.load(at[:, None] + column, mask=inside, other=0.0)
+        top = tl.load(at + VALUE_WIDTH, mask=exists, other=float("-inf"))
+        higher = tl.maximum(peak, top)
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        before, now = weight(peak, level, 1.0, FOLDED), weight(top, level, 1.0, FOLDED)
+        # Not even a NaN of a share may count for nothing.
+        sums = sums * before[:, None] + part * now[:, None]
+        total = total * before + tl.load(at + VALUE_WIDTH + 1, mask=exists, other=0.0) * now
+        peak = higher
+    _write(
+        sums, peak, total, exists, start, row, exists, out, lse, softmax, wide_out, count, VALUE_WIDTH, COLUMNS, FOLDED,
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""From products of queries and keys to scores and weights on a GPU: what every kernel of attention shares.
+
+The query heads that read one key head lie in one list of rows: row r is query r // GROUP of the r % GROUP-th of them,
+so that a tile of rows reads its keys once. Positions are 32-bit (the launcher sees to that), offsets 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import length_of, spread, tanh
+
+LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
+
+# What a mask or bias varies over: a number's bits.
+GIVEN = tl.constexpr(1)
+ROWS = tl.constexpr(2)  # queries, or the heads of a group
+COLUMNS = tl.constexpr(4)  # keys
+UNIT = tl.constexpr(8)  # keys that are neighbours in memory
+VECTORS = tl.constexpr(16)  # such keys, a multiple of 16 of them, and strides that are multiples too
+
+
+@triton.jit
+def aligned(batch, head, row, VECTOR: tl.constexpr):
+    """Strides of a tensor, said to the compiler to be what the launcher has seen: divisible by the size of a vector."""
+    return batch // VECTOR * VECTOR, head // VECTOR * VECTOR, row // VECTOR * VECTOR
+
+
+@triton.jit
+def span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT: tl.constexpr):
+    """How many queries and keys are present, and the key at which query 0 stands."""
+    queries = length_of(query_lengths, batch, time).to(tl.int32)
+    keys = length_of(key_lengths, batch, source).to(tl.int32)
+    return queries, keys, keys - queries if BOTTOM_RIGHT else 0
+
+
+@triton.jit
+def offsets_of(first, batch, head, kv_heads, time, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Of rows from `first` on: their queries, their heads within the group, and where they lie in (B, H, T), as one
+    number and what each row adds to it. Without a group that is 32-bit and known to the compiler."""
+    row = first + tl.arange(0, ROWS)
+    i, member = row // GROUP, row % GROUP
+    if GROUP == 1:
+        return i, member, (batch * kv_heads + head) * time + first, tl.arange(0, ROWS)
+    else:
+        return i, member, (batch * kv_heads + head) * GROUP * time, member * time + i
+
+
+@triton.jit
+def rows_of(base, first, i, member, batch, head, b, h, t, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """A pointer to a tensor and what each row adds to it."""
+    if GROUP == 1:
+        return base + batch * b + head * h + first * t, tl.arange(0, ROWS) * t
+    else:
+        return base + batch * b + head * GROUP * h, member * h + i * t
+
+
+@triton.jit
+def seen_keys(first, last, keys, diagonal, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of queries first..last: the interval of keys that one of them sees, and of those that all of them see."""
+    begin, end, whole_begin, whole_end = 0, keys, 0, keys
+    if LEFT:
+        begin, whole_begin = tl.maximum(first + diagonal - left, 0), tl.maximum(last + diagonal - left, 0)
+    if RIGHT:
+        end = tl.minimum(keys, last + diagonal + right + 1)
+        whole_end = tl.minimum(keys, first + diagonal + right + 1)
+    return begin, end, whole_begin, whole_end
+
+
+@triton.jit
+def seen_queries(first, last, queries, diagonal, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of keys first..last: the interval of queries that see one of them, and of those that see all of them."""
+    begin, end, whole_begin, whole_end = 0, queries, 0, queries
+    if RIGHT:
+        begin, whole_begin = tl.maximum(first - diagonal - right, 0), tl.maximum(last - diagonal - right, 0)
+    if LEFT:
+        end = tl.minimum(queries, last - diagonal + left + 1)
+        whole_end = tl.minimum(queries, first - diagonal + left + 1)
+    return begin, end, whole_begin, whole_end
+
+
+@triton.jit
+def edges_of(begin, end, whole_begin, whole_end, EDGE: tl.constexpr, MASKED: tl.constexpr):
+    """Blocks of EDGE: first..stop reach into begin..end; of these whole_first..whole_stop lie in the interval
+    whole_begin..whole_end, where nothing is hidden. A mask or bias hides anywhere."""
+    first = begin // EDGE
+    stop = tl.where(begin < end, tl.cdiv(tl.maximum(end, 0), EDGE), first)
+    if MASKED:
+        return first, stop, first, first
+    else:
+        whole_first = tl.minimum(tl.cdiv(whole_begin, EDGE), stop)
+        whole_stop = tl.maximum(tl.minimum(tl.maximum(whole_end, 0) // EDGE, stop), whole_first)
+        return first, stop, whole_first, whole_stop
+
+
+@triton.jit
+def load_rows(
+    base, offset, present, stride, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, DENSE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Elements first..first + WIDTH of some vectors of SIZE; 0 past their end and, if MASKED, where not present."""
+    element = first + tl.arange(0, WIDTH)
+    at = base + offset[:, None] + spread(element, stride, DENSE)[None, :]
+    if MASKED and SIZE % WIDTH != 0:
+        return tl.load(at, mask=present[:, None] & (element < SIZE)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(at, mask=present[:, None], other=0.0)
+    elif SIZE % WIDTH != 0:
+        return tl.load(at, mask=(element < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def wide_product(
+    a, a_offset, a_present, a_stride, b, b_offset, b_present, b_stride, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    DENSE: tl.constexpr, PRECISION: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The products (A, B) of vectors too wide for one tile, CHUNK elements at a time."""
+    sums = tl.zeros((A, B), tl.float32)
+    for first in range(0, SIZE, CHUNK):
+        left = load_rows(a, a_offset, a_present, a_stride, first, SIZE, CHUNK, DENSE, True)
+        right = load_rows(b, b_offset, b_present, b_stride, first, SIZE, CHUNK, DENSE, True)
+        sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def finite(x):
+    """x with 0 in place of what is not finite, which even a weight of 0 would make NaN of."""
+    return tl.where(x * 0.0 == 0.0, x, tl.zeros_like(x))
+
+
+@triton.jit
+def pairs_of(base, i, member, batch, head, b, h, t, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """A pointer to a mask or bias and what each row adds to it."""
+    STEP: tl.constexpr = 16 if VECTORS & KIND else 1
+    b, h, t = aligned(b, h, t, STEP)
+    if GROUP == 1:
+        return base + batch * b + head * h, i * t
+    else:
+        return base + batch * b + head * GROUP * h, member * h + i * t
+
+
+@triton.jit
+def _load_pairs(base, row, column, stride, row_exists, source, KIND: tl.constexpr):
+    at = base
+    exists = column < (source // 16 * 16 if VECTORS & KIND else source)
+    if ROWS & KIND:
+        at += row
+    if COLUMNS & KIND:
+        at += spread(column, stride, UNIT & KIND)
+    if ROWS & KIND and COLUMNS & KIND:
+        return tl.load(at, mask=row_exists & exists, other=0)
+    elif ROWS & KIND:
+        return tl.load(at, mask=row_exists, other=0)
+    elif COLUMNS & KIND:
+        return tl.load(at, mask=exists, other=0)
+    else:
+        return tl.load(at + tl.zeros_like(column), mask=exists, other=0)
+
+
+@triton.jit
+def score(
+    product, i, j, row_exists, keys, source, diagonal, left, right, scale, softcap, slope,
+    mask, mask_row, mask_s, bias, bias_row, bias_s,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SLOPES: tl.constexpr,
+    SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Scores, -inf where hidden; where seen; and tanh(score / softcap).
+
+    Queries i and keys j are laid out along either dimension; mask_row and bias_row are offsets of queries. WHOLE:
+    nothing is hidden. FOLDED: a score is the product alone, its scale is applied by `weight`.
+    """
+    s = tl.fma(product, tl.zeros_like(product), product)  # what is not finite gives NaN, be it an infinity
+    slowed = s
+    if not FOLDED:
+        s *= scale
+    if SOFTCAP:
+        slowed = tanh(s / softcap)
+        s = softcap * slowed
+    if SLOPES:
+        s -= slope * tl.abs(i + diagonal - j).to(tl.float32)
+    seen = j < keys
+    if not WHOLE:
+        seen = seen & row_exists
+        if LEFT:
+            seen = seen & (j >= i + diagonal - left)
+        if RIGHT:
+            seen = seen & (j <= i + diagonal + right)
+        if MASK:
+            seen = seen & (_load_pairs(mask, mask_row, j, mask_s, row_exists, source, MASK) != 0)
+        if BIAS:
+            b = _load_pairs(bias, bias_row, j, bias_s, row_exists, source, BIAS)
+            if b.dtype == tl.float64:
+                b = tl.where((b < LEAST) & (b > float("-inf")), LEAST, b)  # must not become an infinity, which hides
+            seen = seen & (b != float("-inf"))
+            s += b.to(tl.float32)
+        s = tl.where(seen, s, float("-inf"))
+    return s, seen, slowed
+
+
+@triton.jit
+def weight(s, level, scale, FOLDED: tl.constexpr):
+    """exp(s - level). FOLDED: s has yet to be scaled, by a scale that makes exp of exp2."""
+    if FOLDED:
+        return tl.exp2(tl.fma(s, scale, -level))
+    else:
+        return tl.exp(s - level)

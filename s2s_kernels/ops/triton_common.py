@@ -1,0 +1,91 @@
+"""What the Triton kernels of several operators share, and their launchers.
+
+Sizes, strides and positions are 64-bit and never specialised, so that one compilation serves every length and batch.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+# How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
+# products, in one.
+PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+@triton.jit
+def spread(index, stride, UNIT: tl.constexpr):
+    """index times stride; a stride known to be 1 is left out, so that the compiler sees neighbours."""
+    if UNIT:
+        return index
+    else:
+        return index * stride
+
+
+@triton.jit
+def length_of(lengths, batch, time):
+    """How many positions of a row are present: its length, in [0, T] whatever the tensor holds."""
+    if lengths is None:
+        return time
+    else:
+        return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), time)
+
+
+@triton.jit
+def tanh(x):
+    """A series near 0, where the exponential form cancels."""
+    square = x * x
+    series = x + x * square * (
+        -0.333333333333 + square * (0.133333333333 + square * (-0.0539682539683 + square * 0.0218694885362))
+    )
+    decay = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of columns first..first + COLUMNS of some rows dropout keeps, as `random.keep_mask` draws them.
+
+    row: (ROWS,) int64; first: a multiple of COLUMNS, that of 32, or 16; threshold: the least word that is kept.
+    """
+    # 32 columns are four words of eight neighbouring counters.
+    COUNTERS: tl.constexpr = COLUMNS // 4 if COLUMNS >= 32 else 8
+    counter = first // 32 * 8 + tl.arange(0, COUNTERS)
+    low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(
+        tl.load(seed), counter.to(tl.uint32)[None, :], low[:, None], high[:, None], tl.load(seed + 1).to(tl.uint32)
+    )
+    least = threshold.to(tl.uint32)
+    a, b = (a >= least).to(tl.int8), (b >= least).to(tl.int8)
+    c, d = (c >= least).to(tl.int8), (d >= least).to(tl.int8)
+    if COLUMNS >= 32:
+        words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLUMNS // 32, 8, 4)
+        return words.permute(0, 1, 3, 2).reshape(ROWS, COLUMNS) != 0
+    else:
+        later = first % 32 != 0
+        words = tl.join(tl.where(later, c, a), tl.where(later, d, b))
+        return words.permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
+    """The splits' shares added in their order: the same bits on every run."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    for split in range(splits):
+        total += tl.load(sums + split * count + element, mask=element < count, other=0.0)
+    tl.store(result + element, total.to(result.dtype.element_ty), mask=element < count)
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels start on the current device, which may be another than the tensors'."""
+    return torch.cuda.device_of(x)
+
+
+def reduce(sums: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Fills result with the sum over the first dimension of sums, which has a dtype to sum in."""
+    count = result.numel()
+    reduce_kernel[(-(-count // 256),)](sums, result, count, sums.shape[0], BLOCK=256, num_warps=4)
+    return result

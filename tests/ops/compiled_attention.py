@@ -1,0 +1,69 @@
+"""The calls of attention whose launches are compiled for each architecture."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from s2s_kernels.ops.attention import triton_kernels
+
+PRODUCTS = ("forward_kernel", "query_kernel", "key_value_kernel", "bias_kernel")  # whose instructions are read
+
+EVERYTHING = {
+    "kv_heads": 4, "lengths": True, "mask": True, "bias": torch.bfloat16, "slopes": True, "softcap": 5.0,
+    "dropout_p": 0.1,
+}  # fmt: skip
+
+
+def call(
+    dtype: torch.dtype, width: int, *, batch: int = 2, heads: int = 8, kv_heads: int = 8, time: int = 320,
+    source: int = 320, causal: bool = True, lengths: bool = False, mask: bool = False, bias: torch.dtype | None = None,
+    slopes: bool = False, softcap: float | None = None, dropout_p: float = 0.0, backward: bool = True,
+) -> None:  # fmt: skip
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    tensors = (noise(batch, heads, time, width), *(noise(batch, kv_heads, source, width) for _ in range(2)))
+    arguments: tuple[Any, ...] = (
+        *tensors, torch.ones(batch, 1, time, source, dtype=torch.bool) if mask else None,
+        None if bias is None else torch.randn(1, heads, time, source).to(bias),
+        torch.full((batch,), time) if lengths else None, torch.full((batch,), source) if lengths else None,
+        noise(heads) if slopes else None, torch.tensor([1, 2]) if dropout_p else None,
+        None, 0 if causal else None, False, dropout_p, None, softcap,
+    )  # fmt: skip
+    wide = backward and bias is not None and bias.itemsize > dtype.itemsize
+    out, lse, softmax, wide_out = triton_kernels.attention_forward(*arguments, backward, wide)
+    if backward:
+        needs = (True, True, True, bias is not None, slopes)
+        saved = (wide_out if wide else out, softmax)
+        triton_kernels.attention_backward(noise(*out.shape), torch.randn(lse.shape), *saved, *arguments, *needs)
+
+
+def calls(arch: int) -> Iterator[tuple[torch.dtype, str]]:
+    """Makes the calls, some for one architecture only; yields the dtype and the precision of what they launched."""
+    triton_kernels.generation = lambda x: arch // 10
+    call(torch.bfloat16, 64)
+    call(torch.bfloat16, 128, **EVERYTHING)
+    call(torch.bfloat16, 128, heads=32, time=1, source=4096, causal=False, lengths=True, backward=False)
+    if arch == 90:
+        call(torch.bfloat16, 128)
+        call(torch.bfloat16, 256, backward=False)
+        call(torch.bfloat16, 512, backward=False)
+    yield torch.bfloat16, "highest"
+    if arch == 80:
+        call(torch.float16, 64, bias=torch.float32)
+    yield torch.float16, "highest"
+    if arch == 80:
+        call(torch.float32, 64)
+    yield torch.float32, "highest"
+    torch.set_float32_matmul_precision("high")
+    call(torch.float32, 64, backward=False)
+    yield torch.float32, "high"
+    torch.set_float32_matmul_precision("highest")
+
+
+def again() -> None:
+    """Another batch and length, odd ones too, that compile to the same kernels."""
+    call(torch.bfloat16, 64, batch=1, time=1001, source=777)
+    call(torch.bfloat16, 128, batch=1, time=640, source=1024, **EVERYTHING)
+    call(torch.bfloat16, 128, heads=32, time=1, source=3001, causal=False, lengths=True, backward=False)
