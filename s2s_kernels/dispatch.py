@@ -39,6 +39,11 @@ DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # the device a backen
 Gap = Callable[[Any], str | None]
 
 
+def not_in_triton(dtype: torch.dtype) -> str | None:
+    """What the Triton kernels don't cover of a dtype."""
+    return "its kernels take float32, bfloat16 and float16" if dtype == torch.float64 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Operator:
     """An operator and, for each backend that has code for it, the function that says what is not covered."""
