@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
@@ -26,18 +27,18 @@ COSTLY = ("tails", "tails, odd units", "one query", "numbers of 5", "poisoned", 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels():
-    """Every test of this module but those of the compiler runs the Triton kernels on CPU tensors."""
+def real_tiles():
+    """Every test of this module but those of the compiler runs the Triton kernels on CPU tensors. Of the gradients
+    with larger tiles, which the interpreter takes no longer for; yields the real ones."""
     if unavailable() is not None:
         yield
         return
     from s2s_kernels.ops.additive_attention import triton_kernels
 
     chosen = triton_kernels._gradient_tiles
-    # The interpreter takes as long for a large tile as for a small one; test_several_tiles has the real ones.
     triton_kernels._gradient_tiles = lambda dtype: {**chosen(dtype), "KEYS": 64}
     with emulated():
-        yield
+        yield chosen
     triton_kernels._gradient_tiles = chosen
 
 
@@ -76,12 +77,12 @@ def test_prepared_keys_step_by_step():
 
 
 @interpreted
-def test_several_tiles(monkeypatch):
+def test_several_tiles(monkeypatch, real_tiles):
     """The real tiles, a workspace of which a row of the batch takes several, and several shares of the gradients."""
     from s2s_kernels.ops.additive_attention import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "PAIRS", 40 * 34)
-    monkeypatch.setattr(triton_kernels, "_gradient_tiles", lambda dtype: {"ROWS": 8, "KEYS": 4, "num_warps": 1})
+    monkeypatch.setattr(triton_kernels, "_gradient_tiles", real_tiles)
     draw = Draw()
     query, key, value, weight = draw(2, 43, 40), draw(2, 34, 40), draw(2, 34, 35), draw(40, scale=0.2)
     parts = list(triton_kernels._parts(query, key, value, None, None))
@@ -93,6 +94,23 @@ def test_several_tiles(monkeypatch):
     assert triton_kernels._key_sums(parts[0], 40).shape[0] == 2
     options = {"mask": draw.mask(43, 34, p=0.8), "dropout_p": 0.3, "key_lengths": torch.tensor([34, 7])}
     judge(((query, key, value, weight), {**options, "return_weights": True}))
+
+
+@interpreted
+def test_no_buffer_of_the_size_of_the_scores(monkeypatch):
+    """No allocation of B T S elements or more in either direction, let alone B T S A, but a workspace of PAIRS."""
+    from s2s_kernels.ops.additive_attention import triton_kernels
+
+    batch, rows, keys = 1, 40, 40
+    monkeypatch.setattr(triton_kernels, "PAIRS", 16 * keys)
+    draw = Draw()
+    leaves = [draw(batch, rows, 8), draw(batch, keys, 8), draw(batch, keys, 5), draw(8)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    torch.use_deterministic_algorithms(False)  # filling buffers with NaN is no business of this test
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        s2s.additive_attention(*leaves, dropout_p=0.1).sum().backward()
+    sizes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sizes and max(sizes) < batch * rows * keys * 4 / 2
 
 
 def transposed(value):
