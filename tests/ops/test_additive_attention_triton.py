@@ -306,6 +306,9 @@ def test_raw_calls_are_checked_clamped_and_keep_to_their_fakes():
     backward = (context, weights, query, key, value, weight, statistics, none, lengths, none, none, none, 0.0)
     backward = (*backward, True, True, False, True)
     torch.library.opcheck(torch.ops.s2s.additive_attention_backward, backward, test_utils=utils)
+    for place, wrong in {0: context[:1], 1: weights[:, :2], 6: statistics[:, :2], 2: draw(2, 3, 4)}.items():
+        with pytest.raises(RuntimeError, match="additive_attention_backward: "):
+            torch.ops.s2s.additive_attention_backward(*backward[:place], wrong, *backward[place + 1 :])
     for place, wrong in {0: draw(2, 3, 4), 1: draw(7, 5), 2: draw(2, 6, 4), 3: draw(4), 5: lengths[:1]}.items():
         with pytest.raises(RuntimeError, match="additive_attention_forward: "):
             torch.ops.s2s.additive_attention_forward(*good[:place], wrong, *good[place + 1 :])

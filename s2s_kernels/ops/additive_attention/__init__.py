@@ -101,7 +101,7 @@ def additive_attention(
     Returns:
         context (B, T, Dv); (context, weights (B, T, S)) if `return_weights`. A row that may attend to nothing gives 0.
         A key that is hidden from a row never affects that row, whatever it holds. No buffer of B T S A elements
-        exists, nor one of B T S unless the weights are asked for; on a GPU a workspace of scores grows to 4 MiB.
+        exists, nor one of B T S unless the weights are asked for; on a GPU workspaces of scores grow to 4 MiB each.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.

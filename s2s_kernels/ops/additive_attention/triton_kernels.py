@@ -20,7 +20,7 @@ from .triton_softmax import (
     value_gradient_kernel,
 )
 
-PAIRS = 2**20  # scores in the workspace, unless one query has more
+PAIRS = 2**20  # scores in a workspace, unless LEAST queries have more
 # Programs among which gradients are split, and the shares of a key's gradient. Constants: the bits must not depend on
 # the GPU.
 PROGRAMS, SHARES = 1024, 32
@@ -173,6 +173,12 @@ def additive_attention_backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     _check("additive_attention_backward", query, key, value, weight, mask, key_lengths, seed)
     (batch, queries, width), keys, values = query.shape, key.shape[1], value.shape[2]
+    for given, last in ((grad_context, values), (grad_weights, keys), (statistics, 2)):
+        if given is not None and given.shape != (batch, queries, last):
+            raise RuntimeError(
+                f"additive_attention_backward: expected {(batch, queries, last)}, got {tuple(given.shape)}"
+            )
+    statistics = statistics.contiguous()
     nothing = query.new_empty(0)
     grad_query = query.new_empty(query.shape) if need_query else nothing
     grad_key = query.new_empty(key.shape) if need_key else nothing

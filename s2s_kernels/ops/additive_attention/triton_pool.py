@@ -264,14 +264,14 @@ def attention_pool_backward(
     grad_x, grad_weight, grad_bias, _, _ = causal_conv1d_backward(
         into.mT, x.mT, weight[:, :, None], None, lengths, None, 1, 1, 0, True, False, True, True, True, False, False
     )
-    result = grad_x.mT.contiguous()
+    grad_x = grad_x.mT
     if grad_pooled is not None:
         along = weights[..., None] * grad_pooled.float()[:, None]
         if lengths is not None:  # 0 times a NaN is no 0
             present = torch.arange(time, device=x.device) < lengths[:, None]
             along = torch.where(present[..., None], along, 0)
-        result = (grad_x.mT + along).to(x.dtype).contiguous()
-    return result, grad_weight[:, :, 0], grad_bias, grad_context
+        grad_x = (grad_x + along).to(x.dtype)
+    return grad_x.contiguous(), grad_weight[:, :, 0], grad_bias, grad_context
 
 
 def _check(
