@@ -31,7 +31,7 @@ def attention_map(
     """Draws attention weights as Bahdanau et al. 2014, figure 3: the source runs to the right, the target down.
 
     Args:
-        weights: (T, S), of one sequence and one head; any dtype, any device.
+        weights: (T, S), of one sequence and one head, not empty; any dtype, any device.
         source: S labels of the keys; their positions if None.
         target: T labels of the queries; their positions if None.
         title: above the picture.
@@ -46,8 +46,8 @@ def attention_map(
     """
     name = "attention_map"
     checks.tensor(name, "weights", weights)
-    if weights.dim() != 2:
-        checks.wrong_value(name, "weights", "(T, S)", tuple(weights.shape))
+    if weights.dim() != 2 or not weights.numel():
+        checks.wrong_value(name, "weights", "(T, S), neither of them 0", tuple(weights.shape))
     rows, columns = weights.shape
     for label, words, size, letter in (("source", source, columns, "S"), ("target", target, rows, "T")):
         if words is not None and len(words) != size:
@@ -58,7 +58,7 @@ def attention_map(
         axes = plt.figure(figsize=side, layout="constrained").add_subplot()
     values = weights.detach().to(device="cpu", dtype=torch.float32).numpy()
     # A map that is much longer than high would be a line of points if its cells were squares.
-    wide = max(rows, columns) > 4 * max(1, min(rows, columns))
+    wide = max(rows, columns) > 4 * min(rows, columns)
     image = axes.imshow(values, cmap="viridis", vmin=0.0, aspect="auto" if wide else "equal", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, label="weight")
     axes.xaxis.set_ticks_position("top")
