@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..convolution.triton_kernels import PRECISION, _device, _reduce
+from ..convolution.triton_kernels import PRECISION, _device, _reduce, _strides
 from ..random import threshold
 from .triton_scores import gradient_kernel, scores_kernel
 from .triton_softmax import (
@@ -26,10 +26,6 @@ PAIRS = 2**20  # scores in a workspace, unless LEAST queries have more
 PROGRAMS, SHARES = 1024, 32
 UNITS = 32  # of a program, a lane each
 LEAST = 16  # queries of a part, unless there are fewer
-
-
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if tensor is None else tensor.stride()
 
 
 def _dense(tensor: torch.Tensor) -> bool:
