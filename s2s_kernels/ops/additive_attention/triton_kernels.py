@@ -154,7 +154,7 @@ def additive_attention_forward(
             if programs := part.programs(products, "r") * -(-values // products["COLUMNS"]):
                 context_kernel[(programs,)](
                     scores, found, part.value, part.mask, part.lengths, seed, part.of(context),
-                    *part.value.stride(), *_strides(part.mask), rows, keys, queries, part.first_row(), limit,
+                    *part.value.stride(), *_strides(part.mask), rows, keys, part.first_row(), limit,
                     VALUES=values, VALUE_UNIT=_dense(value), PRECISION=_precision(), **products,
                 )  # fmt: skip
     return context, weights, statistics if save else statistics.new_empty(0)
@@ -199,7 +199,7 @@ def additive_attention_backward(
         for part in _parts(query, key, value, mask, key_lengths):
             rows, _ = part.sizes()
             begun, found = int(part.rows.start > 0), part.of(statistics)
-            shared = rows, keys, queries, part.first_row(), limit
+            shared = rows, keys, part.first_row(), limit
             _scores(part, weight, scores)
             if grad_context is not None:
                 grad = part.of(grad_context)

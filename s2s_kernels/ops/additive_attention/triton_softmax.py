@@ -77,18 +77,18 @@ def _is_finite(x):
 
 @triton.jit(
     do_not_specialize=[
-        "value_b", "value_j", "value_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "queries", "first_row", "limit",
+        "value_b", "value_j", "value_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "limit",
     ]
 )  # fmt: skip
 def context_kernel(
     scores, statistics, value, mask, lengths, seed, context,
     value_b: tl.int64, value_j: tl.int64, value_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, queries: tl.int64, first_row: tl.int64, limit: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64,
     VALUES: tl.constexpr, VALUE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights after dropout times values. The rows at hand are those from `first_row` on of all B T, where T is
-    `queries`; dropout counts by that."""
+    """Weights after dropout times values. The rows at hand are those from `first_row` on of all B T of a call, by
+    which dropout counts."""
     BLOCKS: tl.constexpr = (VALUES + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
@@ -103,7 +103,7 @@ def context_kernel(
         visible = visible_at(mask, batch, row, column[None, :], mask_b, mask_i, mask_j, rows, length)
         used = weights_at(scores, statistics, batch, row, column[None, :], rows, keys, visible)
         if seed is not None:
-            used = dropped(used, seed, first_row + batch * queries + row, column[None, :], limit)
+            used = dropped(used, seed, first_row + batch * rows + row, column[None, :], limit)
         inside = (column < length)[:, None] & (width < VALUES)[None, :]
         v = tl.load(values + column[:, None] * value_j, mask=inside, other=0.0)
         if mask is not None:
@@ -166,7 +166,7 @@ def product_kernel(
 
 @triton.jit
 def _weight_gradient_at(
-    products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, queries, first_row, limit,
+    products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row, limit,
     visible,
 ):  # fmt: skip
     """The gradients of weights before dropout."""
@@ -174,7 +174,7 @@ def _weight_gradient_at(
     if products is not None:
         gradient = tl.load(products + (batch * rows + row) * keys + column, mask=visible, other=0.0)
         if seed is not None:
-            gradient = dropped(gradient, seed, first_row + batch * queries + row, column, limit)
+            gradient = dropped(gradient, seed, first_row + batch * rows + row, column, limit)
     if grad_weights is not None:
         at = grad_weights + batch * grad_b + row * grad_i + column * grad_j
         gradient += tl.load(at, mask=visible, other=0.0).to(tl.float32)
@@ -183,13 +183,13 @@ def _weight_gradient_at(
 
 @triton.jit(
     do_not_specialize=[
-        "mask_b", "mask_i", "mask_j", "grad_b", "grad_i", "grad_j", "rows", "keys", "queries", "first_row", "limit",
+        "mask_b", "mask_i", "mask_j", "grad_b", "grad_i", "grad_j", "rows", "keys", "first_row", "limit",
     ]
 )  # fmt: skip
 def score_gradient_kernel(
     scores, statistics, products, grad_weights, mask, lengths, seed,
     mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, grad_b: tl.int64, grad_i: tl.int64, grad_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, queries: tl.int64, first_row: tl.int64, limit: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Puts the gradients of the present keys' scores in their place, 0 where a key is hidden."""
@@ -204,7 +204,7 @@ def score_gradient_kernel(
         visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
         weight = weights_at(scores, statistics, batch, row, column, rows, keys, visible)
         gradient = _weight_gradient_at(
-            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, queries, first_row,
+            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row,
             limit, visible,
         )  # fmt: skip
         mean += tl.sum(tl.where(visible, weight * gradient, 0.0), 1)
@@ -213,7 +213,7 @@ def score_gradient_kernel(
         visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
         weight = weights_at(scores, statistics, batch, row, column, rows, keys, visible)
         gradient = _weight_gradient_at(
-            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, queries, first_row,
+            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row,
             limit, visible,
         )  # fmt: skip
         result = tl.where(visible, weight * (gradient - mean[:, None]), 0.0)
@@ -223,14 +223,14 @@ def score_gradient_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "grad_b", "grad_i", "grad_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "queries", "first_row", "limit",
+        "grad_b", "grad_i", "grad_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "limit",
         "begun",
     ]
 )  # fmt: skip
 def value_gradient_kernel(
     scores, statistics, grad, mask, lengths, seed, result,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, queries: tl.int64, first_row: tl.int64, limit: tl.int64, begun: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64, begun: tl.int64,
     VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +252,7 @@ def value_gradient_kernel(
         visible = visible_at(mask, batch, row[None, :], column, mask_b, mask_i, mask_j, rows, length)
         used = weights_at(scores, statistics, batch, row[None, :], column, rows, keys, visible)
         if seed is not None:
-            used = dropped(used, seed, first_row + batch * queries + row[None, :], column, limit)
+            used = dropped(used, seed, first_row + batch * rows + row[None, :], column, limit)
         here = (row < rows)[:, None] & (width < VALUES)[None, :]
         upstream = tl.load(grads + row[:, None] * grad_i, mask=here, other=0.0)
         if mask is not None:
