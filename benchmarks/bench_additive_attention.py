@@ -23,11 +23,13 @@ def share_of(batch: int, source: int) -> float:
 def additive(
     batch: int, queries: int, source: int, width: int, values: int, *, compiled: bool, quick: bool = False
 ) -> Case:
-    """Bahdanau's attention of T queries on S keys, S a multiple of T that stays the same in a row of the grid."""
-    ratio = source // queries
+    """Bahdanau's attention of T queries on S keys, whose ratio stays the same in a row of the grid."""
+
+    def keys_of(time: int) -> int:
+        return -(-source * time // queries)
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
-        keys = ratio * time
+        keys = keys_of(time)
         query, key = inputs.noise(batch, time, width, scale=0.5), inputs.noise(batch, keys, width, scale=0.5)
         value, weight = inputs.noise(batch, keys, values), inputs.noise(width, scale=width**-0.5)
         lengths = some_lengths(batch, keys).clamp(max=keys).to(inputs.device)
@@ -43,11 +45,11 @@ def additive(
         return entrants
 
     def amount(t: int) -> work.Work:
-        keys = ratio * t
+        keys = keys_of(t)
         return work.additive_attention(batch, t, keys, width, values, share_of(batch, keys))
 
     names = ("ours", "eager", "compile") if compiled else ("ours", "eager")
-    row = f"additive attention B{batch} S={ratio}T A{width}"
+    row = f"additive attention B{batch} S={round(source / queries, 2):g}T A{width}"
     return Case(row, queries, batch * queries, build, amount, names, quick=quick)
 
 
@@ -78,6 +80,17 @@ def pool(batch: int, time: int, width: int, attended: int, *, compiled: bool, qu
     return Case(row, time, batch * time, build, amount, names, quick=quick)
 
 
+def for_a_gpu(grid: Grid) -> list[Case]:
+    """Sizes that fill one."""
+    if grid.device != "cuda":
+        return []
+    return [
+        additive(32, 74, 75, 1024, 1024, compiled=True, quick=True),
+        additive(32, 1, 1024, 1024, 1024, compiled=True),
+        pool(256, 512, 512, 512, compiled=True, quick=True),
+    ]
+
+
 def cases(grid: Grid) -> list[Case]:
     full = not grid.quick
     # Eager writes (B, T, S, A) out: 4 GiB at T = 1024 with one sequence of this width, which ends the row.
@@ -87,6 +100,7 @@ def cases(grid: Grid) -> list[Case]:
         *(additive(1, time, time, 256, 256, compiled=full, quick=time in (32, 128, 512)) for time in lengths),
         pool(32, 64, 100, 100, compiled=full, quick=True),
         pool(8, 1024, 100, 100, compiled=full),
+        *for_a_gpu(grid),
     ]
 
 

@@ -41,6 +41,11 @@ NO_FLOAT64 = "its kernels take float32, bfloat16 and float16"  # what every Trit
 Gap = Callable[[Any], str | None]
 
 
+def not_in_triton(dtype: torch.dtype) -> str | None:
+    """What the Triton kernels don't cover of a dtype."""
+    return NO_FLOAT64 if dtype == torch.float64 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Operator:
     """An operator and, for each backend that has code for it, the function that says what is not covered."""

@@ -79,6 +79,16 @@ def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.con
     tl.store(result + element, total.to(result.dtype.element_ty), mask=element < count)
 
 
+def power(size: int, low: int, high: int) -> int:
+    """The power of two that holds size, within bounds that are powers of two."""
+    return min(max(triton.next_power_of_2(size), low), high)
+
+
+def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """Those of a tensor of three dimensions, 0 where there is none."""
+    return (0, 0, 0) if tensor is None else tensor.stride()
+
+
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Kernels start on the current device, which may be another than the tensors'."""
     return torch.cuda.device_of(x)

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 from .. import dispatch
@@ -18,6 +20,45 @@ def unavailable() -> str | None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "TRITON_INTERPRET=1 was not set before triton was imported"
     return None
+
+
+def _coarse_tanh(x: np.ndarray) -> np.ndarray:
+    # As far off as the hardware's may be, by 2^-11 of the value, up or down by the last bit of the argument.
+    wrong = 1.0 + (x.view(np.uint32) % 2 * 2.0 - 1.0) * 2.0**-11
+    return (np.tanh(x.astype(np.float64)) * wrong).astype(np.float32)
+
+
+# The instructions of a GPU that the kernels name, of which the interpreter knows none.
+INSTRUCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "tanh.approx.f32 $0, $1;": _coarse_tanh,
+    "rcp.approx.ftz.f32 $0, $1;": lambda x: np.float32(1) / x,
+}
+
+
+class _Result:
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def get_result(self, index: int) -> Any:
+        assert index == 0
+        return self.handle
+
+
+def _inline_assembly(builder: Any, code: str, constraints: str, values: Any, *rest: Any) -> _Result:
+    (value,) = values
+    return _Result(type(value)(INSTRUCTIONS[code](value.data), value.dtype.scalar))
+
+
+@contextlib.contextmanager
+def _with_instructions() -> Iterator[None]:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    original = InterpreterBuilder.create_inline_asm
+    InterpreterBuilder.create_inline_asm = _inline_assembly
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_inline_asm = original
 
 
 @contextlib.contextmanager
@@ -36,7 +77,7 @@ def emulated() -> Iterator[None]:
             warnings.simplefilter("ignore")  # torch says that kernels are replaced, which is the point
             for operator, kernel in python_kernels.KERNELS.items():
                 library.impl(operator, kernel, "CPU", allow_override=True)
-        with dispatch.use_backend("cpu"):
+        with dispatch.use_backend("cpu"), _with_instructions():
             yield
     finally:
         library._destroy()

@@ -11,8 +11,8 @@ from . import autograd
 
 __all__ = ["AdditiveKeys", "additive_attention", "attention_pool", "prepare_additive_keys"]
 
-OPERATOR = dispatch.register("additive_attention", cpu=lambda call: None)
-POOL = dispatch.register("attention_pool", cpu=lambda call: None)
+OPERATOR = dispatch.register("additive_attention", cpu=lambda dtype: None, triton=dispatch.not_in_triton)
+POOL = dispatch.register("attention_pool", cpu=lambda dtype: None, triton=dispatch.not_in_triton)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +46,8 @@ def prepare_additive_keys(
 ) -> AdditiveKeys:
     """Does the per-key work of `additive_attention` once, for decoding step by step.
 
+    On a GPU there is none to do: a step is bound by reading the keys, and what could be prepared is larger than they.
+
     Args:
         key: (B, S, A), projected already; float64, float32, bfloat16 or float16, any strides.
         value: (B, S, Dv).
@@ -66,7 +68,7 @@ def prepare_additive_keys(
     _same_keys(name, value, key, "key", batch, keys)
     key_lengths = checks.lengths(name, "key_lengths", key_lengths, key, batch, keys, "S")
     table = outliers = None
-    if dispatch.choose(OPERATOR, key.device, None) == "cpu" and not dispatch.transformed(key, value):
+    if dispatch.choose(OPERATOR, key.device, key.dtype) == "cpu" and not dispatch.transformed(key, value):
         table, outliers = torch.ops.s2s.additive_attention_prepare(key.detach(), key_lengths)
     return AdditiveKeys(key, value, key_lengths, table, outliers)
 
@@ -98,8 +100,8 @@ def additive_attention(
 
     Returns:
         context (B, T, Dv); (context, weights (B, T, S)) if `return_weights`. A row that may attend to nothing gives 0.
-        A key that is hidden from a row never affects that row, whatever it holds. On the cpu backend no buffer of
-        B T S A elements exists, nor one of B T S unless the weights are asked for.
+        A key that is hidden from a row never affects that row, whatever it holds. No buffer of B T S A elements
+        exists, nor one of B T S unless the weights are asked for; on a GPU workspaces of scores grow to 4 MiB each.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -136,7 +138,7 @@ def additive_attention(
         mask = checks.broadcast(name, "mask", mask, (batch, rows, keys), "(B, T, S)")
     key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, keys, "S")
     checks.probability(name, "dropout_p", dropout_p)
-    backend = dispatch.choose(OPERATOR, query.device, None)
+    backend = dispatch.choose(OPERATOR, query.device, query.dtype)
     # A constant where there is no dropout: under torch.compile the argument may be a number that varies.
     probability, seed = (float(dropout_p), random.draw_seed(query.device)) if dropout_p > 0 else (0.0, None)
     tensors = (query, key, value, weight, mask, key_lengths, seed, table, outliers)
@@ -187,7 +189,7 @@ def attention_pool(
     checks.like(name, "bias", bias, x, "x", (units,), "(A,)")
     checks.like(name, "context", context, x, "x", (units,), "(A,)")
     lengths = checks.lengths(name, "lengths", lengths, x, batch, time)
-    backend = dispatch.choose(POOL, x.device, None)
+    backend = dispatch.choose(POOL, x.device, x.dtype)
     tensors = (x, weight, bias, context, lengths)
     served_by_reference = backend == "reference" or dispatch.transformed(*tensors)
     serve = autograd.pool_reference_of if served_by_reference else autograd.pool_kernel

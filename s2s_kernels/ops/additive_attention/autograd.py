@@ -3,7 +3,7 @@
 import torch
 
 from ... import checks, dispatch
-from .. import random
+from .. import python_kernels, random
 from ..differentiation import Options, Tensors, differentiable
 from . import reference
 
@@ -45,6 +45,10 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::attention_pool_backward")
     def _(grad_pooled, grad_weights, x, weight, bias, context, weights, lengths):
         return tuple(x.new_empty(t.shape) for t in (x, weight, bias, context))
+
+
+python_kernels.register(f"{__package__}.triton_kernels", "additive_attention_forward", "additive_attention_backward")
+python_kernels.register(f"{__package__}.triton_pool", "attention_pool_forward", "attention_pool_backward")
 
 
 # tensors: query, key, value, weight, mask, key_lengths, seed, table, outliers (the last two of prepared keys); options:

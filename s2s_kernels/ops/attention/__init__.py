@@ -41,8 +41,8 @@ def _torch_gap(call: Call) -> str | None:
     if call.with_lse:
         return "torch's kernel has no differentiable lse"
     return (
-        "torch's kernel has no second derivative; measured, it wins on long dense sequences only, by at most 15 % forward "
-        "and 6 % with backward, and nowhere on a processor with a tile unit"
+        "torch's kernel has no second derivative; measured, it wins on long dense sequences only, by at most 15 % "
+        "forward and 6 % with backward, and nowhere on a processor with a tile unit"
     )
 
 

@@ -8,10 +8,9 @@ import math
 from typing import Any
 
 import torch
-import triton
 
 from ..random import threshold as threshold_of
-from ..triton_common import PRECISION, device_of, reduce
+from ..triton_common import PRECISION, device_of, power, reduce
 from . import TRITON_POSITIONS
 from . import triton_scores as scores
 from .triton_backward import bias_kernel, delta_kernel, drop_kernel, key_value_kernel, query_kernel
@@ -21,10 +20,6 @@ from .triton_forward import combine_kernel, forward_kernel
 # the GPU.
 PROGRAMS = 128
 LOG2E = math.log2(math.e)
-
-
-def _power(size: int, low: int, high: int) -> int:
-    return min(max(triton.next_power_of_2(size), low), high)
 
 
 def _kind(tensor: torch.Tensor | None, group: int) -> int:
@@ -152,7 +147,7 @@ def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int)
 
 # Sizes with which the compiler doesn't spill, on any of the architectures.
 def _forward_tiles(call: _Call, wide_out: bool) -> dict[str, int]:
-    width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
+    width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32 or wide_out:
         tiles = _tiles(64, 32, 16, 32, 8, 2) if most <= 128 else _tiles(max(16, 8192 // most), 32, 16, 32, 8, 2)
@@ -179,7 +174,7 @@ def _forward_tiles(call: _Call, wide_out: bool) -> dict[str, int]:
 
 
 def _backward_tiles(call: _Call, direction: str) -> dict[str, int]:
-    width, columns = _power(call.query.shape[3], 16, 1024), _power(call.value.shape[3], 16, 1024)
+    width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32:
         rows = 32 if most <= 64 or direction == "bias" else 16
@@ -238,7 +233,7 @@ def attention_forward(
         )  # fmt: skip
         if parts is not None:
             wide = tiles["COLUMNS"]
-            rows = _power(1024 // wide, 1, 16)
+            rows = power(1024 // wide, 1, 16)
             combine_kernel[(-(-lse.numel() // rows),)](
                 parts, *results, splits, lse.numel(), VALUE_WIDTH=columns, COLUMNS=wide, ROWS=rows,
                 FOLDED=call.folded, num_warps=4,
@@ -287,8 +282,8 @@ def _backward(
     kv_heads, columns = key.shape[1], value.shape[3]
     rows = batch * heads * time
     delta = query.new_empty((batch, heads, time), dtype=torch.float32)
-    wide = _power(columns, 1, 1024)
-    lines = _power(2048 // wide, 1, 64)
+    wide = power(columns, 1, 1024)
+    lines = power(2048 // wide, 1, 64)
     delta_kernel[(-(-rows // lines),)](
         grad_out, grad_lse, out, softmax, delta, *grad_out.stride(),
         *((0, 0, 0) if grad_lse is None else grad_lse.stride()), heads, time, rows,
@@ -307,7 +302,7 @@ def _backward(
         tiles = _backward_tiles(call, "query")
         programs = -(-time * call.group // tiles["ROWS"]) * batch * kv_heads
         query_kernel[(programs,)](
-            *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=_power(width, 16, 1024),
+            *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=power(width, 16, 1024),
             **options, **call.grouped(), **tiles,
         )  # fmt: skip
     grad_key = key.new_empty(key.shape) if need_key else None
@@ -320,8 +315,8 @@ def _backward(
         if into_key is None and into_value is None:
             continue
         key_value_kernel[(programs,)](
-            *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=_power(width, 16, 1024),
-            VALUE_ELEMENTS=_power(columns, 16, 1024), **options, **call.grouped(), **tiles,
+            *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=power(width, 16, 1024),
+            VALUE_ELEMENTS=power(columns, 16, 1024), **options, **call.grouped(), **tiles,
         )  # fmt: skip
     if grad_value is not None:
         count = batch * kv_heads * call.source

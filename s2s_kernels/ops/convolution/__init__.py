@@ -10,11 +10,7 @@ from . import autograd, reference
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
-OPERATOR = dispatch.register(
-    "causal_conv1d",
-    cpu=lambda dtype: None,
-    triton=lambda dtype: dispatch.NO_FLOAT64 if dtype == torch.float64 else None,
-)
+OPERATOR = dispatch.register("causal_conv1d", cpu=lambda dtype: None, triton=dispatch.not_in_triton)
 STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
 STACK = dispatch.register(
     "wavenet_step",

@@ -6,9 +6,8 @@ Imported by the first call on a CUDA tensor. The tiles have not been measured on
 from typing import Any
 
 import torch
-import triton
 
-from ..triton_common import PRECISION, device_of, reduce
+from ..triton_common import PRECISION, device_of, power, reduce, strides_of
 from . import triton_epilogue as epilogue
 from .reference import padding
 from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel
@@ -25,14 +24,6 @@ def _unit(tensor: torch.Tensor | None) -> int:
     if tensor is None:
         return STRIDED
     return TIME if tensor.stride(2) == 1 else CHANNEL if tensor.stride(1) == 1 else STRIDED
-
-
-def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if tensor is None else tensor.stride()
-
-
-def _power(size: int, low: int, high: int) -> int:
-    return min(max(triton.next_power_of_2(size), low), high)
 
 
 def _reduced(size: int, most: int) -> int:
@@ -52,7 +43,7 @@ def _dense_tiles(
     tiles = []
     widest = 128 >> (gate + wide + (extras and not wide))
     for most, edge in ((widest, 0), (16 if gate else 32, 16)):
-        channels = _power(results, 16, most)
+        channels = power(results, 16, most)
         # Warps and registers with which the compiler doesn't spill, on any of the architectures.
         warps = 4 if not edge and channels * (2 if gate else 1) <= 32 else 8
         stages = 3 if reduced > 16 else 4
@@ -69,7 +60,7 @@ def _weight_tiles(dtype: torch.dtype, inputs: int, outputs: int, aligned: bool) 
     wide = dtype == torch.float32
     warps = 4 if (aligned and not wide) or max(inputs, outputs) <= 32 else 8
     return {
-        "ROWS": _power(outputs, 16, 64), "COLUMNS": _power(inputs, 16, 64),
+        "ROWS": power(outputs, 16, 64), "COLUMNS": power(inputs, 16, 64),
         "POSITIONS": 16 if wide else 64 if aligned else 32, "num_warps": warps, "num_stages": 3,
     }  # fmt: skip
 
@@ -77,8 +68,8 @@ def _weight_tiles(dtype: torch.dtype, inputs: int, outputs: int, aligned: bool) 
 def _line_tiles(channels: int, unit: int) -> dict[str, int]:
     """Of what is read and written once: long in the dimension that is dense in memory."""
     if unit == CHANNEL:
-        return {"CHANNELS": _power(channels, 1, 64), "POSITIONS": 16, "num_warps": 4}
-    return {"CHANNELS": _power(channels, 1, 4), "POSITIONS": 256, "num_warps": 4}
+        return {"CHANNELS": power(channels, 1, 64), "POSITIONS": 16, "num_warps": 4}
+    return {"CHANNELS": power(channels, 1, 4), "POSITIONS": 256, "num_warps": 4}
 
 
 def _heavy(x: torch.Tensor, inputs: int, results: int, taps: int) -> bool:
@@ -143,7 +134,7 @@ def _dense(
                 continue
             dense_kernel[(programs,)](
                 x, state, packed, bias, condition, residual, lengths, saved, y,
-                *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
+                *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
                 time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
                 first, stop - first,
                 INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
@@ -169,7 +160,7 @@ def _depthwise(
     with device_of(x):
         depthwise_kernel[(programs,)](
             x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
-            *_strides(x), *_strides(state), *_strides(condition), *_strides(residual),
+            *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
             x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
             RESULTS=y.shape[1], MULTIPLE=multiple, TAPS=taps, ACTIVATION=activation, BACKWARD=backward, CLIP=clip,
             X_UNIT=unit, ALIGNED=_aligned(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
@@ -212,7 +203,7 @@ def causal_conv1d_forward(
             programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
             with device_of(x):
                 epilogue.finish_kernel[(programs,)](
-                    sums, residual, lengths, y, *_strides(residual), time, RESULTS=y.shape[1], ACTIVATION=activation,
+                    sums, residual, lengths, y, *strides_of(residual), time, RESULTS=y.shape[1], ACTIVATION=activation,
                     RESIDUAL_UNIT=_unit(residual), **tiles,
                 )  # fmt: skip
     return y, sums if save else x.new_empty(0, dtype=torch.float32)
@@ -272,8 +263,8 @@ def _activation_gradient(
         programs = -(-results // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
         with device_of(x):
             epilogue.activation_gradient_kernel[(programs,)](
-                grad, None if saved is None else saved.contiguous(), lengths, into, *_strides(grad), *_strides(into),
-                time, RESULTS=results, ACTIVATION=activation, FROM_OUTPUT=from_output, GRAD_UNIT=unit,
+                grad, None if saved is None else saved.contiguous(), lengths, into, *strides_of(grad),
+                *strides_of(into), time, RESULTS=results, ACTIVATION=activation, FROM_OUTPUT=from_output, GRAD_UNIT=unit,
                 INTO_UNIT=_unit(into), **tiles,
             )  # fmt: skip
     return into
@@ -299,14 +290,14 @@ def _weight_gradient(
     tensors, low = (grad, x, state, lengths), 0 if state is None else -state.shape[2]
     with device_of(x):
         if channels == 1:
-            several = _power(taps, 1, 4)
+            several = power(taps, 1, 4)
             lines = {**_line_tiles(outputs, _unit(x)), "SEVERAL": several}
             lines["POSITIONS"] //= 2
             tiles = -(-outputs // lines["CHANNELS"]) * -(-taps // several)
             rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
             sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
             depthwise_weight_kernel[(tiles * rows * chunks,)](
-                *tensors, sums, *_strides(grad), *_strides(x), *_strides(state),
+                *tensors, sums, *strides_of(grad), *strides_of(x), *strides_of(state),
                 batch, time, chunk, rows, origin, dilation, low,
                 OUTPUTS=outputs, MULTIPLE=outputs // groups, TAPS=taps, GRAD_UNIT=_unit(grad), X_UNIT=_unit(x),
                 ALIGNED=_aligned(x) and _aligned(grad), **lines,
@@ -320,7 +311,7 @@ def _weight_gradient(
         rows, chunks, chunk = _splits(batch, time, tiles, blocks["POSITIONS"])
         sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
         dense_weight_kernel[(tiles * rows * chunks,)](
-            grad, x, state, lengths, sums, *_strides(grad), *_strides(x), *_strides(state),
+            grad, x, state, lengths, sums, *strides_of(grad), *strides_of(x), *strides_of(state),
             batch, time, chunk, rows, origin, dilation, low,
             INPUTS=channels, OUTPUTS=outputs // groups, GROUPS=groups, TAPS=taps, GRAD_UNIT=_unit(grad),
             X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=PRECISION[torch.get_float32_matmul_precision()], **blocks,
@@ -338,7 +329,7 @@ def _bias_gradient(grad: torch.Tensor, lengths: torch.Tensor | None, outputs: in
     sums = x.new_empty((rows * chunks, outputs), dtype=torch.float32)
     with device_of(x):
         bias_kernel[(tiles * rows * chunks,)](
-            grad, lengths, sums, *_strides(grad), batch, time, chunk, rows, OUTPUTS=outputs, GRAD_UNIT=_unit(grad),
+            grad, lengths, sums, *strides_of(grad), batch, time, chunk, rows, OUTPUTS=outputs, GRAD_UNIT=_unit(grad),
             **lines,
         )  # fmt: skip
         return reduce(sums, x.new_empty(outputs))

@@ -1,0 +1,285 @@
+"""Launchers of the Triton kernels of additive attention, under the schemas of csrc/operators.cpp.
+
+Imported by the first call on a CUDA tensor. A call runs some queries at a time, as many as keep the scores within
+`PAIRS`. The tiles have not been measured on a GPU yet.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from ..random import threshold
+from ..triton_common import PRECISION, device_of, reduce, strides_of
+from .triton_scores import gradient_kernel, scores_kernel
+from .triton_softmax import (
+    context_kernel,
+    product_kernel,
+    score_gradient_kernel,
+    statistics_kernel,
+    value_gradient_kernel,
+)
+
+PAIRS = 2**20  # scores in a workspace, unless LEAST queries have more
+# Programs among which gradients are split, and the shares of a key's gradient. Constants: the bits must not depend on
+# the GPU.
+PROGRAMS, SHARES = 1024, 32
+UNITS = 32  # of a program, a lane each
+LEAST = 16  # queries of a part, unless there are fewer
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether neighbours along the last dimension are neighbours in memory."""
+    return tensor.stride(-1) == 1
+
+
+def hardware_tanh(dtype: torch.dtype) -> bool:
+    """Whether the 11 bits of the hardware's tanh suffice: three more than bfloat16 has, none more than float16."""
+    return dtype == torch.bfloat16
+
+
+def _score_tiles(rows: int) -> dict[str, int]:
+    # One query is a kernel of its own, for decoding; more are one whatever their number.
+    return {"ROWS": 1, "KEYS": 16, "num_warps": 1} if rows == 1 else {"ROWS": 8, "KEYS": 8, "num_warps": 1}
+
+
+def _gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
+    # Many rows, since the sums of keys are in memory; half as many where tanh takes registers of its own. Told the
+    # registers, the compiler doesn't spill, on any of the architectures.
+    if hardware_tanh(dtype):
+        return {"ROWS": 16, "KEYS": 4, "num_warps": 1, "maxnreg": 192}
+    return {"ROWS": 8, "KEYS": 4, "num_warps": 1, "maxnreg": 255}
+
+
+def _product_tiles(dtype: torch.dtype, rows: int, of_keys: bool = False) -> dict[str, int]:
+    """`of_keys`: the results are of keys and the sum is over rows."""
+    if dtype == torch.float32:
+        return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": 32, "num_warps": 8}
+    most, keys = (32, 64) if of_keys else (64, 32)
+    return {"ROWS": 16 if rows == 1 else most, "KEYS": keys, "COLUMNS": 64, "num_warps": 8}
+
+
+def _row_tiles(rows: int) -> dict[str, int]:
+    return {"ROWS": 1 if rows == 1 else 4, "KEYS": 128, "num_warps": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some queries of some rows of the batch, of a call whose arguments are these; every tensor is a view of them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    lengths: torch.Tensor | None
+    batch: slice
+    rows: slice
+    queries: int  # T
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part's share of a (B, T, ...) tensor."""
+        return tensor[self.batch, self.rows]
+
+    def sizes(self) -> tuple[int, int]:
+        """The number of queries and of keys at hand."""
+        return self.query.shape[1], self.key.shape[1]
+
+    def first_row(self) -> int:
+        """Of all B T rows."""
+        return self.batch.start * self.queries + self.rows.start
+
+    def programs(self, tile: dict[str, int], over: str) -> int:
+        """Tiles of rows ("r"), keys ("k") or pairs ("rk")."""
+        rows, keys = self.sizes()
+        count = self.query.shape[0]
+        count *= -(-rows // tile["ROWS"]) if "r" in over else 1
+        return count * (-(-keys // tile["KEYS"]) if "k" in over else 1)
+
+
+def _parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+) -> Iterator[Part]:  # fmt: skip
+    """The call in pieces of at most PAIRS scores, those of one row of the batch in the order of the queries."""
+    (batch, queries, _), keys = query.shape, key.shape[1]
+    several = max(1, PAIRS // max(1, queries * keys))
+    rows = max(1, queries)
+    if several == 1 and queries * keys > PAIRS:
+        rows = max(LEAST, PAIRS // keys // LEAST * LEAST)
+    for b in range(0, batch, several):
+        chosen = slice(b, min(batch, b + several))
+        for first in range(0, queries, rows):
+            here = slice(first, min(queries, first + rows))
+            yield Part(
+                query[chosen, here], key[chosen], value[chosen], None if mask is None else mask[chosen, here],
+                None if lengths is None else lengths[chosen], chosen, here, queries,
+            )  # fmt: skip
+
+
+def _scores(part: Part, weight: torch.Tensor, to: torch.Tensor) -> None:
+    rows, keys = part.sizes()
+    tiles = _score_tiles(part.queries)
+    if programs := part.programs(tiles, "rk"):
+        scores_kernel[(programs,)](
+            part.query, part.key, weight, part.lengths, to, *part.query.stride(), *part.key.stride(), rows, keys,
+            WIDTH=weight.shape[0], HARDWARE=hardware_tanh(part.query.dtype), QUERY_UNIT=_dense(part.query),
+            KEY_UNIT=_dense(part.key), UNITS=UNITS, **tiles,
+        )  # fmt: skip
+
+
+def additive_attention_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None, seed: torch.Tensor | None, table: torch.Tensor | None,
+    outliers: torch.Tensor | None, dropout_p: float, return_weights: bool, save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`table` and `outliers` are the cpu backend's: here a table would be more bytes to read than the keys."""
+    _check("additive_attention_forward", query, key, value, weight, mask, key_lengths, seed)
+    (batch, queries, _), keys, values = query.shape, key.shape[1], value.shape[2]
+    context = query.new_empty(batch, queries, values)
+    weights = query.new_empty((batch, queries, keys) if return_weights else (0,))
+    statistics = query.new_empty((batch, queries, 2), dtype=torch.float32)
+    weight, limit = weight.contiguous(), threshold(dropout_p)
+    scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
+    lines, products = _row_tiles(queries), _product_tiles(query.dtype, queries)
+    with device_of(query):
+        for part in _parts(query, key, value, mask, key_lengths):
+            rows, _ = part.sizes()
+            found = part.of(statistics)
+            _scores(part, weight, scores)
+            if programs := part.programs(lines, "r"):
+                statistics_kernel[(programs,)](
+                    scores, part.mask, part.lengths, found, part.of(weights) if return_weights else None,
+                    *strides_of(part.mask), rows, keys, **lines,
+                )  # fmt: skip
+            if programs := part.programs(products, "r") * -(-values // products["COLUMNS"]):
+                context_kernel[(programs,)](
+                    scores, found, part.value, part.mask, part.lengths, seed, part.of(context),
+                    *part.value.stride(), *strides_of(part.mask), rows, keys, part.first_row(), limit,
+                    VALUES=values, VALUE_UNIT=_dense(value), PRECISION=_precision(), **products,
+                )  # fmt: skip
+    return context, weights, statistics if save else statistics.new_empty(0)
+
+
+def additive_attention_backward(
+    grad_context: torch.Tensor | None, grad_weights: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
+    value: torch.Tensor, weight: torch.Tensor, statistics: torch.Tensor, mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None, seed: torch.Tensor | None, table: torch.Tensor | None,
+    outliers: torch.Tensor | None, dropout_p: float, need_query: bool, need_key: bool, need_value: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    _check("additive_attention_backward", query, key, value, weight, mask, key_lengths, seed)
+    (batch, queries, width), keys, values = query.shape, key.shape[1], value.shape[2]
+    for given, last in ((grad_context, values), (grad_weights, keys), (statistics, 2)):
+        if given is not None and given.shape != (batch, queries, last):
+            raise RuntimeError(
+                f"additive_attention_backward: expected {(batch, queries, last)}, got {tuple(given.shape)}"
+            )
+    statistics = statistics.contiguous()
+    nothing = query.new_empty(0)
+    grad_query = query.new_empty(query.shape) if need_query else nothing
+    grad_key = query.new_empty(key.shape) if need_key else nothing
+    grad_weight = query.new_empty(width) if need_weight else nothing
+    weight, limit = weight.contiguous(), threshold(dropout_p)
+    scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
+    products = torch.empty_like(scores) if grad_context is not None else None
+    lines, tiles = _row_tiles(queries), _product_tiles(query.dtype, queries)
+    columns = _product_tiles(query.dtype, queries, of_keys=True)
+    need_scores = need_query or need_key or need_weight
+    of_value = nothing
+    if need_value:  # in float32 where several parts add to it
+        several = batch and queries * keys > PAIRS
+        of_value = torch.empty(value.shape, dtype=torch.float32 if several else value.dtype, device=value.device)
+    weight_sums: list[torch.Tensor] = []
+    key_sums = nothing
+    if not queries or grad_context is None:
+        of_value.zero_()
+    if not queries:
+        grad_key.zero_()
+    with device_of(query):
+        for part in _parts(query, key, value, mask, key_lengths):
+            rows, _ = part.sizes()
+            begun, found = int(part.rows.start > 0), part.of(statistics)
+            shared = rows, keys, part.first_row(), limit
+            _scores(part, weight, scores)
+            if grad_context is not None:
+                grad = part.of(grad_context)
+                if need_value and (programs := part.programs(columns, "k") * -(-values // columns["COLUMNS"])):
+                    value_gradient_kernel[(programs,)](
+                        scores, found, grad, part.mask, part.lengths, seed, of_value[part.batch],
+                        *grad.stride(), *strides_of(part.mask), *shared, begun,
+                        VALUES=values, GRAD_UNIT=_dense(grad), PRECISION=_precision(), **columns,
+                    )  # fmt: skip
+                if need_scores and (programs := part.programs(tiles, "rk")):
+                    product_kernel[(programs,)](
+                        grad, part.value, part.lengths, products, *grad.stride(), *part.value.stride(), rows, keys,
+                        VALUES=values, GRAD_UNIT=_dense(grad), VALUE_UNIT=_dense(value), PRECISION=_precision(),
+                        **tiles,
+                    )  # fmt: skip
+            if not need_scores:
+                continue
+            given = None if grad_weights is None else part.of(grad_weights)
+            if programs := part.programs(lines, "r"):
+                score_gradient_kernel[(programs,)](
+                    scores, found, products, given, part.mask, part.lengths, seed, *strides_of(part.mask),
+                    *strides_of(given), *shared, **lines,
+                )  # fmt: skip
+            if not begun:
+                key_sums = _key_sums(part, width)
+            weight_sums.append(_gradients(part, weight, scores, grad_query if need_query else None, key_sums, begun))
+            if need_key and part.rows.stop == queries and key_sums.numel():
+                reduce(key_sums, grad_key[part.batch])
+        if need_weight:
+            sums = torch.cat(weight_sums) if weight_sums else weight.new_zeros(1, width, dtype=torch.float32)
+            if width:
+                reduce(sums, grad_weight)
+    return grad_query, grad_key, of_value.to(value.dtype), grad_weight
+
+
+def _key_sums(part: Part, width: int) -> torch.Tensor:
+    """(parts, B, S, A), one of the parts for each share of the queries."""
+    (batch, rows, _), keys = part.query.shape, part.key.shape[1]
+    shares = max(1, min(-(-rows // LEAST), SHARES, PROGRAMS // max(1, batch * -(-width // UNITS))))
+    return part.query.new_empty((shares, batch, keys, width), dtype=torch.float32)
+
+
+def _gradients(
+    part: Part, weight: torch.Tensor, grads: torch.Tensor, grad_query: torch.Tensor | None, key_sums: torch.Tensor,
+    begun: int,
+) -> torch.Tensor:  # fmt: skip
+    """Starts gradient_kernel; returns each program's share of the gradient of the weight."""
+    (batch, rows, width), keys, shares = part.query.shape, part.key.shape[1], key_sums.shape[0]
+    sums = key_sums.new_empty(batch * shares, width)
+    if sums.numel():
+        gradient_kernel[(sums.shape[0] * -(-width // UNITS),)](
+            part.query, part.key, weight, grads, part.lengths, None if grad_query is None else part.of(grad_query),
+            key_sums, sums, *part.query.stride(), *part.key.stride(), batch, rows, keys, shares, begun,
+            WIDTH=width, HARDWARE=hardware_tanh(part.query.dtype), MASKED=part.mask is not None,
+            QUERY_UNIT=_dense(part.query), KEY_UNIT=_dense(part.key), UNITS=UNITS, **_gradient_tiles(part.query.dtype),
+        )  # fmt: skip
+    return sums
+
+
+def _workspace(queries: int, keys: int, batch: int) -> int:
+    return min(batch * queries * keys, max(PAIRS, LEAST * keys))
+
+
+def _precision() -> str:
+    return PRECISION[torch.get_float32_matmul_precision()]
+
+
+def _check(
+    operator: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor,
+    mask: torch.Tensor | None, lengths: torch.Tensor | None, seed: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """What a raw call could get wrong about the sizes by which the kernels read."""
+    fits = query.dim() == key.dim() == value.dim() == 3 and query.dtype == key.dtype == value.dtype == weight.dtype
+    fits = fits and query.dtype != torch.float64 and key.shape[0] == query.shape[0] == value.shape[0]
+    fits = fits and query.shape[2:] == key.shape[2:] == weight.shape and key.shape[1] == value.shape[1]
+    fits = fits and (mask is None or mask.shape == (*query.shape[:2], key.shape[1]))
+    fits = fits and (lengths is None or (lengths.shape == query.shape[:1] and lengths.is_contiguous()))
+    fits = fits and (seed is None or (seed.shape == (2,) and seed.is_contiguous()))
+    if not fits:
+        raise RuntimeError(
+            f"{operator}: the arguments don't fit together: query {tuple(query.shape)} {query.dtype}, "
+            f"key {tuple(key.shape)} {key.dtype}, value {tuple(value.shape)}, weight {tuple(weight.shape)}"
+        )

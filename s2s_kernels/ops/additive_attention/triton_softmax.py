@@ -1,0 +1,272 @@
+"""What surrounds the scores of additive attention on a GPU: softmax, dropout, the products with values.
+
+Scores of the visible keys, and later their gradients, lie in a workspace (B, T, S) of bounded size: these kernels see
+some rows of a call at a time. What is hidden is selected away, never multiplied by 0: it may be NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import length_of, spread
+from ..triton_random import dropped
+
+
+@triton.jit
+def visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length):
+    """Whether each row exists and may attend to each key."""
+    here = (row < rows) & (column < length)
+    if mask is not None:
+        here = here & (tl.load(mask + batch * mask_b + row * mask_i + column * mask_j, mask=here, other=0) != 0)
+    return here
+
+
+@triton.jit
+def weights_at(scores, statistics, batch, row, column, rows, keys, visible):
+    """Weights before dropout, from scores and what statistics_kernel found; 0 where hidden."""
+    score = tl.load(scores + (batch * rows + row) * keys + column, mask=visible, other=0.0)
+    most = tl.load(statistics + (batch * rows + row) * 2, mask=row < rows, other=0.0)
+    total = tl.load(statistics + (batch * rows + row) * 2 + 1, mask=row < rows, other=1.0)
+    return tl.where(visible, tl.exp(score - most) / total, 0.0)
+
+
+@triton.jit(do_not_specialize=["mask_b", "mask_i", "mask_j", "rows", "keys"])
+def statistics_kernel(
+    scores, mask, lengths, statistics, weights,
+    mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, rows: tl.int64, keys: tl.int64,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The largest visible score and the sum of exponentials of each row, (B, T, 2), 0 and 0 where nothing is visible;
+    also the weights before dropout, where given."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, ROWS)
+    batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    length = length_of(lengths, batch, keys)
+    offset = tl.arange(0, KEYS)[None, :]
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    seen = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, length, KEYS):
+        column = start + offset
+        visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
+        score = tl.load(scores + (batch * rows + row) * keys + column, mask=visible, other=float("-inf"))
+        most = tl.maximum(most, tl.max(score, 1))
+        seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 1))
+    most = tl.where(seen == 0, 0.0, most)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, length, KEYS):
+        column = start + offset
+        visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
+        score = tl.load(scores + (batch * rows + row) * keys + column, mask=visible, other=0.0)
+        total += tl.sum(tl.where(visible, tl.exp(score - most[:, None]), 0.0), 1)
+    at = statistics + (batch * rows + row) * 2
+    tl.store(at, most[:, None], mask=row < rows)
+    tl.store(at + 1, total[:, None], mask=row < rows)
+    if weights is not None:
+        for start in range(0, keys, KEYS):
+            column = start + offset
+            visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
+            score = tl.load(scores + (batch * rows + row) * keys + column, mask=visible, other=0.0)
+            weight = tl.where(visible, tl.exp(score - most[:, None]) / total[:, None], 0.0)
+            to = weights + (batch * rows + row) * keys + column
+            tl.store(to, weight.to(weights.dtype.element_ty), mask=(row < rows) & (column < keys))
+
+
+@triton.jit
+def _is_finite(x):
+    return (x.to(tl.float32) * 0.0) == 0.0
+
+
+@triton.jit(
+    do_not_specialize=[
+        "value_b", "value_j", "value_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "limit",
+    ]
+)  # fmt: skip
+def context_kernel(
+    scores, statistics, value, mask, lengths, seed, context,
+    value_b: tl.int64, value_j: tl.int64, value_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64,
+    VALUES: tl.constexpr, VALUE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Weights after dropout times values. The rows at hand are those from `first_row` on of all B T of a call, by
+    which dropout counts."""
+    BLOCKS: tl.constexpr = (VALUES + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, ROWS)
+    width = program % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    batch = program // (BLOCKS * tiles)
+    row = (program // BLOCKS % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    length = length_of(lengths, batch, keys)
+    values = value + batch * value_b + spread(width, value_v, VALUE_UNIT)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, length, KEYS):
+        column = start + tl.arange(0, KEYS)
+        visible = visible_at(mask, batch, row, column[None, :], mask_b, mask_i, mask_j, rows, length)
+        used = weights_at(scores, statistics, batch, row, column[None, :], rows, keys, visible)
+        if seed is not None:
+            used = dropped(used, seed, first_row + batch * rows + row, column[None, :], limit)
+        inside = (column < length)[:, None] & (width < VALUES)[None, :]
+        v = tl.load(values + column[:, None] * value_j, mask=inside, other=0.0)
+        if mask is not None:
+            finite = _is_finite(v)
+            if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+                # A product would carry a NaN into rows that the key is hidden from.
+                for one in range(KEYS):
+                    is_one = column[None, :] == start + one
+                    w = tl.sum(tl.where(is_one, used, 0.0), 1)[:, None]
+                    sees = tl.max((is_one & visible).to(tl.int32), 1)[:, None] != 0
+                    this = (column == start + one)[:, None]
+                    line = tl.sum(tl.where(this & ~finite, v.to(tl.float32), 0.0), 0)[None, :]
+                    bad = tl.max((this & ~finite).to(tl.int32), 0)[None, :] != 0
+                    total += tl.where(sees & bad, w * line, 0.0)
+                v = tl.where(finite, v, 0.0)
+        total = tl.dot(used.to(v.dtype), v.to(value.dtype.element_ty), total, input_precision=PRECISION)
+    to = context + (batch * rows + row) * VALUES + width[None, :]
+    tl.store(to, total.to(context.dtype.element_ty), mask=(row < rows) & (width < VALUES)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=["grad_b", "grad_i", "grad_v", "value_b", "value_j", "value_v", "rows", "keys"]
+)  # fmt: skip
+def product_kernel(
+    grad, value, lengths, products,
+    grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, value_b: tl.int64, value_j: tl.int64, value_v: tl.int64,
+    rows: tl.int64, keys: tl.int64,
+    VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """products (B, T, S): what the gradient of the context says of each pair's weight after dropout. A NaN stays with
+    its row or key."""
+    program = tl.program_id(0).to(tl.int64)
+    key_tiles, row_tiles = tl.cdiv(keys, KEYS), tl.cdiv(rows, ROWS)
+    batch = program // (key_tiles * row_tiles)
+    row = program // key_tiles % row_tiles * ROWS + tl.arange(0, ROWS)
+    start = program % key_tiles * KEYS
+    column = start + tl.arange(0, KEYS)
+    length = length_of(lengths, batch, keys)
+    if start >= length:
+        return
+    width = tl.arange(0, COLUMNS)
+    grads = grad + batch * grad_b + row[:, None] * grad_i + spread(width, grad_v, GRAD_UNIT)[None, :]
+    values = value + batch * value_b + column[None, :] * value_j + spread(width, value_v, VALUE_UNIT)[:, None]
+    total = tl.zeros((ROWS, KEYS), tl.float32)
+    for first in range(0, VALUES, COLUMNS):
+        exists = width < VALUES - first
+        left = tl.load(
+            grads + first * spread(1, grad_v, GRAD_UNIT), mask=(row < rows)[:, None] & exists[None, :], other=0.0
+        )
+        right = tl.load(
+            values + first * spread(1, value_v, VALUE_UNIT),
+            mask=exists[:, None] & (column < length)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    to = products + (batch * rows + row[:, None]) * keys + column[None, :]
+    tl.store(to, total, mask=(row < rows)[:, None] & (column < length)[None, :])
+
+
+@triton.jit
+def _weight_gradient_at(
+    products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row, limit,
+    visible,
+):  # fmt: skip
+    """The gradients of weights before dropout."""
+    gradient = tl.zeros_like(visible.to(tl.float32))
+    if products is not None:
+        gradient = tl.load(products + (batch * rows + row) * keys + column, mask=visible, other=0.0)
+        if seed is not None:
+            gradient = dropped(gradient, seed, first_row + batch * rows + row, column, limit)
+    if grad_weights is not None:
+        at = grad_weights + batch * grad_b + row * grad_i + column * grad_j
+        gradient += tl.load(at, mask=visible, other=0.0).to(tl.float32)
+    return gradient
+
+
+@triton.jit(
+    do_not_specialize=[
+        "mask_b", "mask_i", "mask_j", "grad_b", "grad_i", "grad_j", "rows", "keys", "first_row", "limit",
+    ]
+)  # fmt: skip
+def score_gradient_kernel(
+    scores, statistics, products, grad_weights, mask, lengths, seed,
+    mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, grad_b: tl.int64, grad_i: tl.int64, grad_j: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Puts the gradients of the present keys' scores in their place, 0 where a key is hidden."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, ROWS)
+    batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    length = length_of(lengths, batch, keys)
+    offset = tl.arange(0, KEYS)[None, :]
+    mean = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, length, KEYS):
+        column = start + offset
+        visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
+        weight = weights_at(scores, statistics, batch, row, column, rows, keys, visible)
+        gradient = _weight_gradient_at(
+            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row,
+            limit, visible,
+        )  # fmt: skip
+        mean += tl.sum(tl.where(visible, weight * gradient, 0.0), 1)
+    for start in range(0, length, KEYS):
+        column = start + offset
+        visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
+        weight = weights_at(scores, statistics, batch, row, column, rows, keys, visible)
+        gradient = _weight_gradient_at(
+            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row,
+            limit, visible,
+        )  # fmt: skip
+        result = tl.where(visible, weight * (gradient - mean[:, None]), 0.0)
+        at = scores + (batch * rows + row) * keys + column
+        tl.store(at, result, mask=(row < rows) & (column < length))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grad_b", "grad_i", "grad_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "limit",
+        "begun",
+    ]
+)  # fmt: skip
+def value_gradient_kernel(
+    scores, statistics, grad, mask, lengths, seed, result,
+    grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64, begun: tl.int64,
+    VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """result (B, S, Dv): weights after dropout, transposed, times the gradient of the context; added to what earlier
+    queries have left there if `begun`. Absent keys get 0."""
+    BLOCKS: tl.constexpr = (VALUES + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(keys, KEYS)
+    width = program % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    batch, start = program // (BLOCKS * tiles), program // BLOCKS % tiles * KEYS
+    column = (start + tl.arange(0, KEYS))[:, None]
+    length = length_of(lengths, batch, keys)
+    grads = grad + batch * grad_b + spread(width, grad_v, GRAD_UNIT)[None, :]
+    to = result + (batch * keys + column) * VALUES + width[None, :]
+    inside = (column < keys) & (width < VALUES)[None, :]
+    total = tl.load(to, mask=inside & (column < begun * keys), other=0.0).to(tl.float32)
+    for top in range(0, tl.where(start < length, rows, 0), ROWS):
+        row = top + tl.arange(0, ROWS)
+        visible = visible_at(mask, batch, row[None, :], column, mask_b, mask_i, mask_j, rows, length)
+        used = weights_at(scores, statistics, batch, row[None, :], column, rows, keys, visible)
+        if seed is not None:
+            used = dropped(used, seed, first_row + batch * rows + row[None, :], column, limit)
+        here = (row < rows)[:, None] & (width < VALUES)[None, :]
+        upstream = tl.load(grads + row[:, None] * grad_i, mask=here, other=0.0)
+        if mask is not None:
+            finite = _is_finite(upstream)
+            if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:  # as in context_kernel
+                for one in range(ROWS):
+                    is_one = row[None, :] == top + one
+                    w = tl.sum(tl.where(is_one, used, 0.0), 1)[:, None]
+                    sees = tl.max((is_one & visible).to(tl.int32), 1)[:, None] != 0
+                    this = (row == top + one)[:, None]
+                    line = tl.sum(tl.where(this & ~finite, upstream.to(tl.float32), 0.0), 0)[None, :]
+                    bad = tl.max((this & ~finite).to(tl.int32), 0)[None, :] != 0
+                    total += tl.where(sees & bad, w * line, 0.0)
+                upstream = tl.where(finite, upstream, 0.0)
+        total = tl.dot(used.to(upstream.dtype), upstream.to(grad.dtype.element_ty), total, input_precision=PRECISION)
+    total = tl.where(column < length, total, 0.0)
+    tl.store(to, total.to(result.dtype.element_ty), mask=inside)
