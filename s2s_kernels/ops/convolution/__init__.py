@@ -16,7 +16,7 @@ def _triton_gap(dtype: torch.dtype) -> str | None:
 
 
 OPERATOR = dispatch.register("causal_conv1d", cpu=lambda dtype: None, triton=_triton_gap)
-STEP = dispatch.register("causal_conv1d_step", cpu=lambda dtype: None)
+STEP = dispatch.register("causal_conv1d_step", cpu=lambda dtype: None, triton=_triton_gap)
 
 
 def _stack_gap(records: bool) -> str | None:

@@ -63,6 +63,7 @@ def _packed_elements(outputs: int, channels: int, taps: int) -> int:
 
 
 python_kernels.register(f"{__package__}.triton_kernels", "causal_conv1d_forward", "causal_conv1d_backward")
+python_kernels.register(f"{__package__}.triton_step", "causal_conv1d_step")
 
 
 # tensors: x, weight, bias, residual, lengths, initial_state, condition; options: dilation, groups, activation, causal.
