@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s2s_kernels.models.tcn import ResidualBlock
 from s2s_kernels.models.transformer import TransformerBlock
+from s2s_kernels.nn import TCNBlock
 
 from .peers import padded_conv1d
 
 
-class TorchResidualBlock(ResidualBlock):
+class TorchTCNBlock(TCNBlock):
     """The TCN's block from `F.pad` and `F.conv1d`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,8 +35,8 @@ def from_built_ins(model: nn.Module) -> nn.Module:
     """Rebuilds a freshly made language model of `s2s_kernels.models` in place, from torch's own layers: the same
     parameters under the same names. For dropout 0."""
     for name, module in list(model.named_modules()):
-        if type(module) is ResidualBlock:
-            module.__class__ = TorchResidualBlock
+        if type(module) is TCNBlock:
+            module.__class__ = TorchTCNBlock
         elif type(module) is TransformerBlock:
             module.__class__ = TorchTransformerBlock
         elif name == "lstm":

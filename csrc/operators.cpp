@@ -44,9 +44,14 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "causal_conv1d_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor weight, Tensor? bias, Tensor? residual, int dilation, "
       "int groups, "
       "int activation) -> Tensor");
+  m.def("conv_stack_pack(Tensor[] weights, Tensor[] biases) -> Tensor");
   m.def(
-      "wavenet_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor[] conv_weight, Tensor[] conv_bias, Tensor[] out_weight, "
-      "Tensor[] out_bias, Tensor? condition, int[] dilations) -> Tensor");
+      "wavenet_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor[] weights, Tensor[] biases, Tensor? packed, Tensor? "
+      "condition, int[] dilations, int taps, int skips) -> Tensor");
+  m.def(
+      "tcn_step(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor[] weights, Tensor[] biases, Tensor? packed, int[] dilations, int "
+      "taps, int[] "
+      "channels) -> Tensor");
 
   // attention
   m.def(

@@ -64,13 +64,39 @@ struct ConvolutionStep {
   int64_t batch, channels, outputs, taps, groups;
   const S* weight;      // (outputs, channels / groups, taps), contiguous
   const S* bias;        // (outputs), or null
+  const S* packed;      // both of them as pack_step writes them, groups being 1; or null
   const S* const* tap;  // K pointers: tap[k][b * tap_batch[k] + c]
   const int64_t* tap_batch;
   C* u;               // (batch, outputs): what enters the activation
   C* panel;           // scratch of step_panel() elements for each thread
-  const char* ahead;  // what is wanted after this step, or null
+  const char* ahead;  // what the convolution after this one reads first, or null
   int64_t ahead_bytes;
 };
+
+// Weights and bias packed for steps: panels of step_block outputs, of which the last is as wide as what is left in steps of step_unit. A
+// panel holds the bias, then the weights of each column k * channels + c, one output beside the other; what isn't there is 0.
+inline constexpr int64_t step_block = 64, step_unit = 16;  // multiples of every instruction set's vector
+
+inline int64_t packed_step_width(int64_t outputs) { return (outputs + step_unit - 1) / step_unit * step_unit; }
+inline int64_t packed_step_elements(int64_t outputs, int64_t channels, int64_t taps) {
+  return packed_step_width(outputs) * (channels * taps + 1);
+}
+
+template <class S>
+void pack_step(const S* weight, const S* bias, int64_t outputs, int64_t channels, int64_t taps, S* to) {
+  for (int64_t first = 0; first < outputs; first += step_block) {
+    const int64_t rows = outputs - first < step_block ? outputs - first : step_block, width = packed_step_width(rows);
+    const int64_t columns = channels * taps;
+    for (int64_t i = 0; i < (columns + 1) * width; ++i) to[i] = S{};
+    for (int64_t row = 0; row < rows; ++row) {
+      if (bias) to[row] = bias[first + row];
+      const S* from = weight + (first + row) * columns;
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = 0; k < taps; ++k) to[(1 + k * channels + c) * width + row] = *from++;
+    }
+    to += (columns + 1) * width;
+  }
+}
 
 // The positions of a tile: a multiple of every instruction set's vector, with the inputs of a tap in the first-level cache.
 inline int64_t tile_width(int64_t channels) {

@@ -61,42 +61,89 @@ S2S_INLINE void turn_panel(const S* from, int64_t rows, int64_t channels, int64_
 
 #if defined(__x86_64__)
 // One row of the batch uses each weight once: what belongs to the oldest tap is multiplied as it is turned over, the rest waits in `later`
-// for its place in the chain. Two vectors of outputs from `output` on, of which `weight` holds the rows; columns a multiple of four.
-inline constexpr int64_t once_rows = 2 * lanes<float>;
+// for its place in the chain. One vector of outputs from `output` on, of which `weight` holds the rows. K taps, or any where K is 0; the
+// columns are a multiple of what the loop turns over at once. `ahead` is what comes next in memory, of ahead_lines lines: it is asked for
+// early and in equal parts, since few of these rows' lines follow one another as the processor would expect.
+template <int K>
 static void step_once(const ConvolutionStep<float>& p, const float* weight, int64_t channels, int64_t channel, int64_t output, float* later,
-                      const char*& ahead, int64_t ahead_lines) {
-  const int64_t columns = channels * p.taps;
+                      const char* ahead, int64_t ahead_lines) {
+  constexpr int64_t n = lanes<float>, block = K == 3 ? 3 : 1;
+  const int64_t taps = K ? K : p.taps, columns = channels * taps, ahead_step = (ahead_lines * 4 + columns - 1) / columns;
   const float* x = p.tap[0] + channel;
-  Vec<float> sum[2] = {};
-  if (p.bias) sum[0] = load(p.bias + output), sum[1] = load(p.bias + output + lanes<float>);
+  Vec<float> sum = p.bias ? load(p.bias + output) : Vec<float>{};
   int64_t c = 0, k = 0;
-  for (int64_t column = 0; column < columns; column += 4) {
-    for (int64_t i = 0; i < ahead_lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    Vec<float> v[2][4];
-    load_columns(S2S_LAMBDA(int i) { return weight + i * columns; }, column, v[0]);
-    load_columns(S2S_LAMBDA(int i) { return weight + (lanes<float> + i) * columns; }, column, v[1]);
+  for (int64_t column = 0; column < columns; column += 4 * block) {
+#pragma GCC unroll 3
+    for (int64_t part = 0; part < block; ++part) {
+      for (int64_t i = min(ahead_step, ahead_lines); i > 0; --i, --ahead_lines, ahead += 64) __builtin_prefetch(ahead, 0, 3);
+      Vec<float> v[4];
+      load_columns(S2S_LAMBDA(int i) { return weight + i * columns; }, column + part * 4, v);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if (k == 0) {
-        const Vec<float> in = broadcast(x[c]);
-        sum[0] = fma(v[0][i], in, sum[0]), sum[1] = fma(v[1][i], in, sum[1]);
-      } else {
-        float* const to = later + ((k - 1) * channels + c) * once_rows;
-        store(to, v[0][i]), store(to + lanes<float>, v[1][i]);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t place = part * 4 + i, tap = K ? place % taps : k, at = K ? c + place / taps : c;
+        if (tap == 0)
+          sum = fma(v[i], broadcast(x[at]), sum);
+        else
+          store(later + ((tap - 1) * channels + at) * n, v[i]);
+        if (!K && ++k == taps) k = 0, ++c;
       }
-      if (++k == p.taps) k = 0, ++c;
     }
+    if (K) c += 4 * block / taps;
   }
-  for (k = 1; k < p.taps; ++k) {
+  for (k = 1; k < taps; ++k) {
     x = p.tap[k] + channel;
-    for (c = 0; c < channels; ++c, later += once_rows) {
-      const Vec<float> in = broadcast(x[c]);
-      sum[0] = fma(load(later), in, sum[0]), sum[1] = fma(load(later + lanes<float>), in, sum[1]);
-    }
+    for (c = 0; c < channels; ++c, later += n) sum = fma(load(later), broadcast(x[c]), sum);
   }
-  store(p.u + output, sum[0]), store(p.u + output + lanes<float>, sum[1]);
+  store(p.u + output, sum);
+}
+
+// Vectors of outputs from `first` on, as many as are whole; returns how many outputs they are.
+S2S_INLINE int64_t step_once_rows(const ConvolutionStep<float>& p, int64_t group, int64_t first, int64_t count, float* later) {
+  constexpr int64_t n = lanes<float>;
+  const int64_t channels = p.channels / p.groups, columns = channels * p.taps;
+  const int64_t begin = group * (p.outputs / p.groups) + first, lines = n * columns * static_cast<int64_t>(sizeof(float)) / 64;
+  const auto once = p.taps == 1                        ? step_once<1>
+                    : p.taps == 2                      ? step_once<2>
+                    : p.taps == 3 && channels % 4 == 0 ? step_once<3>
+                    : p.taps == 4                      ? step_once<4>
+                                                       : step_once<0>;
+  int64_t done = 0;
+  for (; done + n <= count; done += n) {
+    const int64_t output = begin + done;
+    const float* weight = p.weight + output * columns;
+    if (output + 2 * n <= p.outputs)
+      once(p, weight, channels, group * channels, output, later, reinterpret_cast<const char*>(weight + n * columns), lines);
+    else
+      once(p, weight, channels, group * channels, output, later, p.ahead, p.ahead_bytes / 64);
+  }
+  return done;
 }
 #endif
+
+// The chains of V vectors of outputs for one row of the batch; the weights of a column lie `width` after those of the one before. What is
+// linearly ahead in memory is asked for, where `Ahead`.
+template <int V, bool Ahead, class S, class W>
+S2S_INLINE void multiply_panel(const ConvolutionStep<S>& p, int64_t row, int64_t channel, int64_t channels, const W* w, int64_t width,
+                               Vec<compute_t<S>> (&sum)[V]) {
+  using C = compute_t<S>;
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(W)), distance = 32 * line;
+  for (int64_t k = 0; k < p.taps; ++k) {
+    const S* x = p.tap[k] + row * p.tap_batch[k] + channel;
+    for (int64_t c = 0; c < channels; ++c, w += width) {
+      if constexpr (Ahead)
+        for (int64_t i = 0; i < V * lanes<C>; i += line) __builtin_prefetch(w + distance + i, 0, 3);
+      const Vec<C> in = broadcast(to_compute(x[c]));
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[v] = fma(load(w + v * lanes<C>), in, sum[v]);
+    }
+  }
+}
+
+template <class S, int V>
+S2S_INLINE void store_sums(compute_t<S>* u, const Vec<compute_t<S>> (&sum)[V], int64_t count) {
+  constexpr int64_t n = lanes<compute_t<S>>;
+  for (int v = 0; v < V && v * n < count; ++v) store_partial(u + v * n, sum[v], min(count - v * n, n));
+}
 
 // Outputs [first, first + count) of a group for every row of the batch, count <= panel_vectors vectors.
 template <class S>
@@ -112,18 +159,37 @@ void step_panel(const ConvolutionStep<S>& p, int64_t group, int64_t first, int64
   for (int64_t b = 0; b < p.batch; ++b) {
     Vec<C> sum[panel_vectors];
     for (int v = 0; v < panel_vectors; ++v) sum[v] = start[v];
-    const C* w = panel;
-    for (int64_t k = 0; k < p.taps; ++k) {
-      const S* x = p.tap[k] + b * p.tap_batch[k] + group * channels;
-      for (int64_t c = 0; c < channels; ++c, w += width) {
-        const Vec<C> in = broadcast(to_compute(x[c]));
-        for (int v = 0; v < panel_vectors; ++v) sum[v] = fma(load(w + v * lanes<C>), in, sum[v]);
-      }
-    }
-    C* u = p.u + b * p.outputs + output;
-    for (int v = 0; v < panel_vectors && v * lanes<C> < count; ++v)
-      store_partial(u + v * lanes<C>, sum[v], min(count - v * lanes<C>, lanes<C>));
+    multiply_panel<panel_vectors, false>(p, b, group * channels, channels, panel, width, sum);
+    store_sums<S>(p.u + b * p.outputs + output, sum, count);
   }
+}
+
+// V vectors of outputs, `count` of them wanted, of a packed panel.
+template <int V, class S>
+void step_packed_vectors(const ConvolutionStep<S>& p, int64_t output, int64_t count, const S* panel, int64_t width) {
+  using C = compute_t<S>;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    Vec<C> sum[V];
+    for (int v = 0; v < V; ++v) sum[v] = load(panel + v * lanes<C>);
+    if (b == 0)
+      multiply_panel<V, true>(p, b, 0, p.channels, panel + width, width, sum);
+    else
+      multiply_panel<V, false>(p, b, 0, p.channels, panel + width, width, sum);
+    store_sums<S>(p.u + b * p.outputs + output, sum, count);
+  }
+}
+
+// Outputs [first, first + count) of packed weights: the part of a panel, whose vectors are taken eight, four, two and one at a time.
+template <class S>
+void step_packed(const ConvolutionStep<S>& p, int64_t first, int64_t count) {
+  constexpr int64_t n = lanes<compute_t<S>>;
+  const S* panel = p.packed + first * (p.channels * p.taps + 1);
+  const int64_t width = packed_step_width(count);
+  int64_t at = 0;
+  for (; at + 8 * n <= width; at += 8 * n) step_packed_vectors<8>(p, first + at, count - at, panel + at, width);
+  for (; at + 4 * n <= width; at += 4 * n) step_packed_vectors<4>(p, first + at, count - at, panel + at, width);
+  for (; at + 2 * n <= width; at += 2 * n) step_packed_vectors<2>(p, first + at, count - at, panel + at, width);
+  for (; at < width; at += n) step_packed_vectors<1>(p, first + at, count - at, panel + at, width);
 }
 
 // Depthwise: lanes are channels, inputs are no longer shared. Channels [first, first + count).
@@ -149,17 +215,15 @@ template <class S>
 void step_rows(const ConvolutionStep<S>& p, int64_t group, int64_t first, int64_t count, compute_t<S>* panel) {
   using C = compute_t<S>;
   constexpr int64_t width = panel_vectors * lanes<C>;
+  if (p.packed) {
+    step_packed(p, first, count);
+    return;
+  }
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<S, float>) {
-    const int64_t channels = p.channels / p.groups, columns = channels * p.taps, outputs = p.outputs / p.groups;
-    if (p.batch == 1 && columns % 4 == 0) {
-      // What follows in memory comes nearer while this is worked on, in equal parts.
-      const char* ahead = p.ahead + first * p.ahead_bytes / p.outputs;
-      const int64_t lines = (p.ahead_bytes * once_rows * 4 + p.outputs * columns * 64 - 1) / (p.outputs * columns * 64);
-      for (; count >= once_rows; first += once_rows, count -= once_rows) {
-        const int64_t output = group * outputs + first;
-        step_once(p, p.weight + output * columns, channels, group * channels, output, panel, ahead, lines);
-      }
+    if (p.batch == 1 && p.channels / p.groups * p.taps % 4 == 0) {
+      const int64_t done = step_once_rows(p, group, first, count, panel);
+      first += done, count -= done;
     }
   }
 #endif

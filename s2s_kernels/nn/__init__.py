@@ -3,7 +3,7 @@
 from .additive_attention import AdditiveAttention, AttentionPool, LuongAttention
 from .attention import MultiheadAttention
 from .cells import GRUCell, LSTMCell, RNNCell
-from .convolution import CausalConv1d, GatedCausalConv1d, WaveNetStack
+from .convolution import CausalConv1d, GatedCausalConv1d, TCNBlock, TCNStack, WaveNetStack
 from .recurrence import GRU, LSTM, RNN
 from .state import ConvStackState, ConvState
 
@@ -22,5 +22,7 @@ __all__ = [
     "LuongAttention",
     "MultiheadAttention",
     "RNNCell",
+    "TCNBlock",
+    "TCNStack",
     "WaveNetStack",
 ]

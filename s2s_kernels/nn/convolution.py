@@ -1,9 +1,10 @@
 """Causal convolutions as layers."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import convolution as ops
@@ -207,8 +208,9 @@ class WaveNetStack(Layer):
     def initial_state(self, batch: int) -> ConvStackState:
         """The state before the first position."""
         weight = next(self.parameters())
+        spans = [(self.kernel_size - 1) * dilation for dilation in self.dilations]
         return ConvStackState.zeros(
-            batch, self.channels, self.kernel_size, self.dilations, dtype=weight.dtype, device=weight.device
+            batch, spans, [self.channels] * len(spans), dtype=weight.dtype, device=weight.device
         )
 
     def step(
@@ -216,25 +218,142 @@ class WaveNetStack(Layer):
     ) -> tuple[torch.Tensor, ConvStackState]:
         """One position through all layers: x_t (B, C), condition (B, L 2C) -> (skip_t (B, S), state), the state
         updated in place."""
-        conv, out = self.conv._modules.values(), self.out._modules.values()
-        skip = ops.wavenet_step(
-            x_t,
-            state,
-            _parameters(conv, "weight"),
-            _parameters(conv, "bias"),
-            _parameters(out, "weight"),
-            _parameters(out, "bias"),
-            self.dilations,
-            condition,
-        )
-        return skip, state
+        sizes = (self.channels, self.kernel_size, self.skip_channels)
+        mark = self.conv[0]._parameters["bias"]
+        assert mark is not None
+        return ops.wavenet_step(x_t, state, mark, self._in_order, self.dilations, sizes, condition), state
+
+    def _in_order(self) -> ops.StackParameters:
+        return _parameters([layer for pair in zip(self.conv, self.out, strict=True) for layer in pair])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.skip_channels}, dilations={self.dilations}, kernel_size={self.kernel_size}"
 
 
-def _parameters(layers: Iterable[Any], name: str) -> list[torch.Tensor]:
-    try:
-        return [layer._parameters[name] for layer in layers]  # ten times as fast as the attribute
-    except KeyError:  # of a parametrised weight
-        return [getattr(layer, name) for layer in layers]
+class TCNBlock(Layer):
+    """Two dilated causal convolutions beside a skip connection (Bai et al. 2018, "An empirical evaluation of generic
+    convolutional and recurrent networks for sequence modeling", figure 1b): y = relu(x + f(x)), where f is twice
+    convolution, ReLU and dropout.
+
+    Args:
+        in_channels, channels: of the input and of the result; a 1x1 convolution matches them where they differ.
+        kernel_size: K.
+        dilation: of both convolutions.
+        dropout: probability, in training.
+
+    Parameters: conv1.weight (channels, in_channels, K), conv1.bias, conv2.weight (channels, channels, K), conv2.bias;
+    match.weight (channels, in_channels, 1), match.bias where there is one.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        kernel_size: int,
+        dilation: int,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+
+        def layer(inputs: int, taps: int, **options: Any) -> CausalConv1d:
+            return CausalConv1d(inputs, channels, taps, device=device, dtype=dtype, **options)
+
+        self.conv1 = layer(in_channels, kernel_size, dilation=dilation, activation="relu")
+        self.conv2 = layer(channels, kernel_size, dilation=dilation, activation="relu")
+        self.dropout = nn.Dropout(dropout)
+        self.match = nn.Identity() if in_channels == channels else layer(in_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, in_channels, T) -> (B, channels, T)."""
+        skip, hidden = self.match(x), self.dropout(self.conv1(x))
+        if self.training and self.dropout.p > 0:  # dropout stands between the convolution and the sum
+            return F.relu(skip + self.dropout(self.conv2(hidden)))
+        return F.relu(self.conv2(hidden, residual=skip))
+
+    def in_order(self) -> list[nn.Module]:
+        """The convolutions in the order in which a step uses them."""
+        conv1, conv2, match = self.conv1, self.conv2, self.match
+        return [conv1, conv2] if isinstance(match, nn.Identity) else [conv1, match, conv2]
+
+
+class TCNStack(Layer):
+    """Blocks of dilated causal convolutions, one after the other (Bai et al. 2018): see `TCNBlock`.
+
+    Args:
+        in_channels: of the input.
+        channels: of each block's result.
+        kernel_size: K, taps of each convolution; the 1x1 ones have one.
+        dilations: one a block, 2^i for block i if None.
+        dropout: probability, in training.
+
+    Parameters: those of `TCNBlock` under blocks.{l}.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        kernel_size: int = 3,
+        dilations: Sequence[int] | None = None,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dilations = tuple(2**i for i in range(len(channels))) if dilations is None else tuple(dilations)
+        if not channels or len(self.dilations) != len(channels):
+            given = f"{len(channels)} and {len(self.dilations)}"
+            raise ValueError(f"TCNStack: channels and dilations must name the same blocks, at least one, got {given}")
+        self.channels, self.kernel_size, self.dropout = (in_channels, *channels), kernel_size, dropout
+        self.blocks = nn.Sequential(
+            *(
+                TCNBlock(self.channels[i], width, kernel_size, dilation, dropout, device=device, dtype=dtype)
+                for i, (width, dilation) in enumerate(zip(channels, self.dilations, strict=True))
+            )
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, in_channels, T) -> (B, channels[-1], T)."""
+        return self.blocks(x)
+
+    def initial_state(self, batch: int) -> ConvStackState:
+        """The state before the first position."""
+        like = next(self.parameters())
+        spans = [(self.kernel_size - 1) * dilation for dilation in self.dilations for _ in range(2)]
+        channels = [width for pair in zip(self.channels, self.channels[1:], strict=False) for width in pair]
+        return ConvStackState.zeros(batch, spans, channels, dtype=like.dtype, device=like.device)
+
+    def step(self, x_t: torch.Tensor, state: ConvStackState) -> tuple[torch.Tensor, ConvStackState]:
+        """One position through all blocks: x_t (B, in_channels) -> (y_t (B, channels[-1]), state), the state updated in
+        place.
+
+        Raises:
+            ValueError: there is dropout to apply: a step is one of evaluation.
+        """
+        if self.training and self.dropout > 0:
+            raise ValueError("TCNStack: step must be called in evaluation where dropout > 0, got training")
+        first = self.blocks[0]
+        assert isinstance(first, TCNBlock) and first.conv1.bias is not None
+        mark = first.conv1.bias
+        return ops.tcn_step(x_t, state, mark, self._in_order, self.dilations, self.kernel_size, self.channels), state
+
+    def _in_order(self) -> ops.StackParameters:
+        blocks = cast(Iterable[TCNBlock], self.blocks)
+        return _parameters([layer for block in blocks for layer in block.in_order()])
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kernel_size={self.kernel_size}, dilations={self.dilations}"
+
+
+def _parameters(layers: list[Any]) -> ops.StackParameters:
+    """The weights and biases of convolutions, and whether all are their own: a parametrised weight is made anew each
+    time."""
+    try:  # ten times as fast as the attribute
+        parameters = [layer._parameters for layer in layers]
+        return [p["weight"] for p in parameters], [p["bias"] for p in parameters], True
+    except KeyError:
+        return [layer.weight for layer in layers], [layer.bias for layer in layers], False

@@ -1,4 +1,7 @@
-"""CausalConv1d, GatedCausalConv1d and WaveNetStack: torch's parameters, steps equal to forward, beams."""
+"""CausalConv1d, GatedCausalConv1d, WaveNetStack and TCNStack: torch's parameters, steps equal to forward, beams."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch import nn
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
-from s2s_kernels.nn import CausalConv1d, GatedCausalConv1d, WaveNetStack
+from s2s_kernels.nn import CausalConv1d, GatedCausalConv1d, TCNStack, WaveNetStack
 from s2s_kernels.testing import Draw
 
 needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
@@ -95,16 +98,22 @@ def test_wavenet_equals_torch(backend, condition_time):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [(64, 128, (1, 2, 4, 8), 2), (7, 5, (3, 1), 3), (1, 1, (2,), 1)], ids=str)
-def test_wavenet_steps_equal_forward(backend, dtype, sizes):
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "sizes",
+    [(64, 128, (1, 2, 4, 8), 2), (20, 37, (1, 2), 3), (8, 40, (3,), 4), (7, 5, (3, 1), 3), (1, 0, (2,), 1)],
+    ids=str,
+)
+def test_wavenet_steps_equal_forward(backend, dtype, batch, sizes):
+    """The first step reads the weights as they lie, those after it read them packed."""
     draw = Draw(dtype)
     channels, skips, dilations, taps = sizes
     stack = WaveNetStack(channels, skips, dilations, taps, dtype=dtype)
-    x, conditions = draw(2, channels, 20), (None, draw(2, len(dilations) * 2 * channels, 20))
+    x, conditions = draw(batch, channels, 20), (None, draw(batch, len(dilations) * 2 * channels, 20))
     for condition in conditions:
         with torch.no_grad(), s2s.use_backend(backend):
             whole = stack(x, condition)
-            state, steps = stack.initial_state(2), []
+            state, steps = stack.initial_state(batch), []
             for t in range(20):
                 skip, after = stack.step(x[:, :, t], state, None if condition is None else condition[:, :, t])
                 assert after is state
@@ -152,6 +161,72 @@ def test_wavenet_step_with_normalised_weights():
         torch.testing.assert_close(skip, stack(x)[:, :, -1])
 
 
+def test_wavenet_step_with_weights_of_other_strides():
+    stack, x = WaveNetStack(4, 3, (1, 2)), Draw()(1, 4, 3)
+    with torch.no_grad():
+        whole = stack(x)
+        for weight in stack.parameters():
+            weight.data = weight.data.mT.contiguous().mT if weight.dim() == 3 else weight.data
+        assert not stack.conv[0].weight.is_contiguous()
+        state = stack.initial_state(1)
+        steps = [stack.step(x[:, :, t], state)[0] for t in range(3)]
+        torch.testing.assert_close(torch.stack(steps, 2), whole)
+
+
+def scale_in_place(stack):
+    stack.out[1].bias.mul_(2.0)
+
+
+def load(stack):
+    stack.load_state_dict({name: 2.0 * value for name, value in stack.state_dict().items()})
+
+
+def assign(stack):
+    stack.load_state_dict({name: 2.0 * value for name, value in stack.state_dict().items()}, assign=True)
+
+
+def train(stack):
+    with torch.enable_grad():
+        stack(torch.ones(1, 4, 3)).sum().backward()
+    torch.optim.SGD(stack.parameters(), lr=0.1).step()
+
+
+def from_vector(stack):
+    nn.utils.vector_to_parameters(2.0 * nn.utils.parameters_to_vector(stack.parameters()), stack.parameters())
+
+
+@pytest.mark.parametrize("change", [scale_in_place, load, assign, train, from_vector])
+def test_wavenet_steps_see_that_weights_changed(change):
+    stack, x = WaveNetStack(4, 3, (1, 2)), Draw()(2, 4, 7)
+    state = stack.initial_state(2)
+    with torch.no_grad():
+        for t in range(4):
+            stack.step(x[:, :, t], state)
+        other = stack.initial_state(2)
+        other.ring.copy_(state.ring)
+        other.position.copy_(state.position)
+        change(stack)
+        for t in range(4, 7):
+            assert torch.equal(stack.step(x[:, :, t], state)[0], stack.step(x[:, :, t], other)[0])
+
+
+def test_wavenet_states_forget_weights():
+    """Of another stack, in a copy, and when they are told to: what is written through `data` counts as no change."""
+    stacks, x = [WaveNetStack(4, 3, (1, 2)) for _ in range(2)], Draw()(2, 4, 5)
+    state = stacks[0].initial_state(2)
+    with torch.no_grad():
+        for t in range(3):
+            stacks[0].step(x[:, :, t], state)
+        copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state)), state.reorder(torch.arange(2))]
+        expected = stacks[1].step(x[:, :, 3], copies[0])[0]
+        assert torch.equal(stacks[1].step(x[:, :, 3], copies[1])[0], expected)
+        assert torch.equal(stacks[1].step(x[:, :, 3], copies[2])[0], expected)
+        for value in stacks[0].parameters():
+            value.data.zero_()
+        state.forget_weights()
+        assert stacks[0].step(x[:, :, 3], state)[0].eq(0).all()
+
+
 def test_wavenet_errors():
     stack = WaveNetStack(4, 3, (1, 2))
     state = stack.initial_state(2)
@@ -165,3 +240,121 @@ def test_wavenet_errors():
         stack(torch.zeros(2, 4, 3), torch.zeros(2, 16, 2))
     with pytest.raises(ValueError, match="dilations"):
         WaveNetStack(4, 3, ())
+
+
+def tcn_by_torch(stack, x):
+    """The stack's equations in torch's own operations."""
+    for block, dilation in zip(stack.blocks, stack.dilations, strict=True):
+
+        def causal(x, layer, d):
+            span = (layer.kernel_size - 1) * d
+            return F.conv1d(F.pad(x, (span, 0)), layer.weight, layer.bias, dilation=d)
+
+        skip = x if isinstance(block.match, nn.Identity) else causal(x, block.match, 1)
+        hidden = causal(x, block.conv1, dilation).relu()
+        x = (skip + causal(hidden, block.conv2, dilation).relu()).relu()
+    return x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tcn_equals_torch(backend):
+    draw = Draw(torch.float64)
+    stack = TCNStack(3, [6, 6, 4], kernel_size=3, dtype=torch.float64)
+    assert stack.dilations == (1, 2, 4)
+    assert {name: tuple(p.shape) for name, p in stack.named_parameters() if ".0." in name} == {
+        "blocks.0.conv1.weight": (6, 3, 3), "blocks.0.conv1.bias": (6,), "blocks.0.conv2.weight": (6, 6, 3),
+        "blocks.0.conv2.bias": (6,), "blocks.0.match.weight": (6, 3, 1), "blocks.0.match.bias": (6,),
+    }  # fmt: skip
+    x = draw(2, 3, 15).requires_grad_()
+    leaves = [x, *stack.parameters()]
+    expected = tcn_by_torch(stack, x)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    with s2s.use_backend(backend):
+        ours = stack(x)
+        grads = torch.autograd.grad(ours.square().sum(), leaves)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_tcn_drops_out_in_training_alone():
+    torch.manual_seed(0)
+    stack, x = TCNStack(4, [4, 4], dropout=0.5), Draw()(2, 4, 40)
+    assert not torch.equal(stack(x), stack(x))
+    with pytest.raises(ValueError, match="dropout"):
+        stack.step(x[:, :, 0], stack.initial_state(2))
+    torch.testing.assert_close(stack.eval()(x), tcn_by_torch(stack, x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("sizes", [(32, (32, 40), 3), (12, (25, 25, 12), 7), (1, (1, 2), 2), (5, (3,), 1)], ids=str)
+def test_tcn_steps_equal_forward(backend, dtype, batch, sizes):
+    draw = Draw(dtype)
+    inputs, channels, taps = sizes
+    stack, x = TCNStack(inputs, channels, taps, dtype=dtype), draw(batch, inputs, 20)
+    with torch.no_grad(), s2s.use_backend(backend):
+        whole = stack(x)
+        state = stack.initial_state(batch)
+        steps = torch.stack([stack.step(x[:, :, t], state)[0] for t in range(20)], 2)
+    if backend == "cpu" and dtype != torch.bfloat16:
+        assert torch.equal(steps, whole)
+    torch.testing.assert_close(steps, whole)
+
+
+def test_tcn_beams():
+    draw = Draw()
+    stack, x, index = TCNStack(4, (4, 6)), draw(2, 4, 14), torch.tensor([1, 1, 0])
+    state = stack.initial_state(2)
+    with torch.no_grad():
+        for t in range(9):
+            stack.step(x[:, :, t], state)
+        other = state.reorder(index)
+        for t in range(9, 14):
+            y, _ = stack.step(x[index, :, t], other)
+        torch.testing.assert_close(y, stack(x[index])[:, :, -1])
+        assert all(a.equal(b) for a, b in zip(state.ordered(), state.reorder(torch.arange(2)).ordered(), strict=True))
+
+
+def test_tcn_steps_carry_gradients_and_take_normalised_weights():
+    stack = TCNStack(4, (4, 3))
+    nn.utils.parametrizations.weight_norm(stack.blocks[0].conv2)
+    inputs = Draw()(2, 4, 6).requires_grad_()
+    state, steps = stack.initial_state(2), []
+    for t in range(6):
+        y, state = stack.step(inputs[:, :, t], state)
+        steps.append(y)
+    ours = torch.autograd.grad(torch.stack(steps, 2).square().sum(), inputs)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(stack(inputs).square().sum(), inputs)[0])
+    with torch.no_grad():
+        state = stack.initial_state(2)
+        ours = torch.stack([stack.step(inputs[:, :, t], state)[0] for t in range(6)], 2)
+        torch.testing.assert_close(ours, stack(inputs))
+
+
+def test_tcn_errors():
+    stack = TCNStack(4, (3,))
+    state = stack.initial_state(2)
+    with pytest.raises(ValueError, match="x_t"):
+        stack.step(torch.zeros(2, 5), state)
+    with pytest.raises(ValueError, match="state"):
+        stack.step(torch.zeros(3, 4), state)
+    with pytest.raises(ValueError, match="dilations"):
+        TCNStack(4, (3, 3), dilations=(1,))
+
+
+def test_stacks_are_copied_and_cast(tmp_path):
+    """Row 32."""
+    for stack, sample in ((TCNStack(4, (4, 3)), Draw()(2, 4, 6)), (WaveNetStack(4, 3, (1, 2)), Draw()(2, 4, 6))):
+        expected = stack(sample)
+        torch.save(stack, tmp_path / "stack.pt")
+        for other in (copy.deepcopy(stack), torch.load(tmp_path / "stack.pt", weights_only=False)):
+            other.load_state_dict(stack.state_dict(), strict=True)
+            assert torch.equal(other(sample), expected)
+            state = copy.deepcopy(other.initial_state(2))
+            with torch.no_grad():
+                steps = [other.step(sample[:, :, t], state)[0] for t in range(6)]
+            torch.testing.assert_close(torch.stack(steps, 2), expected)
+        assert stack.half().step(sample[:, :, 0].half(), stack.initial_state(2))[0].dtype == torch.float16
+        assert stack.to("meta")(sample.half().to("meta")).shape == expected.shape

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from s2s_kernels.ops.convolution import triton_kernels
+from s2s_kernels.ops.convolution import triton_kernels, triton_step
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS
 
 PRODUCTS = ("dense_kernel", "dense_weight_kernel")  # whose instructions are read
@@ -33,13 +33,23 @@ def call(
         )  # fmt: skip
 
 
+def step(dtype: torch.dtype, channels: int, outputs: int, taps: int, activation: str, groups: int = 1) -> None:
+    x, ring = torch.randn(3, channels, dtype=dtype), torch.randn(3, (taps - 1) * 5, channels, dtype=dtype)
+    weight, bias = torch.randn(outputs, channels // groups, taps, dtype=dtype), torch.randn(outputs, dtype=dtype)
+    triton_step.causal_conv1d_step(
+        x, ring, torch.tensor(0), weight, bias, None, 5, groups, ACTIVATIONS.index(activation)
+    )
+
+
 def calls(arch: int) -> Iterator[tuple[torch.dtype, str]]:
     """Makes the calls; yields the dtype and the precision of what they have launched."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         call(dtype, 64, 128, 2, activation="gated_tanh", extras=dtype == torch.bfloat16)
         yield dtype, "highest"
         call(dtype, 96, 96, 4, groups=96, activation="silu", last=dtype == torch.float16)
+        step(dtype, 64, 128, 2, "gated_tanh")
         yield dtype, "highest"
+    step(torch.bfloat16, 96, 96, 4, "silu", groups=96)
     call(torch.bfloat16, 128, 256, 3, activation="gelu")
     call(torch.bfloat16, 128, 256, 3, activation="glu", backward=False)
     call(torch.bfloat16, 25, 25, 7, activation="relu", backward=False)

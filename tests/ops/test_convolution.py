@@ -229,10 +229,15 @@ def test_raw_steps_pass_opcheck():
     ring, position = draw(2, 4, 3), torch.tensor(1)
     arguments = (draw(2, 3), ring, position, draw(4, 3, 3), draw(4), draw(2, 2), 2, 1, ACTIVATIONS.index("glu"))
     torch.library.opcheck(torch.ops.s2s.causal_conv1d_step, arguments)
-    conv, out = [draw(6, 3, 2) for _ in range(2)], [draw(8, 3, 1) for _ in range(2)]
-    biases = [draw(6) for _ in range(2)], [draw(8) for _ in range(2)]
-    stack = (draw(2, 3), draw(2, 4, 3), position, conv, biases[0], out, biases[1], draw(2, 12), [1, 3])
-    torch.library.opcheck(torch.ops.s2s.wavenet_step, stack)
+    parameters = [draw(6, 3, 2), draw(8, 3, 1)] * 2, [draw(6), draw(8)] * 2
+    torch.library.opcheck(torch.ops.s2s.conv_stack_pack, parameters)
+    packed = ([], [], torch.ops.s2s.conv_stack_pack(*parameters))
+    for held in ((*parameters, None), packed):
+        stack = (draw(2, 3), draw(2, 12), position, *held, draw(2, 12), [1, 3], 2, 5)
+        torch.library.opcheck(torch.ops.s2s.wavenet_step, stack)
+    weights = [draw(4, 3, 2), draw(4, 3, 1), draw(4, 4, 2), draw(4, 4, 2), draw(4, 4, 2)]
+    tcn = (draw(2, 3), draw(2, 31), position, weights, [draw(4)] * 5, None, [1, 3], 2, [3, 4, 4])
+    torch.library.opcheck(torch.ops.s2s.tcn_step, tcn)
 
 
 @needs_extension
@@ -246,15 +251,30 @@ def test_raw_steps_check_again():
     for place, value in wrong.items():
         with pytest.raises(RuntimeError, match="causal_conv1d_step: "):
             torch.ops.s2s.causal_conv1d_step(*good[:place], value, *good[place + 1 :])
-    lists = ([draw(6, 3, 2)], [draw(6)], [draw(8, 3, 1)], [draw(8)])
-    good = (draw(2, 3), draw(2, 4, 3), torch.tensor(0), *lists, None, [4])
+    weights, biases = [draw(6, 3, 2), draw(8, 3, 1)], [draw(6), draw(8)]
+    good = (draw(2, 3), draw(2, 12), torch.tensor(0), weights, biases, None, None, [4], 2, 5)
     wrong = {
-        0: draw(2, 2), 1: draw(2, 3, 3), 2: torch.tensor(-1), 3: [draw(6, 2, 2)], 4: [], 5: [draw(8, 3, 2)],
-        6: [draw(7)], 7: draw(2, 5), 8: [4, 4],
+        0: draw(2, 2), 1: draw(2, 15), 2: torch.tensor(-1), 3: [draw(6, 2, 2), weights[1]], 4: [],
+        5: draw(9), 6: draw(2, 5), 7: [4, 4], 8: 3, 9: 4,
     }  # fmt: skip
     for place, value in wrong.items():
         with pytest.raises(RuntimeError, match="wavenet_step: "):
             torch.ops.s2s.wavenet_step(*good[:place], value, *good[place + 1 :])
+    weights, biases = [draw(4, 3, 2), draw(4, 3, 1), draw(4, 4, 2)], [draw(4)] * 3
+    good = (draw(2, 3), draw(2, 21), torch.tensor(0), weights, biases, None, [3], 2, [3, 4])
+    torch.ops.s2s.tcn_step(*good)
+    wrong = {
+        0: draw(2, 4), 1: draw(2, 20), 2: torch.tensor(-1), 3: weights[:2], 4: [draw(4), draw(4), draw(3)], 5: draw(9),
+        6: [0], 7: 1, 8: [3, 3],
+    }  # fmt: skip
+    for place, value in wrong.items():
+        with pytest.raises(RuntimeError, match="tcn_step: "):
+            torch.ops.s2s.tcn_step(*good[:place], value, *good[place + 1 :])
+    with pytest.raises(RuntimeError, match="packed must have shape"):
+        torch.ops.s2s.tcn_step(*good[:3], [], [], draw(9), *good[6:])
+    for wrong in ((weights, biases[:1]), (weights, [draw(4), draw(4), draw(7)]), ([draw(6, 3), *weights[1:]], biases)):
+        with pytest.raises(RuntimeError, match="conv_stack_pack: "):
+            torch.ops.s2s.conv_stack_pack(*wrong)
 
 
 @needs_extension

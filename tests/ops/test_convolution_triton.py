@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
+from s2s_kernels.nn import ConvState
 from s2s_kernels.ops.convolution import conditioned_conv1d
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
 from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
@@ -277,6 +278,24 @@ def test_a_gpu_compiles_once_for_all_lengths_takes_lengths_of_the_cpu_and_repeat
     assert torch.equal(whole, compiled_whole)
 
 
+@pytest.mark.gpu
+def test_a_gpu_replays_steps_from_a_graph():
+    draw = Draw(torch.float32, "cuda")
+    weight, bias, frames = draw(8, 4, 3, scale=0.3), draw(8), draw(9, 2, 4)
+    options = {"dilation": 2, "activation": "glu"}
+    state, plain = (ConvState.zeros(2, 4, 3, 2, device="cuda") for _ in range(2))
+    x_t, graph = frames[0].clone(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        s2s.causal_conv1d_step(x_t, ConvState.zeros(2, 4, 3, 2, device="cuda"), weight, bias, **options)  # compiles
+        with torch.cuda.graph(graph):
+            y_t = s2s.causal_conv1d_step(x_t, state, weight, bias, **options)
+        for frame in frames:
+            x_t.copy_(frame)
+            graph.replay()
+            assert torch.equal(y_t, s2s.causal_conv1d_step(frame, plain, weight, bias, **options))
+    assert torch.equal(state.ordered(), plain.ordered())
+
+
 # What the compiler makes of the kernels
 
 
@@ -286,7 +305,8 @@ def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
     kernels = compile_for(Path(__file__).parent / "compiled_convolution.py", arch)
     assert {kernel["name"] for kernel in kernels} == {
         "dense_kernel", "dense_weight_kernel", "bias_kernel", "reduce_kernel", "depthwise_kernel",
-        "depthwise_weight_kernel", "finish_kernel", "activation_gradient_kernel",
+        "depthwise_weight_kernel", "finish_kernel", "activation_gradient_kernel", "step_kernel", "push_kernel",
+        "advance_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert within_limits(kernel, arch), kernel
@@ -294,3 +314,45 @@ def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
             assert on_tensor_cores(kernel, arch), kernel
         if kernel["name"] == "dense_kernel" and kernel["precision"] == "high":
             assert on_tensor_cores(kernel), kernel
+
+
+STEPS = CASES["causal_conv1d_step"]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sample", [pytest.param(sample, id=sample.name) for sample in STEPS.samples])
+def test_step_values(sample, dtype):
+    args, kwargs = sample.build(Draw(dtype))
+    with torch.no_grad():
+        judge((args, kwargs), STEPS.function, wanted=lambda index: False)
+
+
+@interpreted
+@pytest.mark.parametrize("groups, taps, dilation", [(1, 2, 5), (2, 3, 1), (12, 4, 2), (1, 1, 1)])
+@pytest.mark.parametrize("activation", ["silu", "gated_tanh"])
+def test_steps_around_the_ring_equal_the_whole(groups, taps, dilation, activation):
+    draw = Draw()
+    x, weight, bias = draw(2, 12, 11), draw(24, 12 // groups, taps, scale=0.3), draw(24)
+    options = {"dilation": dilation, "groups": groups, "activation": activation}
+    state = ConvState.zeros(2, 12, taps, dilation)
+    ring, position = state.ring, state.position
+    with torch.no_grad():
+        steps = [s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, **options) for t in range(11)]
+    assert state.ring is ring and state.position is position
+    with s2s.use_backend("reference"):
+        whole, last = s2s.causal_conv1d(x, weight, bias, return_state=True, **options)
+    torch.testing.assert_close(torch.stack(steps, 2), whole)
+    assert torch.equal(state.ordered(), last)
+
+
+@interpreted
+def test_the_step_of_triton_runs(monkeypatch):
+    from s2s_kernels.ops.convolution import triton_step
+
+    called = []
+    original = triton_step.causal_conv1d_step
+    monkeypatch.setattr(triton_step, "causal_conv1d_step", lambda *a: called.append(1) or original(*a))
+    with torch.no_grad():
+        s2s.causal_conv1d_step(torch.randn(1, 2), ConvState.zeros(1, 2, 2), torch.randn(2, 2, 2))
+    assert called == [1]

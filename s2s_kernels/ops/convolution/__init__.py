@@ -1,6 +1,6 @@
 """Causal convolution: dense, grouped, depthwise, dilated, gated; over a whole sequence, in chunks, or step by step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +11,15 @@ from . import autograd, reference
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
 OPERATOR = dispatch.register("causal_conv1d", cpu=lambda dtype: None, triton=dispatch.not_in_triton)
-STEP = dispatch.register("causal_conv1d_step", cpu=lambda call: None)
-STACK = dispatch.register(
-    "wavenet_step",
-    cpu=lambda records: "a step of a stack that records a gradient is the reference's" if records else None,
-)
+STEP = dispatch.register("causal_conv1d_step", cpu=lambda dtype: None, triton=dispatch.not_in_triton)
+
+
+def _stack_gap(records: bool) -> str | None:
+    return "a step of a stack that records a gradient is the reference's" if records else None
+
+
+WAVENET = dispatch.register("wavenet_step", cpu=_stack_gap)
+TCN = dispatch.register("tcn_step", cpu=_stack_gap)
 
 
 class Ring(Protocol):
@@ -139,7 +143,7 @@ def causal_conv1d_step(
     span = (weight.shape[2] - 1) * dilation
     checks.like(name, "state", ring, x_t, "x_t", (batch, span, channels), "a ring (B, (K-1) dilation, C_in)")
     records = recording(x_t, ring, weight, bias, residual)
-    backend = dispatch.choose(STEP, x_t.device, None)
+    backend = dispatch.choose(STEP, x_t.device, x_t.dtype)
     transformed = dispatch.transformed(x_t, ring, weight, bias, residual)
     if backend == "reference" or transformed or records:
         # A ring that is written in place can't be differentiated: this is the whole form, on a copy and of one
@@ -178,6 +182,10 @@ def conditioned_conv1d(
     return convolve((x, weight, bias, None, None, None, condition), (dilation, 1, activation, True))
 
 
+# The weights and biases of a stack's convolutions in the order of their use, and whether they are modules' own.
+StackParameters = tuple[list[torch.Tensor], list[torch.Tensor], bool]
+
+
 class StackRing(Protocol):
     """What the streaming state of a stack holds: s2s_kernels.nn.ConvStackState."""
 
@@ -186,56 +194,108 @@ class StackRing(Protocol):
 
     def ordered(self) -> list[torch.Tensor]: ...
     def replace(self, states: Sequence[torch.Tensor], in_place: bool) -> None: ...
+    def weights_of_step(self, mark: torch.Tensor, parameters: Callable[[], StackParameters]) -> tuple[Any, ...]: ...
 
 
 def wavenet_step(
     x_t: torch.Tensor,
     state: StackRing,
-    conv_weight: list[torch.Tensor],
-    conv_bias: list[torch.Tensor],
-    out_weight: list[torch.Tensor],
-    out_bias: list[torch.Tensor],
+    mark: torch.Tensor,
+    parameters: Callable[[], StackParameters],
     dilations: Sequence[int],
+    sizes: tuple[int, int, int],
     condition: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the
-    state is updated in place, or gets new tensors where a gradient is recorded."""
-    name = "wavenet_step"
-    ring = getattr(state, "ring", None)
-    if dispatch.is_plain(x_t, ring, condition):
+    state is updated in place, or gets new tensors where a gradient is recorded. `parameters` gives those of the dilated
+    and of the 1x1 convolution of each layer, one after the other; `mark` is any of them; sizes: C, K and S."""
+    channels, taps, skips = sizes
+    return _stack_step(
+        WAVENET,
+        reference.wavenet_step,
+        x_t,
+        state,
+        mark,
+        parameters,
+        (dilations, taps, skips),
+        (taps - 1) * sum(dilations) * channels,
+        (condition,),
+        2 * channels * len(dilations),
+    )
+
+
+def tcn_step(
+    x_t: torch.Tensor,
+    state: StackRing,
+    mark: torch.Tensor,
+    parameters: Callable[[], StackParameters],
+    dilations: Sequence[int],
+    taps: int,
+    channels: Sequence[int],
+) -> torch.Tensor:
+    """One position through all blocks of a `TCNStack`: x_t (B, channels[0]) -> y_t (B, channels[-1]); the state is
+    updated in place, or gets new tensors where a gradient is recorded. `parameters` gives for each block those of its
+    first convolution, of the 1x1 one where the numbers of channels around it differ, and of its second convolution;
+    `mark` is any of them."""
+    return _stack_step(
+        TCN,
+        reference.tcn_step,
+        x_t,
+        state,
+        mark,
+        parameters,
+        (dilations, taps, channels),
+        (taps - 1) * sum(d * (channels[i] + channels[i + 1]) for i, d in enumerate(dilations)),
+    )
+
+
+def _kernel(name: str) -> Callable[..., torch.Tensor]:
+    return getattr(torch.ops.s2s, name).default
+
+
+def _stack_step(
+    operator: dispatch.Operator,
+    definition: Callable[..., tuple[torch.Tensor, list[torch.Tensor]]],
+    x_t: torch.Tensor,
+    state: StackRing,
+    mark: torch.Tensor,
+    parameters: Callable[[], StackParameters],
+    options: tuple[Any, ...],
+    elements: int,
+    conditions: tuple[torch.Tensor | None, ...] = (),
+    condition_size: int = 0,
+) -> torch.Tensor:
+    """A step of a stack by its kernel, whose arguments end with `conditions` and `options`, or by its definition.
+    `elements` are those of a row of the state's rings."""
+    name, ring = operator.name, getattr(state, "ring", None)
+    if hasattr(state, "weights_of_step") and dispatch.is_plain(x_t, ring, mark, *conditions):
         try:  # the kernel's own checks cost less than these in Python
-            return torch.ops.s2s.wavenet_step.default(
-                x_t, ring, state.position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations
-            )
+            found = state.weights_of_step(mark, parameters)
+            return _kernel(name)(x_t, ring, state.position, *found, *conditions, *options)
         except RuntimeError:  # before anything is written; what follows says it in the words of an operator
             pass
+    weights, biases, _ = parameters()
     checks.tensor(name, "x_t", x_t)
     if torch.is_autocast_enabled(x_t.device.type):
-        lists = [conv_weight, conv_bias, out_weight, out_bias]
-        x_t, condition, *flat = checks.autocast(x_t, condition, *(t for tensors in lists for t in tensors))  # type: ignore[assignment]
-        count = len(dilations)
-        conv_weight, conv_bias, out_weight, out_bias = (flat[i * count : (i + 1) * count] for i in range(4))  # type: ignore[assignment]
+        x_t, *flat = checks.autocast(x_t, *conditions, *weights, *biases)  # type: ignore[assignment]
+        count = len(conditions)
+        conditions, weights, biases = tuple(flat[:count]), flat[count:][: len(weights)], flat[count + len(weights) :]  # type: ignore[assignment]
     checks.data(name, "x_t", x_t, 2, "(B, C)")
-    batch, channels = x_t.shape
-    taps = conv_weight[0].shape[2]
-    checks.like(name, "x_t", x_t, conv_weight[0], "the weights", (batch, conv_weight[0].shape[1]), "(B, C)")
-    checks.like(name, "condition", condition, x_t, "x_t", (batch, len(dilations) * 2 * channels), "(B, L 2C)")
+    batch = x_t.shape[0]
+    checks.like(name, "x_t", x_t, weights[0], "the weights", (batch, weights[0].shape[1]), "(B, C)")
+    for condition in conditions:
+        checks.like(name, "condition", condition, x_t, "x_t", (batch, condition_size), "(B, L 2C)")
     ring = ring_of(name, state, x_t)
-    slots = (taps - 1) * sum(dilations)
-    checks.like(name, "state", ring, x_t, "x_t", (batch, slots, channels), "a ring (B, sum of (K-1) dilation, C)")
-    parameters = (*conv_weight, *conv_bias, *out_weight, *out_bias)
-    records = recording(x_t, ring, condition, *parameters)
-    backend = dispatch.choose(STACK, x_t.device, records)
-    transformed = dispatch.transformed(x_t, ring, condition)
+    checks.like(name, "state", ring, x_t, "x_t", (batch, elements), "rings (B, the sum of (K-1) dilation C)")
+    records = recording(x_t, ring, *conditions, *weights, *biases)
+    backend = dispatch.choose(operator, x_t.device, records)
+    transformed = dispatch.transformed(x_t, ring, *conditions)
     if backend == "reference" or transformed:
-        skip, states = reference.wavenet_step(
-            x_t, state.ordered(), conv_weight, conv_bias, out_weight, out_bias, list(dilations), condition
-        )
+        y, states = definition(x_t, state.ordered(), weights, biases, options[0], *conditions)
         state.replace(states, in_place=not (records or transformed))
-        return skip
-    return torch.ops.s2s.wavenet_step(
-        x_t, ring, state.position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations
-    )
+        return y
+    weights, biases = ([tensor.contiguous() for tensor in tensors] for tensors in (weights, biases))
+    return _kernel(name)(x_t, ring, state.position, weights, biases, None, *conditions, *options)
 
 
 def ring_of(name: str, state: Any, x_t: torch.Tensor) -> torch.Tensor:

@@ -45,12 +45,25 @@ if dispatch.extension_missing is None:
     def _(x_t, ring, position, weight, bias, residual, dilation, groups, activation):
         return x_t.new_empty(x_t.shape[0], _results(activation, weight.shape[0]))
 
+    @torch.library.register_fake("s2s::conv_stack_pack")
+    def _(weights, biases):
+        return weights[0].new_empty(sum(_packed_elements(*weight.shape) for weight in weights))
+
     @torch.library.register_fake("s2s::wavenet_step")
-    def _(x_t, ring, position, conv_weight, conv_bias, out_weight, out_bias, condition, dilations):
-        return x_t.new_empty(x_t.shape[0], out_weight[0].shape[0] - x_t.shape[1])
+    def _(x_t, ring, position, weights, biases, packed, condition, dilations, taps, skips):
+        return x_t.new_empty(x_t.shape[0], skips)
+
+    @torch.library.register_fake("s2s::tcn_step")
+    def _(x_t, ring, position, weights, biases, packed, dilations, taps, channels):
+        return x_t.new_empty(x_t.shape[0], channels[-1])
+
+
+def _packed_elements(outputs: int, channels: int, taps: int) -> int:
+    return (outputs + 15) // 16 * 16 * (channels * taps + 1)
 
 
 python_kernels.register(f"{__package__}.triton_kernels", "causal_conv1d_forward", "causal_conv1d_backward")
+python_kernels.register(f"{__package__}.triton_step", "causal_conv1d_step")
 
 
 # tensors: x, weight, bias, residual, lengths, initial_state, condition; options: dilation, groups, activation, causal.

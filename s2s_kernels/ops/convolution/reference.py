@@ -1,5 +1,7 @@
 """The definition of causal convolution: plain PyTorch, differentiable any number of times."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -121,14 +123,13 @@ def causal_conv1d_step(
 def wavenet_step(
     x_t: torch.Tensor,
     states: list[torch.Tensor],
-    conv_weight: list[torch.Tensor],
-    conv_bias: list[torch.Tensor],
-    out_weight: list[torch.Tensor],
-    out_bias: list[torch.Tensor],
-    dilations: list[int],
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    dilations: Sequence[int],
     condition: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """One position through a stack of WaveNet layers: the sum of their skip outputs (B, S), and the next states.
+    weights and biases: those of conv and of W of each layer, one after the other.
 
     u = conv(x) + condition, z = tanh(u[:C]) sigmoid(u[C:]), [r, s] = W z + b, x = x + r, skip = skip + s (van den
     Oord et al. 2016)."""
@@ -140,15 +141,46 @@ def wavenet_step(
         z, state = causal_conv1d_step(
             x_t,
             states[layer],
-            conv_weight[layer],
-            conv_bias[layer],
+            weights[2 * layer],
+            biases[2 * layer],
             dilation=dilation,
             activation="gated_tanh",
             condition=None if condition is None else condition[:, rows],
         )
-        both = causal_conv1d(z[:, :, None], out_weight[layer], out_bias[layer])[:, :, 0]
+        both = causal_conv1d(z[:, :, None], weights[2 * layer + 1], biases[2 * layer + 1])[:, :, 0]
         x_t = x_t + both[:, :channels]
         skip = both[:, channels:] if skip is None else skip + both[:, channels:]
         following.append(state)
     assert skip is not None
     return skip, following
+
+
+def tcn_step(
+    x_t: torch.Tensor,
+    states: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    dilations: Sequence[int],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One position through a stack of TCN blocks: the last one's result, and the next states, two a block. weights and
+    biases: those of a block's first convolution, of the 1x1 one where its result has other channels, and of its second.
+
+    y = relu(match(x) + relu(conv2(relu(conv1(x))))), match being the identity or the 1x1 convolution (Bai et al.
+    2018)."""
+    parameters = iter(zip(weights, biases, strict=True))
+    before, following = iter(states), []
+
+    def convolve(x: torch.Tensor, dilation: int, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y, state = causal_conv1d_step(
+            x, next(before), *next(parameters), dilation=dilation, activation="relu", residual=residual
+        )
+        following.append(state)
+        return y
+
+    for dilation in dilations:
+        hidden = convolve(x_t, dilation)
+        if hidden.shape[1] != x_t.shape[1]:
+            weight, bias = next(parameters)
+            x_t = causal_conv1d(x_t[:, :, None], weight, bias)[:, :, 0]
+        x_t = torch.relu(convolve(hidden, dilation, x_t))
+    return x_t, following

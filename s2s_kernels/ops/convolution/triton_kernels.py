@@ -264,8 +264,8 @@ def _activation_gradient(
         with device_of(x):
             epilogue.activation_gradient_kernel[(programs,)](
                 grad, None if saved is None else saved.contiguous(), lengths, into, *strides_of(grad),
-                *strides_of(into), time, RESULTS=results, ACTIVATION=activation, FROM_OUTPUT=from_output, GRAD_UNIT=unit,
-                INTO_UNIT=_unit(into), **tiles,
+                *strides_of(into), time, RESULTS=results, ACTIVATION=activation, FROM_OUTPUT=from_output,
+                GRAD_UNIT=unit, INTO_UNIT=_unit(into), **tiles,
             )  # fmt: skip
     return into
 
