@@ -11,6 +11,10 @@ hypothesis.settings.register_profile("suite", max_examples=25, deadline=None, de
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("S2S_HYPOTHESIS", "suite"))
 
+# Processes that share the cores would wait for one another's threads. Tests of threads set their number themselves.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 if not torch.cuda.is_available():  # triton reads it when it is imported, which nothing has done yet
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
