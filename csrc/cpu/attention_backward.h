@@ -373,12 +373,7 @@ struct AttentionBackward {
     for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
       Vec<T> slowed;
       const Vec<T> s = score<T, EXTRA, TILED>(row, c, load(weights + c), slowed);
-      Vec<T> exponential;
-      if constexpr (TILED)
-        exponential = vexp_weight(s - level);
-      else
-        exponential = vexp_fast(s - level);
-      Vec<T> weight = select(s == hidden, Vec<T>{}, exponential * share), grad = load(grads + c);
+      Vec<T> weight = select(s == hidden, Vec<T>{}, vexp_weight(s - level) * share), grad = load(grads + c);
       if (p.dropout) {
         const Vec<T> factor = load(m.factors + c);
         grad = grad * factor;

@@ -264,7 +264,7 @@ struct AttentionDecode {
       dropout_factors<T>(p.seed0, p.seed1, 0, (b * p.heads + h) * p.time, at, columns, p.threshold, static_cast<T>(p.kept), m.factors);
     Vec<T> sum = {};
     for (int64_t c = 0; c < columns; c += lanes<T>) {
-      const Vec<T> weight = vexp_fast(load(scores + c) - level);
+      const Vec<T> weight = vexp_weight(load(scores + c) - level);
       sum = sum + weight;
       store(scores + c, p.dropout ? weight * load(m.factors + c) : weight);
     }

@@ -186,13 +186,13 @@ struct AttentionForward {
       dropout_factors<T>(p.seed0, p.seed1, 0, dropout_row, at + hull.begin, hull.end - hull.begin, p.threshold, static_cast<T>(p.kept),
                          m.factors + hull.begin);
       for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
-        const Vec<T> weight = vexp_fast(load(scores + c) - level);
+        const Vec<T> weight = vexp_weight(load(scores + c) - level);
         sum = sum + weight;
         store(scores + c, weight * load(m.factors + c));
       }
     } else {
       for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
-        const Vec<T> weight = vexp_fast(load(scores + c) - level);
+        const Vec<T> weight = vexp_weight(load(scores + c) - level);
         sum = sum + weight;
         store(scores + c, weight);
       }

@@ -116,6 +116,8 @@ S2S_INLINE Vec<float> vexp_weight(Vec<float> x) {
   return fma(r, fma(r, polynomial<float>(M::exp, r), broadcast(1.0f)), broadcast(1.0f)) * scale;
 }
 
+S2S_INLINE Vec<double> vexp_weight(Vec<double> x) { return exp_fast<double>(x); }
+
 // tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n expm1(r) + (2^n - 1), which cancels nowhere. In float32 of |x|: near -1 the last bit of e
 // would be the result's.
 template <class T>
