@@ -122,8 +122,9 @@ def wavenet_block(dilation: int, compiled: bool, time: int = 2048) -> Case:
     return Case(row, time, batch * time, build, amount, entrants, (TRAINING,), quick=True)
 
 
-def streaming(batch: int = 1, channels: int = 64, skip: int = 128, steps: int = 64) -> Case:
-    """Positions one by one through a WaveNet of 30 layers; T counts them."""
+def streaming(prepared: bool, batch: int = 1, channels: int = 64, skip: int = 128, steps: int = 64) -> Case:
+    """Positions one by one through a WaveNet of 30 layers; T counts them. Packing a prepared state's weights is part of
+    its time, as the peer's own layout isn't."""
     dilations = [2**i for i in range(10)] * 3
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
@@ -131,7 +132,7 @@ def streaming(batch: int = 1, channels: int = 64, skip: int = 128, steps: int = 
         frames = inputs.noise(time, batch, channels, grad=False)
 
         def ours() -> torch.Tensor:
-            state = stack.initial_state(batch)
+            state = stack.initial_state(batch, prepared=prepared)
             for frame in frames:
                 result, state = stack.step(frame, state)
             return result
@@ -151,7 +152,7 @@ def streaming(batch: int = 1, channels: int = 64, skip: int = 128, steps: int = 
         ]
         return work.chain(layer * (len(dilations) * t))
 
-    row = f"WaveNet streaming, 30 layers B{batch} C{channels}"
+    row = f"WaveNet streaming, 30 layers B{batch} C{channels}" + (" prepared" if prepared else "")
     return Case(row, steps, batch * steps, build, amount, ("ours", "ring"), (FORWARD,), quick=True)
 
 
@@ -178,7 +179,7 @@ def cases(grid: Grid) -> list[Case]:
         *convolution(grid, "dense", 1, 256, 3, 1),
         *(tcn_block(dilation, quick=dilation in (1, 16)) for dilation in (1, 4, 16, 64, 128)),
         *(wavenet_block(dilation, compiled=not grid.quick) for dilation in (1, 64)),
-        streaming(),
+        *(streaming(prepared) for prepared in (False, True)),
         *for_a_gpu(grid),
     ]
 

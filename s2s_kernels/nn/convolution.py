@@ -205,12 +205,21 @@ class WaveNetStack(Layer):
         assert skip is not None
         return skip.contiguous()
 
-    def initial_state(self, batch: int) -> ConvStackState:
-        """The state before the first position."""
+    def initial_state(self, batch: int, *, prepared: bool = False) -> ConvStackState:
+        """The state before the first position.
+
+        Args:
+            prepared: it also holds the weights as they are now, for faster steps: later changes of parameters don't
+                reach a prepared state (see `ConvStackState`).
+
+        Raises:
+            NotImplementedError: prepared where the cpu backend doesn't serve the stack.
+        """
         weight = next(self.parameters())
         spans = [(self.kernel_size - 1) * dilation for dilation in self.dilations]
+        packed = ops.pack_stack(ops.WAVENET, *self._in_order()) if prepared else None
         return ConvStackState.zeros(
-            batch, spans, [self.channels] * len(spans), dtype=weight.dtype, device=weight.device
+            batch, spans, [self.channels] * len(spans), packed, dtype=weight.dtype, device=weight.device
         )
 
     def step(
@@ -219,9 +228,7 @@ class WaveNetStack(Layer):
         """One position through all layers: x_t (B, C), condition (B, L 2C) -> (skip_t (B, S), state), the state
         updated in place."""
         sizes = (self.channels, self.kernel_size, self.skip_channels)
-        mark = self.conv[0]._parameters["bias"]
-        assert mark is not None
-        return ops.wavenet_step(x_t, state, mark, self._in_order, self.dilations, sizes, condition), state
+        return ops.wavenet_step(x_t, state, self._in_order, self.dilations, sizes, condition), state
 
     def _in_order(self) -> ops.StackParameters:
         return _parameters([layer for pair in zip(self.conv, self.out, strict=True) for layer in pair])
@@ -320,12 +327,21 @@ class TCNStack(Layer):
         """x (B, in_channels, T) -> (B, channels[-1], T)."""
         return self.blocks(x)
 
-    def initial_state(self, batch: int) -> ConvStackState:
-        """The state before the first position."""
+    def initial_state(self, batch: int, *, prepared: bool = False) -> ConvStackState:
+        """The state before the first position.
+
+        Args:
+            prepared: it also holds the weights as they are now, for faster steps: later changes of parameters don't
+                reach a prepared state (see `ConvStackState`).
+
+        Raises:
+            NotImplementedError: prepared where the cpu backend doesn't serve the stack.
+        """
         like = next(self.parameters())
         spans = [(self.kernel_size - 1) * dilation for dilation in self.dilations for _ in range(2)]
         channels = [width for pair in zip(self.channels, self.channels[1:], strict=False) for width in pair]
-        return ConvStackState.zeros(batch, spans, channels, dtype=like.dtype, device=like.device)
+        packed = ops.pack_stack(ops.TCN, *self._in_order()) if prepared else None
+        return ConvStackState.zeros(batch, spans, channels, packed, dtype=like.dtype, device=like.device)
 
     def step(self, x_t: torch.Tensor, state: ConvStackState) -> tuple[torch.Tensor, ConvStackState]:
         """One position through all blocks: x_t (B, in_channels) -> (y_t (B, channels[-1]), state), the state updated in
@@ -336,10 +352,7 @@ class TCNStack(Layer):
         """
         if self.training and self.dropout > 0:
             raise ValueError("TCNStack: step must be called in evaluation where dropout > 0, got training")
-        first = self.blocks[0]
-        assert isinstance(first, TCNBlock) and first.conv1.bias is not None
-        mark = first.conv1.bias
-        return ops.tcn_step(x_t, state, mark, self._in_order, self.dilations, self.kernel_size, self.channels), state
+        return ops.tcn_step(x_t, state, self._in_order, self.dilations, self.kernel_size, self.channels), state
 
     def _in_order(self) -> ops.StackParameters:
         blocks = cast(Iterable[TCNBlock], self.blocks)
@@ -350,10 +363,9 @@ class TCNStack(Layer):
 
 
 def _parameters(layers: list[Any]) -> ops.StackParameters:
-    """The weights and biases of convolutions, and whether all are their own: a parametrised weight is made anew each
-    time."""
-    try:  # ten times as fast as the attribute
+    """The weights and biases of convolutions."""
+    try:  # ten times as fast as the attribute, and a parametrised weight is no parameter
         parameters = [layer._parameters for layer in layers]
-        return [p["weight"] for p in parameters], [p["bias"] for p in parameters], True
+        return [p["weight"] for p in parameters], [p["bias"] for p in parameters]
     except KeyError:
-        return [layer.weight for layer in layers], [layer.bias for layer in layers], False
+        return [layer.weight for layer in layers], [layer.bias for layer in layers]

@@ -1,12 +1,8 @@
 """What generation carries from one step to the next."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-
-Parameters = Callable[[], tuple[list[torch.Tensor], list[torch.Tensor], bool]]
-StepWeights = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]
 
 
 class ConvState:
@@ -57,25 +53,30 @@ class ConvState:
 
 class ConvStackState:
     """What a stack of dilated causal convolutions carries: one ring a convolution, in one tensor, updated in place by
-    each step; and from its second step on a copy of the stack's weights in the order in which steps read them.
+    each step.
 
-    A step sees that weights changed, and takes them as they are, when an operation in place changed any of them (an
-    optimizer, `load_state_dict`) or when all of them lie elsewhere (`to`, `vector_to_parameters`). It can't see what is
-    written through `parameter.data`, nor that a single parameter was put in another's place: after these call
-    `forget_weights`, or begin with a new state.
+    A prepared state holds the stack's weights too, in the order in which the steps of the cpu backend read them, which
+    makes those faster: later changes of parameters don't reach a prepared state. A step with one raises
+    NotImplementedError where the reference would serve: a gradient to record, a transform of torch.func.
 
     Attributes:
         ring: (B, the sum of all spans times channels), the rings one after the other, each (span, channels).
         position: () int64 beside it, how many inputs came since the rings began.
         spans: (K-1) dilation of each ring.
         channels: of each ring.
+        packed: (N,), the weights and biases that a prepared state holds; None where steps read the parameters.
     """
 
     def __init__(
-        self, ring: torch.Tensor, position: torch.Tensor, spans: Sequence[int], channels: Sequence[int]
+        self,
+        ring: torch.Tensor,
+        position: torch.Tensor,
+        spans: Sequence[int],
+        channels: Sequence[int],
+        packed: torch.Tensor | None = None,
     ) -> None:
         self.ring, self.position, self.spans, self.channels = ring, position, tuple(spans), tuple(channels)
-        self._weights = _PackedWeights()
+        self.packed = packed
 
     @classmethod
     def zeros(
@@ -83,6 +84,7 @@ class ConvStackState:
         batch: int,
         spans: Sequence[int],
         channels: Sequence[int],
+        packed: torch.Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -90,7 +92,7 @@ class ConvStackState:
         """The state before the first position."""
         elements = sum(span * width for span, width in zip(spans, channels, strict=True))
         ring = torch.zeros(batch, elements, dtype=dtype, device=device)
-        return cls(ring, torch.zeros((), dtype=torch.int64, device=ring.device), spans, channels)
+        return cls(ring, torch.zeros((), dtype=torch.int64, device=ring.device), spans, channels, packed)
 
     def ordered(self) -> list[torch.Tensor]:
         """For each ring its inputs before the next position, oldest first: (B, C, (K-1) dilation)."""
@@ -102,10 +104,10 @@ class ConvStackState:
         ]
 
     def reorder(self, index: torch.Tensor) -> "ConvStackState":
-        """A new state whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search)."""
-        other = type(self)(self.ring.index_select(0, index), self.position.clone(), self.spans, self.channels)
-        other._weights = self._weights
-        return other
+        """A new state whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search).
+        Both hold the same packed weights."""
+        ring = self.ring.index_select(0, index)
+        return type(self)(ring, self.position.clone(), self.spans, self.channels, self.packed)
 
     def replace(self, states: Sequence[torch.Tensor], in_place: bool) -> None:
         """Takes what `ordered` would give after the step; with new tensors where the old ones must survive."""
@@ -115,48 +117,6 @@ class ConvStackState:
             self.position.zero_()
         else:
             self.ring, self.position = ring, torch.zeros_like(self.position)
-
-    def weights_of_step(self, mark: torch.Tensor, parameters: Parameters) -> StepWeights:
-        """The weights and biases of a step's kernel as they lie and None, or empty lists and all of them packed. `mark`
-        is one of them; `parameters` gives them, and whether they are modules' own."""
-        return self._weights.find(mark, parameters)
-
-    def forget_weights(self) -> None:
-        """Makes the next step take the weights as they are."""
-        self._weights = _PackedWeights()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weights": _PackedWeights()}  # the copy of a stack has other parameters
-
-
-class _PackedWeights:
-    """A stack's weights and biases packed for its steps, and what tells that they changed."""
-
-    def __init__(self) -> None:
-        self.data: torch.Tensor | None = None
-        self.mark: torch.Tensor | None = None
-        self.address = 0
-        self.versions: list[int] = []
-        self.aliases: list[torch.Tensor] = []  # share the parameters' memory and count its versions
-
-    def find(self, mark: torch.Tensor, parameters: Parameters) -> StepWeights:
-        if self.data is not None:
-            same = mark is self.mark and mark.data_ptr() == self.address
-            if same and [alias._version for alias in self.aliases] == self.versions:
-                return [], [], self.data
-            self.data, self.aliases, self.versions = None, [], []
-        weights, biases, own = parameters()
-        tensors = weights + biases
-        if not own or any(tensor.is_inference() or not tensor.is_contiguous() for tensor in tensors):
-            return weights, biases, None
-        versions = [tensor._version for tensor in tensors]
-        if versions == self.versions:  # two steps found the same: a third is to be expected
-            self.aliases = [tensor.detach() for tensor in tensors]
-            self.mark, self.address = mark, mark.data_ptr()
-            self.data = torch.ops.s2s.conv_stack_pack(weights, biases)
-            return [], [], self.data
-        self.versions = versions
-        return weights, biases, None
 
 
 def ordered(ring: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
@@ -105,7 +106,6 @@ def test_wavenet_equals_torch(backend, condition_time):
     ids=str,
 )
 def test_wavenet_steps_equal_forward(backend, dtype, batch, sizes):
-    """The first step reads the weights as they lie, those after it read them packed."""
     draw = Draw(dtype)
     channels, skips, dilations, taps = sizes
     stack = WaveNetStack(channels, skips, dilations, taps, dtype=dtype)
@@ -113,15 +113,15 @@ def test_wavenet_steps_equal_forward(backend, dtype, batch, sizes):
     for condition in conditions:
         with torch.no_grad(), s2s.use_backend(backend):
             whole = stack(x, condition)
-            state, steps = stack.initial_state(batch), []
-            for t in range(20):
-                skip, after = stack.step(x[:, :, t], state, None if condition is None else condition[:, :, t])
-                assert after is state
-                steps.append(skip)
-        steps = torch.stack(steps, 2)
-        if backend == "cpu":
-            assert torch.equal(steps, whole)
-        torch.testing.assert_close(steps, whole)
+            for prepared in (False, True) if backend == "cpu" else (False,):
+                state, steps = stack.initial_state(batch, prepared=prepared), []
+                for t in range(20):
+                    skip, after = stack.step(x[:, :, t], state, None if condition is None else condition[:, :, t])
+                    assert after is state
+                    steps.append(skip)
+                if backend == "cpu":
+                    assert torch.equal(torch.stack(steps, 2), whole)
+                torch.testing.assert_close(torch.stack(steps, 2), whole)
 
 
 def test_wavenet_beams():
@@ -149,6 +149,21 @@ def test_wavenet_steps_carry_gradients():
     torch.testing.assert_close(ours, torch.autograd.grad(stack(inputs).square().sum(), inputs)[0])
 
 
+@pytest.mark.parametrize("prepared", [False, pytest.param(True, marks=needs_extension)])
+def test_steps_carry_tangents_of_weights(prepared):
+    """Row 43; a prepared state would drop them."""
+    stack, x = WaveNetStack(4, 3, (1, 2)).requires_grad_(False), Draw()(2, 4)
+    state, tangent = stack.initial_state(2, prepared=prepared), Draw()(7)
+    with forward_ad.dual_level():
+        stack.out[1]._parameters["bias"] = forward_ad.make_dual(stack.out[1].bias, tangent)
+        if prepared:
+            with pytest.raises(NotImplementedError, match=r"prepared.*transform"):
+                stack.step(x, state)
+        else:
+            ours = forward_ad.unpack_dual(stack.step(x, state)[0]).tangent
+            torch.testing.assert_close(ours, tangent[4:].expand(2, 3))
+
+
 def test_wavenet_step_with_normalised_weights():
     """Row 41: a parametrised weight is no plain parameter of its layer."""
     stack = WaveNetStack(4, 3, (1, 2))
@@ -173,58 +188,109 @@ def test_wavenet_step_with_weights_of_other_strides():
         torch.testing.assert_close(torch.stack(steps, 2), whole)
 
 
-def scale_in_place(stack):
-    stack.out[1].bias.mul_(2.0)
+STACKS = {"wavenet": lambda: WaveNetStack(4, 3, (1, 2)), "tcn": lambda: TCNStack(4, (4, 3))}
 
 
-def load(stack):
-    stack.load_state_dict({name: 2.0 * value for name, value in stack.state_dict().items()})
-
-
-def assign(stack):
-    stack.load_state_dict({name: 2.0 * value for name, value in stack.state_dict().items()}, assign=True)
-
-
-def train(stack):
-    with torch.enable_grad():
-        stack(torch.ones(1, 4, 3)).sum().backward()
-    torch.optim.SGD(stack.parameters(), lr=0.1).step()
-
-
-def from_vector(stack):
-    nn.utils.vector_to_parameters(2.0 * nn.utils.parameters_to_vector(stack.parameters()), stack.parameters())
-
-
-@pytest.mark.parametrize("change", [scale_in_place, load, assign, train, from_vector])
-def test_wavenet_steps_see_that_weights_changed(change):
-    stack, x = WaveNetStack(4, 3, (1, 2)), Draw()(2, 4, 7)
+@pytest.mark.parametrize("stack", [pytest.param(make, id=name) for name, make in STACKS.items()])
+def test_steps_read_the_weights_as_they_are(stack):
+    """Whatever wrote them: nothing made of them outlives a step."""
+    stack, x = stack(), Draw()(2, 4, 6)
     state = stack.initial_state(2)
     with torch.no_grad():
         for t in range(4):
             stack.step(x[:, :, t], state)
-        other = stack.initial_state(2)
-        other.ring.copy_(state.ring)
-        other.position.copy_(state.position)
-        change(stack)
-        for t in range(4, 7):
-            assert torch.equal(stack.step(x[:, :, t], state)[0], stack.step(x[:, :, t], other)[0])
+        twin = copy.deepcopy(state)
+        other = copy.deepcopy(stack)
+        for module in (stack, other):
+            for value in module.parameters():
+                value.data.mul_(2.0)
+        assert torch.equal(stack.step(x[:, :, 4], state)[0], other.step(x[:, :, 4], twin)[0])
+        for value in stack.parameters():
+            value.zero_()
+        assert stack.step(torch.zeros(2, 4), state)[0].eq(0).all()
 
 
-def test_wavenet_states_forget_weights():
-    """Of another stack, in a copy, and when they are told to: what is written through `data` counts as no change."""
-    stacks, x = [WaveNetStack(4, 3, (1, 2)) for _ in range(2)], Draw()(2, 4, 5)
-    state = stacks[0].initial_state(2)
+@needs_extension
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("stack", [pytest.param(make, id=name) for name, make in STACKS.items()])
+def test_prepared_states_hold_the_weights(stack, normalised):
+    """Those of when they were made, in copies and for other beams too."""
+    stack, x, index = stack(), Draw()(2, 4, 9), torch.tensor([1, 0, 1])
+    if normalised:
+        nn.utils.parametrizations.weight_norm(
+            stack.conv[1] if isinstance(stack, WaveNetStack) else stack.blocks[0].conv2
+        )
+    state = stack.initial_state(2, prepared=True)
     with torch.no_grad():
-        for t in range(3):
-            stacks[0].step(x[:, :, t], state)
-        copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state)), state.reorder(torch.arange(2))]
-        expected = stacks[1].step(x[:, :, 3], copies[0])[0]
-        assert torch.equal(stacks[1].step(x[:, :, 3], copies[1])[0], expected)
-        assert torch.equal(stacks[1].step(x[:, :, 3], copies[2])[0], expected)
-        for value in stacks[0].parameters():
-            value.data.zero_()
-        state.forget_weights()
-        assert stacks[0].step(x[:, :, 3], state)[0].eq(0).all()
+        whole = stack(x)
+        for value in stack.parameters():
+            value.add_(1.0)
+        steps = [stack.step(x[:, :, t], state)[0] for t in range(8)]
+        assert torch.equal(torch.stack(steps, 2), whole[:, :, :8])
+        beams = state.reorder(index)
+        assert beams.packed is state.packed
+        assert torch.equal(stack.step(x[index, :, 8], beams)[0], whole[index, :, 8])
+        for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state)), state):
+            assert torch.equal(stack.step(x[:, :, 8], twin)[0], whole[:, :, 8])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stack", [pytest.param(make, id=name) for name, make in STACKS.items()])
+def test_prepared_steps_equal_others(stack, dtype):
+    stack, x = stack().to(dtype), Draw(dtype)(2, 4, 9)
+    states = stack.initial_state(2), stack.initial_state(2, prepared=True)
+    assert states[1].packed.dtype == dtype
+    with torch.no_grad():
+        for t in range(9):
+            ours, theirs = (stack.step(x[:, :, t], state)[0] for state in states)
+            assert torch.equal(ours, theirs)
+
+
+@needs_extension
+def test_prepared_steps_under_autocast():
+    stack, x = WaveNetStack(4, 3, (1, 2)), Draw()(2, 4, 5)
+    states = stack.initial_state(2), stack.initial_state(2, prepared=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for t in range(5):
+            ours, theirs = (stack.step(x[:, :, t], state)[0] for state in states)
+            assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
+@needs_extension
+def test_prepared_states_are_refused():
+    """Wherever the reference would serve, and by a stack of other sizes."""
+    stack, x = WaveNetStack(4, 3, (1, 2)), Draw()(2, 4, 2)
+    state = stack.initial_state(2, prepared=True)
+    before = copy.deepcopy(state.ring)
+    with pytest.raises(NotImplementedError, match=r"prepared.*gradient"):
+        stack.step(x[:, :, 0], state)
+    stack.requires_grad_(False)
+    with pytest.raises(NotImplementedError, match=r"prepared.*gradient"):
+        stack.step(x[:, :, 0].requires_grad_(), state)
+    with pytest.raises(NotImplementedError, match=r"prepared.*transform"):
+        torch.func.vmap(lambda frame: stack.step(frame, state)[0])(x[None, :, :, 0])
+    with s2s.use_backend("reference"):
+        with pytest.raises(NotImplementedError, match=r"prepared.*forced"):
+            stack.step(x[:, :, 0], state)
+        with pytest.raises(NotImplementedError, match=r"prepared.*forced"):
+            stack.initial_state(2, prepared=True)
+    with pytest.raises(ValueError, match="packed weights"):
+        WaveNetStack(4, 20, (1, 2)).requires_grad_(False).step(x[:, :, 0], state)
+    with pytest.raises(TypeError, match="x_t"):
+        stack.step(x[:, :, 0].double(), state)
+    assert torch.equal(state.ring, before) and state.position == 0
+    stack.step(x[:, :, 0], state)
+    assert state.position == 1
+    for other in (WaveNetStack(4, 3, (1, 2), device="meta"), TCNStack(4, (3,), device="meta")):
+        with pytest.raises(NotImplementedError, match=r"prepared.*meta"):
+            other.initial_state(2, prepared=True)
+
+
+def test_nothing_is_prepared_without_the_extension(monkeypatch):
+    monkeypatch.setattr(dispatch, "extension_missing", "no extension")
+    with pytest.raises(NotImplementedError, match=r"prepared.*no extension"):
+        TCNStack(4, (3,)).initial_state(2, prepared=True)
 
 
 def test_wavenet_errors():
@@ -296,11 +362,12 @@ def test_tcn_steps_equal_forward(backend, dtype, batch, sizes):
     stack, x = TCNStack(inputs, channels, taps, dtype=dtype), draw(batch, inputs, 20)
     with torch.no_grad(), s2s.use_backend(backend):
         whole = stack(x)
-        state = stack.initial_state(batch)
-        steps = torch.stack([stack.step(x[:, :, t], state)[0] for t in range(20)], 2)
-    if backend == "cpu" and dtype != torch.bfloat16:
-        assert torch.equal(steps, whole)
-    torch.testing.assert_close(steps, whole)
+        for prepared in (False, True) if backend == "cpu" else (False,):
+            state = stack.initial_state(batch, prepared=prepared)
+            steps = torch.stack([stack.step(x[:, :, t], state)[0] for t in range(20)], 2)
+            if backend == "cpu" and dtype != torch.bfloat16:
+                assert torch.equal(steps, whole)
+            torch.testing.assert_close(steps, whole)
 
 
 def test_tcn_beams():

@@ -1,7 +1,7 @@
 """Causal convolution: dense, grouped, depthwise, dilated, gated; over a whole sequence, in chunks, or step by step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -182,8 +182,8 @@ def conditioned_conv1d(
     return convolve((x, weight, bias, None, None, None, condition), (dilation, 1, activation, True))
 
 
-# The weights and biases of a stack's convolutions in the order of their use, and whether they are modules' own.
-StackParameters = tuple[list[torch.Tensor], list[torch.Tensor], bool]
+# The weights and biases of a stack's convolutions in the order of their use.
+StackParameters = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 class StackRing(Protocol):
@@ -191,16 +191,32 @@ class StackRing(Protocol):
 
     ring: torch.Tensor
     position: torch.Tensor
+    packed: torch.Tensor | None
 
     def ordered(self) -> list[torch.Tensor]: ...
     def replace(self, states: Sequence[torch.Tensor], in_place: bool) -> None: ...
-    def weights_of_step(self, mark: torch.Tensor, parameters: Callable[[], StackParameters]) -> tuple[Any, ...]: ...
+
+
+def pack_stack(operator: dispatch.Operator, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+    """What a prepared state holds of a stack's parameters, for the steps of `operator`."""
+    first = weights[0]
+    checks.data(operator.name, "weights", first, 3, "(C_out, C_in, K)")
+    if dispatch.choose(operator, first.device, False) != "cpu" or dispatch.transformed(*weights, *biases):
+        _refuse_prepared(operator, first.device, False)
+    weights, biases = ([tensor.detach().contiguous() for tensor in tensors] for tensors in (weights, biases))
+    return _kernel("conv_stack_pack")(weights, biases)
+
+
+def _refuse_prepared(operator: dispatch.Operator, device: torch.device, records: bool) -> NoReturn:
+    reason = dispatch.gap(operator, "cpu", device, records) or "the reference is forced, or a transform is looking"
+    raise NotImplementedError(
+        f"{operator.name}: state must not be prepared where the cpu backend doesn't serve, here: {reason}"
+    )
 
 
 def wavenet_step(
     x_t: torch.Tensor,
     state: StackRing,
-    mark: torch.Tensor,
     parameters: Callable[[], StackParameters],
     dilations: Sequence[int],
     sizes: tuple[int, int, int],
@@ -208,14 +224,13 @@ def wavenet_step(
 ) -> torch.Tensor:
     """One position through all layers of a `WaveNetStack`: x_t (B, C), condition (B, L 2C) -> skip_t (B, S); the
     state is updated in place, or gets new tensors where a gradient is recorded. `parameters` gives those of the dilated
-    and of the 1x1 convolution of each layer, one after the other; `mark` is any of them; sizes: C, K and S."""
+    and of the 1x1 convolution of each layer, one after the other; sizes: C, K and S."""
     channels, taps, skips = sizes
     return _stack_step(
         WAVENET,
         reference.wavenet_step,
         x_t,
         state,
-        mark,
         parameters,
         (dilations, taps, skips),
         (taps - 1) * sum(dilations) * channels,
@@ -227,7 +242,6 @@ def wavenet_step(
 def tcn_step(
     x_t: torch.Tensor,
     state: StackRing,
-    mark: torch.Tensor,
     parameters: Callable[[], StackParameters],
     dilations: Sequence[int],
     taps: int,
@@ -235,14 +249,12 @@ def tcn_step(
 ) -> torch.Tensor:
     """One position through all blocks of a `TCNStack`: x_t (B, channels[0]) -> y_t (B, channels[-1]); the state is
     updated in place, or gets new tensors where a gradient is recorded. `parameters` gives for each block those of its
-    first convolution, of the 1x1 one where the numbers of channels around it differ, and of its second convolution;
-    `mark` is any of them."""
+    first convolution, of the 1x1 one where the numbers of channels around it differ, and of its second convolution."""
     return _stack_step(
         TCN,
         reference.tcn_step,
         x_t,
         state,
-        mark,
         parameters,
         (dilations, taps, channels),
         (taps - 1) * sum(d * (channels[i] + channels[i + 1]) for i, d in enumerate(dilations)),
@@ -258,7 +270,6 @@ def _stack_step(
     definition: Callable[..., tuple[torch.Tensor, list[torch.Tensor]]],
     x_t: torch.Tensor,
     state: StackRing,
-    mark: torch.Tensor,
     parameters: Callable[[], StackParameters],
     options: tuple[Any, ...],
     elements: int,
@@ -267,35 +278,42 @@ def _stack_step(
 ) -> torch.Tensor:
     """A step of a stack by its kernel, whose arguments end with `conditions` and `options`, or by its definition.
     `elements` are those of a row of the state's rings."""
-    name, ring = operator.name, getattr(state, "ring", None)
-    if hasattr(state, "weights_of_step") and dispatch.is_plain(x_t, ring, mark, *conditions):
+    name, ring, packed = operator.name, getattr(state, "ring", None), getattr(state, "packed", None)
+    weights, biases = parameters() if packed is None else ([], [])
+    if ring is not None and dispatch.is_plain(x_t, ring, packed, *weights[:1], *conditions):
         try:  # the kernel's own checks cost less than these in Python
-            found = state.weights_of_step(mark, parameters)
-            return _kernel(name)(x_t, ring, state.position, *found, *conditions, *options)
+            return _kernel(name)(x_t, ring, state.position, weights, biases, packed, *conditions, *options)
         except RuntimeError:  # before anything is written; what follows says it in the words of an operator
             pass
-    weights, biases, _ = parameters()
+    if packed is not None:
+        weights, biases = parameters()
     checks.tensor(name, "x_t", x_t)
-    if torch.is_autocast_enabled(x_t.device.type):
-        x_t, *flat = checks.autocast(x_t, *conditions, *weights, *biases)  # type: ignore[assignment]
-        count = len(conditions)
-        conditions, weights, biases = tuple(flat[:count]), flat[count:][: len(weights)], flat[count + len(weights) :]  # type: ignore[assignment]
+    x_t, packed, *conditions = checks.autocast(x_t, packed, *conditions)  # type: ignore[assignment]
+    if packed is None:
+        weights, biases = list(checks.autocast(*weights)), list(checks.autocast(*biases))  # type: ignore[arg-type]
     checks.data(name, "x_t", x_t, 2, "(B, C)")
     batch = x_t.shape[0]
-    checks.like(name, "x_t", x_t, weights[0], "the weights", (batch, weights[0].shape[1]), "(B, C)")
+    held = weights[0] if packed is None else packed
+    checks.like(name, "x_t", x_t, held, "the weights", (batch, weights[0].shape[1]), "(B, C)")
+    elements_held = sum(autograd.packed_elements(*weight.shape) for weight in weights)
+    checks.like(name, "state", packed, x_t, "x_t", (elements_held,), "prepared by this stack: packed weights")
     for condition in conditions:
         checks.like(name, "condition", condition, x_t, "x_t", (batch, condition_size), "(B, L 2C)")
     ring = ring_of(name, state, x_t)
     checks.like(name, "state", ring, x_t, "x_t", (batch, elements), "rings (B, the sum of (K-1) dilation C)")
     records = recording(x_t, ring, *conditions, *weights, *biases)
     backend = dispatch.choose(operator, x_t.device, records)
-    transformed = dispatch.transformed(x_t, ring, *conditions)
+    transformed = dispatch.transformed(x_t, ring, *conditions, *weights, *biases)
     if backend == "reference" or transformed:
+        if packed is not None:
+            _refuse_prepared(operator, x_t.device, records)
         y, states = definition(x_t, state.ordered(), weights, biases, options[0], *conditions)
         state.replace(states, in_place=not (records or transformed))
         return y
+    if packed is not None:
+        weights, biases = [], []
     weights, biases = ([tensor.contiguous() for tensor in tensors] for tensors in (weights, biases))
-    return _kernel(name)(x_t, ring, state.position, weights, biases, None, *conditions, *options)
+    return _kernel(name)(x_t, ring, state.position, weights, biases, packed, *conditions, *options)
 
 
 def ring_of(name: str, state: Any, x_t: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ if dispatch.extension_missing is None:
 
     @torch.library.register_fake("s2s::conv_stack_pack")
     def _(weights, biases):
-        return weights[0].new_empty(sum(_packed_elements(*weight.shape) for weight in weights))
+        return weights[0].new_empty(sum(packed_elements(*weight.shape) for weight in weights))
 
     @torch.library.register_fake("s2s::wavenet_step")
     def _(x_t, ring, position, weights, biases, packed, condition, dilations, taps, skips):
@@ -58,7 +58,8 @@ if dispatch.extension_missing is None:
         return x_t.new_empty(x_t.shape[0], channels[-1])
 
 
-def _packed_elements(outputs: int, channels: int, taps: int) -> int:
+def packed_elements(outputs: int, channels: int, taps: int) -> int:
+    """What `conv_stack_pack` makes of one convolution."""
     return (outputs + 15) // 16 * 16 * (channels * taps + 1)
 
 
