@@ -1,7 +1,5 @@
 """The Triton kernels of attention without a GPU: their values by Triton's interpreter, and what they compile to."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,6 @@ import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.ops.random import keep_mask
 from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
-from s2s_kernels.testing.compilation import compile_for, on_tensor_cores, within_limits
 from s2s_kernels.testing.emulation import emulated, unavailable
 
 SAMPLES = [
@@ -508,21 +505,3 @@ def test_more_heads_than_a_grid_has_blocks_on_a_gpu():
     ours = s2s.attention(*leaves, causal=True)
     torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True))
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(ours.square().sum(), leaves))
-
-
-# What the compiler makes of the kernels
-
-
-@needs_triton
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
-    kernels = compile_for(Path(__file__).parent / "compiled_attention.py", arch)
-    products = {"forward_kernel", "query_kernel", "key_value_kernel", "bias_kernel"}
-    assert {kernel["name"] for kernel in kernels} == products | {"combine_kernel", "delta_kernel", "drop_kernel"}
-    for kernel in kernels:
-        assert within_limits(kernel, arch), kernel
-        if kernel["name"] not in products or (kernel["dtype"] == "float32" and kernel["precision"] == "highest"):
-            continue
-        # A decoding tile, or one of very wide heads, is too small for the units of whole warp groups.
-        small = kernel["ROWS"] < 64 or kernel["dtype"] == "float32"
-        assert on_tensor_cores(kernel, None if small else arch), kernel

@@ -1,8 +1,6 @@
 """The Triton kernels of causal convolution without a GPU: their values by Triton's interpreter, and what they compile
 to."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +12,6 @@ from s2s_kernels.nn import ConvState
 from s2s_kernels.ops.convolution import conditioned_conv1d
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
 from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
-from s2s_kernels.testing.compilation import compile_for, on_tensor_cores, within_limits
 from s2s_kernels.testing.emulation import emulated, unavailable
 
 CASE = CASES["causal_conv1d"]
@@ -294,26 +291,6 @@ def test_a_gpu_replays_steps_from_a_graph():
             graph.replay()
             assert torch.equal(y_t, s2s.causal_conv1d_step(frame, plain, weight, bias, **options))
     assert torch.equal(state.ordered(), plain.ordered())
-
-
-# What the compiler makes of the kernels
-
-
-@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
-    kernels = compile_for(Path(__file__).parent / "compiled_convolution.py", arch)
-    assert {kernel["name"] for kernel in kernels} == {
-        "dense_kernel", "dense_weight_kernel", "bias_kernel", "reduce_kernel", "depthwise_kernel",
-        "depthwise_weight_kernel", "finish_kernel", "activation_gradient_kernel", "step_kernel", "push_kernel",
-        "advance_kernel",
-    }  # fmt: skip
-    for kernel in kernels:
-        assert within_limits(kernel, arch), kernel
-        if kernel["name"] in ("dense_kernel", "dense_weight_kernel") and kernel["dtype"] != "float32":
-            assert on_tensor_cores(kernel, arch), kernel
-        if kernel["name"] == "dense_kernel" and kernel["precision"] == "high":
-            assert on_tensor_cores(kernel), kernel
 
 
 STEPS = CASES["causal_conv1d_step"]
