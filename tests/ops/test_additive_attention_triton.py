@@ -16,7 +16,7 @@ from s2s_kernels.testing.emulation import emulated, unavailable
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 NAN, INF = float("nan"), float("inf")
-COSTLY = ("tails", "tails, odd units", "one query", "numbers of 5", "poisoned", "poisoned under a mask")
+HALVES = ("plain", "everything", "lengths")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +44,7 @@ def samples():
     for operator in ("additive_attention", "attention_pool"):
         for dtype in (torch.float32, torch.float16):
             for sample in CASES[operator].samples:
-                if dtype == torch.float32 or sample.name not in COSTLY:
+                if dtype == torch.float32 or sample.name in HALVES:
                     yield pytest.param(operator, sample, dtype, id=f"{operator}-{sample.name}-{dtype}")
 
 
@@ -271,7 +271,7 @@ def calls(draw):
 
 
 @interpreted
-@settings(max_examples=8)
+@settings(max_examples=settings().max_examples // 4)
 @given(calls())
 def test_any_call_equals_the_definition(arguments):
     judge(arguments)

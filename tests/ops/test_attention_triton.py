@@ -1,5 +1,7 @@
 """The Triton kernels of attention without a GPU: their values by Triton's interpreter, and what they compile to."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ SAMPLES = [
     pytest.param(CASES[operator].function, sample, id=f"{operator}, {sample.name}")
     for operator in ("attention", "scaled_dot_product_attention")
     for sample in CASES[operator].samples
+    if sample.name not in ("tails", "several blocks")  # slow, and others have all that is in them
 ]
 by_name = {sample.name: sample for sample in CASES["attention"].samples}
 INF, NAN = float("inf"), float("nan")
@@ -132,8 +135,10 @@ def test_any_subset_of_inputs_wanting_a_gradient():
 
 
 @interpreted
-@pytest.mark.parametrize("width, value_width", [(130, 70), (16, 300), (600, 1024)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "width, value_width, dtype",
+    [(130, 70, torch.float32), (130, 70, torch.float16), (16, 300, torch.float16), (600, 1024, torch.float32)],
+)
 def test_wide_heads(width, value_width, dtype):
     """Of more than one tile, or tiles of their own."""
     draw = Draw(dtype)
@@ -142,24 +147,24 @@ def test_wide_heads(width, value_width, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("poison", [NAN, -INF])
-def test_what_is_hidden_never_leaks(poison):
+def test_what_is_hidden_never_leaks():
     """In a block of which others see a part, and in one that a mask hides; in results and in gradients."""
     time = 40
     keep = torch.ones(time, time, dtype=torch.bool)
     keep[:25, 25] = False
     for options in ({"causal": True}, {"mask": keep}, {"bias": torch.zeros(time, time).masked_fill(~keep, -INF)}):
-        for place in (1, 2):
-            clean = [Draw(seed=i)(1, 2, time, 16).requires_grad_() for i in range(3)]
+        clean = [Draw(seed=i)(1, 2, time, 16).requires_grad_() for i in range(3)]
+        expected = s2s.attention(*clean, **options)
+        wanted = torch.autograd.grad(expected[:, :, :25].sum(), clean)
+        for place, poison in itertools.product((1, 2), (NAN, -INF)):
             poisoned = [t.detach().clone() for t in clean]
             poisoned[place][0, 0, 25, 3] = poison
             poisoned = [t.requires_grad_() for t in poisoned]
-            out, expected = s2s.attention(*poisoned, **options), s2s.attention(*clean, **options)
+            out = s2s.attention(*poisoned, **options)
             torch.testing.assert_close(out[:, :, :25], expected[:, :, :25])
             torch.testing.assert_close(out[:, 1], expected[:, 1])
             assert out[0, 0, 25:].isnan().all()
             grads = torch.autograd.grad(out[:, :, :25].sum(), poisoned)
-            wanted = torch.autograd.grad(expected[:, :, :25].sum(), clean)
             torch.testing.assert_close(grads[0][:, :, :25], wanted[0][:, :, :25])
             for grad, want in zip(grads, wanted, strict=True):
                 torch.testing.assert_close(grad[:, 1], want[:, 1])
@@ -231,7 +236,7 @@ def test_bias_of_least_number_and_infinity(dtype):
 @interpreted
 @pytest.mark.parametrize(
     "shape",
-    [(2, 2, 40, 48), (1, 2, 40, 48), (2, 1, 40, 48), (40, 48), (2, 1, 48), (2, 1, 40, 1), (1, 1), (48,), (2, 2, 1, 1)],
+    [(2, 2, 40, 48), (2, 1, 40, 48), (40, 48), (2, 1, 48), (2, 1, 40, 1), (1, 1), (2, 2, 1, 1)],
 )
 def test_the_gradient_of_a_bias_has_its_shape(shape):
     draw = Draw()
@@ -326,7 +331,7 @@ def calls(draw):
 
 
 @interpreted
-@settings(max_examples=8)
+@settings(max_examples=settings().max_examples // 4)
 @given(calls())
 def test_any_call_equals_the_definition(arguments):
     judge(arguments)

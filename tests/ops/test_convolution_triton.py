@@ -3,7 +3,7 @@ to."""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2s_kernels as s2s
@@ -49,10 +49,18 @@ def test_the_kernels_of_triton_run(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_values_and_gradients(sample, dtype):
-    judge(sample.build(Draw(dtype)))
+def test_values_and_gradients(sample):
+    judge(sample.build(Draw()))
+
+
+HALVES = ("plain", "depthwise", "everything", "gate across groups", "lengths", "tails, gated", "many channels")
+
+
+@interpreted
+@pytest.mark.parametrize("name", HALVES)
+def test_values_and_gradients_in_16_bits(name):
+    judge(by_name[name].build(Draw(torch.float16)))
 
 
 def transposed(value):
@@ -96,7 +104,7 @@ def noise_sliced(output, index):
 
 @interpreted
 @pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])
-@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("name", ["depthwise", "everything"])
 def test_any_strides_of_the_incoming_gradient(name, upstream):
     judge(by_name[name].build(Draw()), upstream=upstream)
 
@@ -107,15 +115,16 @@ def test_any_subset_of_inputs_wanting_a_gradient(name):
     arguments = by_name[name].build(Draw())
     for chosen in range(5 if name == "everything" else 3):
         judge(arguments, wanted=lambda index, chosen=chosen: index == chosen)
-        judge(arguments, wanted=lambda index, chosen=chosen: index != chosen)
+        if name == "depthwise":
+            judge(arguments, wanted=lambda index, chosen=chosen: index != chosen)
 
 
 @interpreted
 def test_channels_side_by_side_and_many_products():
     """Sizes at which the launcher lays the channels of 16-bit inputs side by side, and several tiles of each kind."""
     draw = Draw(torch.float16)
-    x, weight = draw(1, 64, 300), draw(130, 64, 4, scale=1 / 16)
-    options = {"dilation": 3, "activation": "silu", "residual": draw(1, 130, 300)}
+    x, weight = draw(1, 64, 150), draw(130, 64, 4, scale=1 / 16)
+    options = {"dilation": 3, "activation": "silu", "residual": draw(1, 130, 150)}
     judge(((x, weight, draw(130)), options))
     judge(((channels_last(x), weight, None), {"lengths": torch.tensor([140])}))
     judge(((x, weight, draw(130)), {"dilation": 30, "initial_state": draw(1, 64, 90), "activation": "glu"}))
@@ -184,6 +193,7 @@ def calls(draw):
 
 
 @interpreted
+@settings(max_examples=settings().max_examples // 4)
 @given(calls())
 def test_any_call_equals_the_definition(arguments):
     judge(arguments)
@@ -193,7 +203,7 @@ def test_any_call_equals_the_definition(arguments):
 @pytest.mark.parametrize("groups", [1, 6])
 def test_the_same_bits_on_every_run(groups):
     draw = Draw(torch.float16)
-    arguments = (draw(5, 6, 700), draw(6, 6 // groups, 3), draw(6)), {"groups": groups, "activation": "silu"}
+    arguments = (draw(2, 6, 300), draw(6, 6 // groups, 3), draw(6)), {"groups": groups, "activation": "silu"}
     runs = [dict(evaluate(s2s.causal_conv1d, prepare(arguments), noise_like)) for _ in range(2)]
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
@@ -306,16 +316,20 @@ def test_step_values(sample, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("groups, taps, dilation", [(1, 2, 5), (2, 3, 1), (12, 4, 2), (1, 1, 1)])
-@pytest.mark.parametrize("activation", ["silu", "gated_tanh"])
+@pytest.mark.parametrize(
+    "groups, taps, dilation, activation",
+    [
+        (1, 2, 5, "silu"), (2, 3, 1, "gated_tanh"), (12, 4, 2, "silu"), (12, 4, 2, "gated_tanh"), (1, 1, 1, "gated_tanh"),
+    ],
+)  # fmt: skip
 def test_steps_around_the_ring_equal_the_whole(groups, taps, dilation, activation):
     draw = Draw()
-    x, weight, bias = draw(2, 12, 11), draw(24, 12 // groups, taps, scale=0.3), draw(24)
+    x, weight, bias = draw(2, 12, 8), draw(24, 12 // groups, taps, scale=0.3), draw(24)
     options = {"dilation": dilation, "groups": groups, "activation": activation}
     state = ConvState.zeros(2, 12, taps, dilation)
     ring, position = state.ring, state.position
     with torch.no_grad():
-        steps = [s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, **options) for t in range(11)]
+        steps = [s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, **options) for t in range(8)]
     assert state.ring is ring and state.position is position
     with s2s.use_backend("reference"):
         whole, last = s2s.causal_conv1d(x, weight, bias, return_state=True, **options)
