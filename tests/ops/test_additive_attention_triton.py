@@ -11,6 +11,7 @@ import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare
 from s2s_kernels.testing.emulation import emulated, unavailable
+from s2s_kernels.testing.layouts import noise_transposed, ones_expanded, sliced, transposed
 
 # numpy, in which the interpreter computes, warns of what a GPU does in silence.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -104,25 +105,6 @@ def test_no_buffer_of_the_size_of_the_scores(monkeypatch):
         s2s.additive_attention(*leaves, dropout_p=0.1).sum().backward()
     sizes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert sizes and max(sizes) < batch * rows * keys * 4 / 2
-
-
-def transposed(value):
-    order = tuple(reversed(range(value.dim())))
-    return value.permute(order).contiguous().permute(order)
-
-
-def sliced(value):
-    outer = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 3), NAN)
-    outer[..., 3::2] = value
-    return outer[..., 3::2]
-
-
-def ones_expanded(output, index):
-    return output.new_ones(()).expand(output.shape)
-
-
-def noise_transposed(output, index):
-    return transposed(noise_like(output, index))
 
 
 @interpreted
