@@ -24,6 +24,7 @@ from s2s_kernels.testing import (
     prepare,
     to_device,
 )
+from s2s_kernels.testing.layouts import noise_sliced, noise_transposed, ones_expanded, sliced, transposed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = [
@@ -66,20 +67,6 @@ def judge(backend, function, arguments, **options):
 def relaid(arguments, layout):
     """The same call with every floating tensor laid out otherwise; `layout` gets a tensor and returns it."""
     return tree_map(lambda v: layout(v) if is_float(v) else v, arguments)
-
-
-def transposed(value):
-    order = tuple(reversed(range(value.dim())))
-    return value.permute(order).contiguous().permute(order)
-
-
-def sliced(value):
-    """Every second element of a buffer of NaN, off its start."""
-    if value.dim() == 0:
-        return value
-    outer = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 3), float("nan"))
-    outer[..., 3::2] = value
-    return outer[..., 3::2]
 
 
 def absurd(value):
@@ -139,18 +126,6 @@ def test_offsets_past_32_bits(case, sample, backend, monkeypatch):
             case.function,
             relaid(arguments, lambda v, seen=seen, chosen=chosen: far_apart(v) if next(seen) == chosen else v),
         )
-
-
-def ones_expanded(output, index):
-    return output.new_ones(()).expand(output.shape)
-
-
-def noise_transposed(output, index):
-    return transposed(noise_like(output, index))
-
-
-def noise_sliced(output, index):
-    return sliced(noise_like(output, index))
 
 
 @pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])

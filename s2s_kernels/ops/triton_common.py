@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .random import threshold
+
 # How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
 # products, in one.
 PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -69,6 +71,11 @@ def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.const
         return words.permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
 
 
+@triton.jit
+def is_finite(x):
+    return x * 0.0 == 0.0
+
+
 @triton.jit(do_not_specialize=["count", "splits"])
 def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
     """The splits' shares added in their order: the same bits on every run."""
@@ -82,6 +89,21 @@ def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.con
 def power(size: int, low: int, high: int) -> int:
     """The power of two that holds size, within bounds that are powers of two."""
     return min(max(triton.next_power_of_2(size), low), high)
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """Whether neighbours along the last dimension are neighbours in memory."""
+    return tensor.stride(-1) == 1
+
+
+def precision() -> str:
+    return PRECISION[torch.get_float32_matmul_precision()]
+
+
+def dropout_numbers(p: float) -> tuple[int, float]:
+    """The least word that is kept, for `keep_tile`, and what the kept are multiplied by."""
+    least = threshold(p)
+    return min(least, 2**32 - 1), 0.0 if least >= 2**32 else 1 / (1 - p)
 
 
 def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...]:

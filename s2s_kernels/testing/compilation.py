@@ -1,11 +1,14 @@
 """What the compiler makes of Triton kernels for an architecture, without a GPU.
 
-python -m s2s_kernels.testing.compilation FILE ARCHITECTURE compiles every launch of the calls that a file makes, and
-prints a line of JSON for each: its resources and the matrix instructions in it. The file has `calls(arch)`, which
-yields the dtype and the precision of what it has launched since, `again()`, which makes calls of other lengths that
-must compile to nothing new, and PRODUCTS, the names of the kernels whose instructions are read.
+python -m s2s_kernels.testing.compilation ARCHITECTURE FILE... compiles the launches of the calls that some files make,
+and prints a line of JSON for each: its resources and the matrix instructions in it; with --samples those alone that a
+file calls samples. A file has `calls(arch)`, which yields the dtype and the precision of what it has launched since and
+whether that is a sample, `again()`, which makes calls of other lengths that must compile to nothing new, PRODUCTS, the
+names of the kernels whose instructions are read, and EVERYWHERE, of those that are compiled for each architecture; the
+others are for LIGHT only.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -13,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,9 +27,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
+LIGHT = 90
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -74,16 +79,13 @@ def inspect(compiled: Any, products: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compile_for(calls: Path, arch: int) -> list[dict[str, Any]]:
+def compile_for(files: Sequence[Path], arch: int, samples: bool) -> list[dict[str, Any]]:
     """What this program prints, from a process of its own: a test's has the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "s2s_kernels.testing.compilation", str(arch), *map(str, files)]
     run = subprocess.run(
-        [sys.executable, "-m", "s2s_kernels.testing.compilation", str(calls), str(arch)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command + ["--samples"] * samples, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
@@ -99,33 +101,56 @@ def on_tensor_cores(kernel: dict[str, Any], arch: int | None = None) -> bool:
     return any(word in kernel["operations"] for word in words)
 
 
-def main(calls: ModuleType, arch: int) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    JITFunction.run = record  # type: ignore[method-assign]
-    seen = set()
-    for dtype, precision in calls.calls(arch):
-        for kernel, args, kwargs in launched:
-            source, options = source_of(kernel, args, kwargs)
-            if (key := (source.hash(), *options.values())) in seen:
-                continue
-            seen.add(key)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            facts = {"name": kernel.__name__, "dtype": str(dtype).removeprefix("torch."), "precision": precision}
-            products = kernel.__name__ in calls.PRODUCTS
-            print(json.dumps({**facts, **kwargs, **inspect(compiled, products)}), flush=True)
-        launched.clear()
-    calls.again()
-    for kernel, args, kwargs in launched:
-        source, options = source_of(kernel, args, kwargs)
-        assert (source.hash(), *options.values()) in seen, f"{kernel.__name__} compiles again for another length"
-
-
-if __name__ == "__main__":
-    specification = importlib.util.spec_from_file_location("calls", sys.argv[1])
+def _imported(file: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(file.stem, file)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    main(module, int(sys.argv[2]))
+    return module
+
+
+def _compile_calls(calls: ModuleType, arch: int, samples: bool) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    def sources() -> list[tuple[Any, ...]]:
+        """Of the launches since, each with what the compiler would tell it apart by."""
+        found = []
+        for kernel, args, kwargs in launched:
+            if arch == LIGHT or kernel.__name__ in calls.EVERYWHERE:
+                source, options = source_of(kernel, args, kwargs)
+                found.append(((source.hash(), *options.values()), kernel.__name__, kwargs, source, options))
+        launched.clear()
+        return found
+
+    known, done = set(), set()
+    for dtype, precision, sample in calls.calls(arch):
+        for key, name, kwargs, source, options in sources():
+            known.add(key)
+            if key in done or (samples and not sample):
+                continue
+            done.add(key)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            facts = {"file": calls.__name__, "name": name, "dtype": str(dtype).removeprefix("torch.")}
+            facts = {**facts, "precision": precision, **kwargs, **inspect(compiled, name in calls.PRODUCTS)}
+            print(json.dumps(facts), flush=True)
+    calls.again()
+    for key, name, *_ in sources():
+        assert key in known, f"{name} compiles again for another length"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", type=int, choices=SHARED)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--samples", action="store_true")
+    options = parser.parse_args()
+    from triton.runtime.jit import JITFunction
+
+    JITFunction.run = record  # type: ignore[method-assign]
+    for file in options.files:
+        _compile_calls(_imported(file), options.arch, options.samples)
+
+
+if __name__ == "__main__":
+    main()

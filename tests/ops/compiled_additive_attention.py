@@ -1,21 +1,27 @@
-"""python compiled_additive_attention.py ARCHITECTURE: compiles every launch of some calls of additive attention and
-attention pooling, without a GPU, and prints a line of JSON for each: its resources and the matrix instructions in
-it."""
+"""The calls of additive attention and attention pooling whose launches are compiled for each architecture."""
 
-import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from s2s_kernels.ops.additive_attention import triton_kernels, triton_pool
-from s2s_kernels.testing.compilation import TYPES, inspect, launched, record, source_of
 
-TYPES[torch.bool] = "*i1"
+PRODUCTS = (
+    "context_kernel", "product_kernel", "value_gradient_kernel", "pool_scores_kernel", "pool_map_gradient_kernel",
+)  # fmt: skip
+EVERYWHERE = (*PRODUCTS, "scores_kernel", "gradient_kernel")
+
+
+def without_convolution(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    """In place of what pooling's backward borrows of convolution, which has calls of its own."""
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0]), None, None
+
+
+triton_pool.causal_conv1d_backward = without_convolution
+
+
+EVERYTHING = {"mask": True, "dropout": 0.2, "weights": True, "odd": True}
 
 
 def call(
@@ -47,52 +53,26 @@ def pool(dtype: torch.dtype, batch: int, time: int, *, width: int = 96, units: i
     triton_pool.attention_pool_backward(pooled, weights, x, weight, bias, context, weights, lengths)
 
 
-def calls(arch: int, batch: int, queries: int, keys: int) -> Iterator[torch.dtype]:
-    """Makes the calls; yields the dtype of what they have launched."""
-    for dtype in (torch.bfloat16, torch.float32):
-        call(dtype, batch, queries, keys, mask=True, dropout=0.2, weights=True, odd=True)
-        if arch == 90 or dtype == torch.bfloat16:
-            pool(dtype, batch, keys, last=dtype == torch.bfloat16)
-        yield dtype
+def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
+    """Makes the calls, some for one architecture only; yields the dtype and the precision of what they launched, and
+    whether that is a sample."""
+    call(torch.bfloat16, 3, 74, 75, **EVERYTHING)
+    yield torch.bfloat16, "highest", arch != 80
+    pool(torch.bfloat16, 3, 75)
+    yield torch.bfloat16, "highest", arch == 90
     if arch == 90:
-        call(torch.bfloat16, batch, queries, keys)
-        yield torch.bfloat16
-        call(torch.float16, batch, 1, keys)
-        yield torch.float16
+        call(torch.bfloat16, 3, 74, 75)
+        call(torch.float16, 3, 1, 75)
+        yield torch.float16, "highest", False
+    call(torch.float32, 3, 74, 75, **EVERYTHING)
+    yield torch.float32, "highest", arch == 80
+    if arch == 90:
+        pool(torch.float32, 3, 75, last=False)
+    yield torch.float32, "highest", False
 
 
-PRODUCTS = (
-    "context_kernel", "product_kernel", "value_gradient_kernel", "pool_scores_kernel", "pool_map_gradient_kernel",
-)  # fmt: skip
-HEAVY = (*PRODUCTS, "scores_kernel", "gradient_kernel")
-
-
-def sources(arch: int) -> Iterator[tuple[Any, dict[str, Any], Any, dict[str, int], torch.dtype]]:
-    """Kernel, arguments, source, options and dtype of everything that has been launched."""
-    for sizes in ((3, 74, 75), (2, 5, 640), (5, 129, 2)):
-        for dtype in calls(arch, *sizes):
-            for kernel, args, kwargs in launched:
-                # Convolution has tests of its own; what has neither tanh nor product is seen once.
-                if "convolution" not in kernel.__module__ and (arch == 90 or kernel.__name__ in HEAVY):
-                    yield kernel, kwargs, *source_of(kernel, args, kwargs), dtype
-            launched.clear()
-        yield None, {}, None, {}, torch.float32  # another batch and other lengths from here on
-
-
-def main(arch: int) -> None:
-    JITFunction.run = record  # type: ignore[method-assign]
-    seen: set[tuple[object, ...]] = set()
-    first = True
-    for kernel, kwargs, source, options, dtype in sources(arch):
-        if kernel is None:
-            first = False
-        elif (key := (source.hash(), *options.values())) not in seen:
-            assert first, f"{kernel.__name__} compiles again for another length"
-            seen.add(key)
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            facts = {"name": kernel.__name__, "dtype": str(dtype).removeprefix("torch."), **kwargs}
-            print(json.dumps({**facts, **inspect(compiled, kernel.__name__ in PRODUCTS)}), flush=True)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+def again() -> None:
+    """Another batch and length, odd ones too, that compile to the same kernels."""
+    call(torch.bfloat16, 2, 5, 640, **EVERYTHING)
+    call(torch.float32, 5, 129, 2, **EVERYTHING)
+    pool(torch.bfloat16, 2, 641)

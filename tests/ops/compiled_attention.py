@@ -8,6 +8,7 @@ import torch
 from s2s_kernels.ops.attention import triton_kernels
 
 PRODUCTS = ("forward_kernel", "query_kernel", "key_value_kernel", "bias_kernel")  # whose instructions are read
+EVERYWHERE = PRODUCTS
 
 EVERYTHING = {
     "kv_heads": 4, "lengths": True, "mask": True, "bias": torch.bfloat16, "slopes": True, "softcap": 5.0,
@@ -39,26 +40,32 @@ def call(
         triton_kernels.attention_backward(noise(*out.shape), torch.randn(lse.shape), *saved, *arguments, *needs)
 
 
-def calls(arch: int) -> Iterator[tuple[torch.dtype, str]]:
-    """Makes the calls, some for one architecture only; yields the dtype and the precision of what they launched."""
+def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
+    """Makes the calls, some for one architecture only; yields the dtype and the precision of what they launched, and
+    whether that is a sample."""
     triton_kernels.generation = lambda x: arch // 10
     call(torch.bfloat16, 64)
+    yield torch.bfloat16, "highest", arch == 90
     call(torch.bfloat16, 128, **EVERYTHING)
+    yield torch.bfloat16, "highest", arch == 80
     call(torch.bfloat16, 128, heads=32, time=1, source=4096, causal=False, lengths=True, backward=False)
+    yield torch.bfloat16, "highest", arch == 90
     if arch == 90:
         call(torch.bfloat16, 128)
         call(torch.bfloat16, 256, backward=False)
         call(torch.bfloat16, 512, backward=False)
-    yield torch.bfloat16, "highest"
+        yield torch.bfloat16, "highest", False
+    if arch == 100:
+        call(torch.bfloat16, 128)
+        yield torch.bfloat16, "highest", True
     if arch == 80:
         call(torch.float16, 64, bias=torch.float32)
-    yield torch.float16, "highest"
-    if arch == 80:
+        yield torch.float16, "highest", False
         call(torch.float32, 64)
-    yield torch.float32, "highest"
+        yield torch.float32, "highest", False
     torch.set_float32_matmul_precision("high")
     call(torch.float32, 64, backward=False)
-    yield torch.float32, "high"
+    yield torch.float32, "high", arch == 90
     torch.set_float32_matmul_precision("highest")
 
 

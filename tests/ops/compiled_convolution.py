@@ -8,6 +8,7 @@ from s2s_kernels.ops.convolution import triton_kernels, triton_step
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS
 
 PRODUCTS = ("dense_kernel", "dense_weight_kernel")  # whose instructions are read
+EVERYWHERE = (*PRODUCTS, "depthwise_kernel", "depthwise_weight_kernel", "step_kernel")
 
 
 def call(
@@ -41,23 +42,24 @@ def step(dtype: torch.dtype, channels: int, outputs: int, taps: int, activation:
     )
 
 
-def calls(arch: int) -> Iterator[tuple[torch.dtype, str]]:
-    """Makes the calls; yields the dtype and the precision of what they have launched."""
+def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
+    """Makes the calls; yields the dtype and the precision of what they have launched, and whether that is a sample."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         call(dtype, 64, 128, 2, activation="gated_tanh", extras=dtype == torch.bfloat16)
-        yield dtype, "highest"
+        yield dtype, "highest", dtype == torch.bfloat16 and arch == 90
         call(dtype, 96, 96, 4, groups=96, activation="silu", last=dtype == torch.float16)
         step(dtype, 64, 128, 2, "gated_tanh")
-        yield dtype, "highest"
+        yield dtype, "highest", dtype == torch.float32 and arch == 90
     step(torch.bfloat16, 96, 96, 4, "silu", groups=96)
     call(torch.bfloat16, 128, 256, 3, activation="gelu")
+    yield torch.bfloat16, "highest", arch != 90
     call(torch.bfloat16, 128, 256, 3, activation="glu", backward=False)
     call(torch.bfloat16, 25, 25, 7, activation="relu", backward=False)
     call(torch.bfloat16, 64, 64, 3, groups=2, activation="glu", backward=False)
-    yield torch.bfloat16, "highest"
+    yield torch.bfloat16, "highest", False
     torch.set_float32_matmul_precision("high")
     call(torch.float32, 64, 64, 3, backward=False)
-    yield torch.float32, "high"
+    yield torch.float32, "high", arch == 80
     torch.set_float32_matmul_precision("highest")
 
 

@@ -1,11 +1,9 @@
 """The Triton kernels of causal convolution without a GPU: their values by Triton's interpreter, and what they compile
 to."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s2s_kernels as s2s
@@ -14,8 +12,8 @@ from s2s_kernels.nn import ConvState
 from s2s_kernels.ops.convolution import conditioned_conv1d
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
 from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
-from s2s_kernels.testing.compilation import compile_for, on_tensor_cores, within_limits
 from s2s_kernels.testing.emulation import emulated, unavailable
+from s2s_kernels.testing.layouts import noise_sliced, noise_transposed, ones_expanded, sliced, transposed
 
 CASE = CASES["causal_conv1d"]
 SAMPLES = [pytest.param(sample, id=sample.name) for sample in CASE.samples]
@@ -52,21 +50,18 @@ def test_the_kernels_of_triton_run(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_values_and_gradients(sample, dtype):
-    judge(sample.build(Draw(dtype)))
+def test_values_and_gradients(sample):
+    judge(sample.build(Draw()))
 
 
-def transposed(value):
-    order = tuple(reversed(range(value.dim())))
-    return value.permute(order).contiguous().permute(order)
+HALVES = ("plain", "depthwise", "everything", "gate across groups", "lengths", "tails, gated", "many channels")
 
 
-def sliced(value):
-    outer = value.new_full((*value.shape[:-1], 2 * value.shape[-1] + 3), float("nan"))
-    outer[..., 3::2] = value
-    return outer[..., 3::2]
+@interpreted
+@pytest.mark.parametrize("name", HALVES)
+def test_values_and_gradients_in_16_bits(name):
+    judge(by_name[name].build(Draw(torch.float16)))
 
 
 def channels_last(value):
@@ -85,21 +80,9 @@ def test_any_strides(name, layout):
     judge((tuple(layout(v) for v in args if v is not None), kwargs))
 
 
-def ones_expanded(output, index):
-    return output.new_ones(()).expand(output.shape)
-
-
-def noise_transposed(output, index):
-    return transposed(noise_like(output, index))
-
-
-def noise_sliced(output, index):
-    return sliced(noise_like(output, index))
-
-
 @interpreted
 @pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])
-@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("name", ["depthwise", "everything"])
 def test_any_strides_of_the_incoming_gradient(name, upstream):
     judge(by_name[name].build(Draw()), upstream=upstream)
 
@@ -110,15 +93,16 @@ def test_any_subset_of_inputs_wanting_a_gradient(name):
     arguments = by_name[name].build(Draw())
     for chosen in range(5 if name == "everything" else 3):
         judge(arguments, wanted=lambda index, chosen=chosen: index == chosen)
-        judge(arguments, wanted=lambda index, chosen=chosen: index != chosen)
+        if name == "depthwise":
+            judge(arguments, wanted=lambda index, chosen=chosen: index != chosen)
 
 
 @interpreted
 def test_channels_side_by_side_and_many_products():
     """Sizes at which the launcher lays the channels of 16-bit inputs side by side, and several tiles of each kind."""
     draw = Draw(torch.float16)
-    x, weight = draw(1, 64, 300), draw(130, 64, 4, scale=1 / 16)
-    options = {"dilation": 3, "activation": "silu", "residual": draw(1, 130, 300)}
+    x, weight = draw(1, 64, 150), draw(130, 64, 4, scale=1 / 16)
+    options = {"dilation": 3, "activation": "silu", "residual": draw(1, 130, 150)}
     judge(((x, weight, draw(130)), options))
     judge(((channels_last(x), weight, None), {"lengths": torch.tensor([140])}))
     judge(((x, weight, draw(130)), {"dilation": 30, "initial_state": draw(1, 64, 90), "activation": "glu"}))
@@ -187,6 +171,7 @@ def calls(draw):
 
 
 @interpreted
+@settings(max_examples=settings().max_examples // 4)
 @given(calls())
 def test_any_call_equals_the_definition(arguments):
     judge(arguments)
@@ -196,7 +181,7 @@ def test_any_call_equals_the_definition(arguments):
 @pytest.mark.parametrize("groups", [1, 6])
 def test_the_same_bits_on_every_run(groups):
     draw = Draw(torch.float16)
-    arguments = (draw(5, 6, 700), draw(6, 6 // groups, 3), draw(6)), {"groups": groups, "activation": "silu"}
+    arguments = (draw(2, 6, 300), draw(6, 6 // groups, 3), draw(6)), {"groups": groups, "activation": "silu"}
     runs = [dict(evaluate(s2s.causal_conv1d, prepare(arguments), noise_like)) for _ in range(2)]
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
@@ -296,26 +281,6 @@ def test_a_gpu_replays_steps_from_a_graph():
     assert torch.equal(state.ordered(), plain.ordered())
 
 
-# What the compiler makes of the kernels
-
-
-@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
-    kernels = compile_for(Path(__file__).parent / "compiled_convolution.py", arch)
-    assert {kernel["name"] for kernel in kernels} == {
-        "dense_kernel", "dense_weight_kernel", "bias_kernel", "reduce_kernel", "depthwise_kernel",
-        "depthwise_weight_kernel", "finish_kernel", "activation_gradient_kernel", "step_kernel", "push_kernel",
-        "advance_kernel",
-    }  # fmt: skip
-    for kernel in kernels:
-        assert within_limits(kernel, arch), kernel
-        if kernel["name"] in ("dense_kernel", "dense_weight_kernel") and kernel["dtype"] != "float32":
-            assert on_tensor_cores(kernel, arch), kernel
-        if kernel["name"] == "dense_kernel" and kernel["precision"] == "high":
-            assert on_tensor_cores(kernel), kernel
-
-
 STEPS = CASES["causal_conv1d_step"]
 
 
@@ -329,16 +294,21 @@ def test_step_values(sample, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("groups, taps, dilation", [(1, 2, 5), (2, 3, 1), (12, 4, 2), (1, 1, 1)])
-@pytest.mark.parametrize("activation", ["silu", "gated_tanh"])
+@pytest.mark.parametrize(
+    "groups, taps, dilation, activation",
+    [
+        (1, 2, 5, "silu"), (2, 3, 1, "gated_tanh"), (12, 4, 2, "silu"), (12, 4, 2, "gated_tanh"),
+        (1, 1, 1, "gated_tanh"),
+    ],
+)  # fmt: skip
 def test_steps_around_the_ring_equal_the_whole(groups, taps, dilation, activation):
     draw = Draw()
-    x, weight, bias = draw(2, 12, 11), draw(24, 12 // groups, taps, scale=0.3), draw(24)
+    x, weight, bias = draw(2, 12, 8), draw(24, 12 // groups, taps, scale=0.3), draw(24)
     options = {"dilation": dilation, "groups": groups, "activation": activation}
     state = ConvState.zeros(2, 12, taps, dilation)
     ring, position = state.ring, state.position
     with torch.no_grad():
-        steps = [s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, **options) for t in range(11)]
+        steps = [s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, **options) for t in range(8)]
     assert state.ring is ring and state.position is position
     with s2s.use_backend("reference"):
         whole, last = s2s.causal_conv1d(x, weight, bias, return_state=True, **options)

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..random import threshold
-from ..triton_common import PRECISION, device_of, reduce, strides_of
+from ..triton_common import dense, device_of, dropout_numbers, precision, reduce, strides_of
 from .triton_scores import gradient_kernel, scores_kernel
 from .triton_softmax import (
     context_kernel,
@@ -26,11 +25,6 @@ PAIRS = 2**20  # scores in a workspace, unless LEAST queries have more
 PROGRAMS, SHARES = 1024, 32
 UNITS = 32  # of a program, a lane each
 LEAST = 16  # queries of a part, unless there are fewer
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether neighbours along the last dimension are neighbours in memory."""
-    return tensor.stride(-1) == 1
 
 
 def hardware_tanh(dtype: torch.dtype) -> bool:
@@ -122,8 +116,8 @@ def _scores(part: Part, weight: torch.Tensor, to: torch.Tensor) -> None:
     if programs := part.programs(tiles, "rk"):
         scores_kernel[(programs,)](
             part.query, part.key, weight, part.lengths, to, *part.query.stride(), *part.key.stride(), rows, keys,
-            WIDTH=weight.shape[0], HARDWARE=hardware_tanh(part.query.dtype), QUERY_UNIT=_dense(part.query),
-            KEY_UNIT=_dense(part.key), UNITS=UNITS, **tiles,
+            WIDTH=weight.shape[0], HARDWARE=hardware_tanh(part.query.dtype), QUERY_UNIT=dense(part.query),
+            KEY_UNIT=dense(part.key), UNITS=UNITS, **tiles,
         )  # fmt: skip
 
 
@@ -138,7 +132,7 @@ def additive_attention_forward(
     context = query.new_empty(batch, queries, values)
     weights = query.new_empty((batch, queries, keys) if return_weights else (0,))
     statistics = query.new_empty((batch, queries, 2), dtype=torch.float32)
-    weight, limit = weight.contiguous(), threshold(dropout_p)
+    weight, dropout = weight.contiguous(), dropout_numbers(dropout_p)
     scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
     lines, products = _row_tiles(queries), _product_tiles(query.dtype, queries)
     with device_of(query):
@@ -154,8 +148,8 @@ def additive_attention_forward(
             if programs := part.programs(products, "r") * -(-values // products["COLUMNS"]):
                 context_kernel[(programs,)](
                     scores, found, part.value, part.mask, part.lengths, seed, part.of(context),
-                    *part.value.stride(), *strides_of(part.mask), rows, keys, part.first_row(), limit,
-                    VALUES=values, VALUE_UNIT=_dense(value), PRECISION=_precision(), **products,
+                    *part.value.stride(), *strides_of(part.mask), rows, keys, part.first_row(), *dropout,
+                    VALUES=values, VALUE_UNIT=dense(value), PRECISION=precision(), **products,
                 )  # fmt: skip
     return context, weights, statistics if save else statistics.new_empty(0)
 
@@ -179,7 +173,7 @@ def additive_attention_backward(
     grad_query = query.new_empty(query.shape) if need_query else nothing
     grad_key = query.new_empty(key.shape) if need_key else nothing
     grad_weight = query.new_empty(width) if need_weight else nothing
-    weight, limit = weight.contiguous(), threshold(dropout_p)
+    weight, dropout = weight.contiguous(), dropout_numbers(dropout_p)
     scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
     products = torch.empty_like(scores) if grad_context is not None else None
     lines, tiles = _row_tiles(queries), _product_tiles(query.dtype, queries)
@@ -199,7 +193,7 @@ def additive_attention_backward(
         for part in _parts(query, key, value, mask, key_lengths):
             rows, _ = part.sizes()
             begun, found = int(part.rows.start > 0), part.of(statistics)
-            shared = rows, keys, part.first_row(), limit
+            shared = rows, keys, part.first_row(), *dropout
             _scores(part, weight, scores)
             if grad_context is not None:
                 grad = part.of(grad_context)
@@ -207,12 +201,12 @@ def additive_attention_backward(
                     value_gradient_kernel[(programs,)](
                         scores, found, grad, part.mask, part.lengths, seed, of_value[part.batch],
                         *grad.stride(), *strides_of(part.mask), *shared, begun,
-                        VALUES=values, GRAD_UNIT=_dense(grad), PRECISION=_precision(), **columns,
+                        VALUES=values, GRAD_UNIT=dense(grad), PRECISION=precision(), **columns,
                     )  # fmt: skip
                 if need_scores and (programs := part.programs(tiles, "rk")):
                     product_kernel[(programs,)](
                         grad, part.value, part.lengths, products, *grad.stride(), *part.value.stride(), rows, keys,
-                        VALUES=values, GRAD_UNIT=_dense(grad), VALUE_UNIT=_dense(value), PRECISION=_precision(),
+                        VALUES=values, GRAD_UNIT=dense(grad), VALUE_UNIT=dense(value), PRECISION=precision(),
                         **tiles,
                     )  # fmt: skip
             if not need_scores:
@@ -254,17 +248,13 @@ def _gradients(
             part.query, part.key, weight, grads, part.lengths, None if grad_query is None else part.of(grad_query),
             key_sums, sums, *part.query.stride(), *part.key.stride(), batch, rows, keys, shares, begun,
             WIDTH=width, HARDWARE=hardware_tanh(part.query.dtype), MASKED=part.mask is not None,
-            QUERY_UNIT=_dense(part.query), KEY_UNIT=_dense(part.key), UNITS=UNITS, **_gradient_tiles(part.query.dtype),
+            QUERY_UNIT=dense(part.query), KEY_UNIT=dense(part.key), UNITS=UNITS, **_gradient_tiles(part.query.dtype),
         )  # fmt: skip
     return sums
 
 
 def _workspace(queries: int, keys: int, batch: int) -> int:
     return min(batch * queries * keys, max(PAIRS, LEAST * keys))
-
-
-def _precision() -> str:
-    return PRECISION[torch.get_float32_matmul_precision()]
 
 
 def _check(

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from ..convolution.triton_kernels import causal_conv1d_backward
-from ..triton_common import PRECISION, device_of, length_of, power, reduce, spread
-from .triton_kernels import _dense, hardware_tanh
+from ..triton_common import dense, device_of, length_of, power, precision, reduce, spread
+from .triton_kernels import hardware_tanh
 from .triton_scores import tanh, tanh_slope
 
 POSITIONS = 64  # of a tile
@@ -203,8 +203,8 @@ def _map_tiles(x: torch.Tensor, weight: torch.Tensor) -> dict[str, object]:
     units, width = weight.shape
     reduced = 16 if x.dtype == torch.float32 else 32
     return {
-        "WIDTH": width, "UNITS": units, "HARDWARE": hardware_tanh(x.dtype), "X_UNIT": _dense(x),
-        "WEIGHT_UNIT": _dense(weight), "PRECISION": PRECISION[torch.get_float32_matmul_precision()],
+        "WIDTH": width, "UNITS": units, "HARDWARE": hardware_tanh(x.dtype), "X_UNIT": dense(x),
+        "WEIGHT_UNIT": dense(weight), "PRECISION": precision(),
         "POSITIONS": POSITIONS, "COLUMNS": _columns(x.dtype, units), "REDUCED": reduced, "num_warps": 4,
     }  # fmt: skip
 
@@ -226,7 +226,7 @@ def attention_pool_forward(
         if pooled.numel():
             columns = power(width, 16, 64)
             pool_sum_kernel[(batch * -(-width // columns),)](
-                weights, x, lengths, pooled, *x.stride(), time, WIDTH=width, X_UNIT=_dense(x), POSITIONS=32,
+                weights, x, lengths, pooled, *x.stride(), time, WIDTH=width, X_UNIT=dense(x), POSITIONS=32,
                 COLUMNS=columns, num_warps=4,
             )  # fmt: skip
     return pooled, weights
@@ -251,7 +251,7 @@ def attention_pool_backward(
             x, grad_pooled, grad_weights, lengths, grads, *x.stride(),
             *((0, 0) if grad_pooled is None else grad_pooled.stride()),
             *((0, 0) if grad_weights is None else grad_weights.stride()),
-            time, WIDTH=width, X_UNIT=_dense(x), POSITIONS=POSITIONS, COLUMNS=power(width, 16, 64), num_warps=4,
+            time, WIDTH=width, X_UNIT=dense(x), POSITIONS=POSITIONS, COLUMNS=power(width, 16, 64), num_warps=4,
         )  # fmt: skip
         pool_score_gradient_kernel[(batch,)](weights, grads, lengths, time, LINE=LINE, num_warps=4)
         if units:

@@ -7,8 +7,7 @@ some rows of a call at a time. What is hidden is selected away, never multiplied
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, spread
-from ..triton_random import dropped
+from ..triton_common import is_finite, keep_tile, length_of, spread
 
 
 @triton.jit
@@ -71,19 +70,28 @@ def statistics_kernel(
 
 
 @triton.jit
-def _is_finite(x):
-    return (x.to(tl.float32) * 0.0) == 0.0
+def _add_strays(total, used, visible, v, finite, COUNT: tl.constexpr):
+    """total (M, C) + used (M, COUNT) v (COUNT, C), of the elements of v alone that aren't finite: a product would carry
+    them into lines from which they are hidden."""
+    place = tl.arange(0, COUNT)
+    for one in range(COUNT):
+        across, down = (place == one)[None, :], (place == one)[:, None] & ~finite
+        w = tl.sum(tl.where(across, used, 0.0), 1)[:, None]
+        sees = tl.max((across & visible).to(tl.int32), 1)[:, None] != 0
+        line = tl.sum(tl.where(down, v.to(tl.float32), 0.0), 0)[None, :]
+        total += tl.where(sees & (tl.max(down.to(tl.int32), 0)[None, :] != 0), w * line, 0.0)
+    return total
 
 
 @triton.jit(
     do_not_specialize=[
-        "value_b", "value_j", "value_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "limit",
+        "value_b", "value_j", "value_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "threshold", "kept",
     ]
 )  # fmt: skip
 def context_kernel(
     scores, statistics, value, mask, lengths, seed, context,
     value_b: tl.int64, value_j: tl.int64, value_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32,
     VALUES: tl.constexpr, VALUE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -95,6 +103,7 @@ def context_kernel(
     width = program % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
     batch = program // (BLOCKS * tiles)
     row = (program // BLOCKS % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    counted = first_row + batch * rows + program // BLOCKS % tiles * ROWS + tl.arange(0, ROWS)
     length = length_of(lengths, batch, keys)
     values = value + batch * value_b + spread(width, value_v, VALUE_UNIT)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -103,21 +112,14 @@ def context_kernel(
         visible = visible_at(mask, batch, row, column[None, :], mask_b, mask_i, mask_j, rows, length)
         used = weights_at(scores, statistics, batch, row, column[None, :], rows, keys, visible)
         if seed is not None:
-            used = dropped(used, seed, first_row + batch * rows + row, column[None, :], limit)
+            keep = keep_tile(seed, counted, start, threshold, ROWS, KEYS)
+            used = tl.where(keep, used * kept, 0.0)
         inside = (column < length)[:, None] & (width < VALUES)[None, :]
         v = tl.load(values + column[:, None] * value_j, mask=inside, other=0.0)
         if mask is not None:
-            finite = _is_finite(v)
+            finite = is_finite(v)
             if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
-                # A product would carry a NaN into rows that the key is hidden from.
-                for one in range(KEYS):
-                    is_one = column[None, :] == start + one
-                    w = tl.sum(tl.where(is_one, used, 0.0), 1)[:, None]
-                    sees = tl.max((is_one & visible).to(tl.int32), 1)[:, None] != 0
-                    this = (column == start + one)[:, None]
-                    line = tl.sum(tl.where(this & ~finite, v.to(tl.float32), 0.0), 0)[None, :]
-                    bad = tl.max((this & ~finite).to(tl.int32), 0)[None, :] != 0
-                    total += tl.where(sees & bad, w * line, 0.0)
+                total = _add_strays(total, used, visible, v, finite, KEYS)
                 v = tl.where(finite, v, 0.0)
         total = tl.dot(used.to(v.dtype), v.to(value.dtype.element_ty), total, input_precision=PRECISION)
     to = context + (batch * rows + row) * VALUES + width[None, :]
@@ -166,15 +168,16 @@ def product_kernel(
 
 @triton.jit
 def _weight_gradient_at(
-    products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row, limit,
-    visible,
+    products, grad_weights, seed, batch, row, counted, start, column, grad_b, grad_i, grad_j, rows, keys, threshold,
+    kept, visible, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of weights before dropout."""
     gradient = tl.zeros_like(visible.to(tl.float32))
     if products is not None:
         gradient = tl.load(products + (batch * rows + row) * keys + column, mask=visible, other=0.0)
         if seed is not None:
-            gradient = dropped(gradient, seed, first_row + batch * rows + row, column, limit)
+            keep = keep_tile(seed, counted, start, threshold, ROWS, KEYS)
+            gradient = tl.where(keep, gradient * kept, 0.0)
     if grad_weights is not None:
         at = grad_weights + batch * grad_b + row * grad_i + column * grad_j
         gradient += tl.load(at, mask=visible, other=0.0).to(tl.float32)
@@ -183,19 +186,20 @@ def _weight_gradient_at(
 
 @triton.jit(
     do_not_specialize=[
-        "mask_b", "mask_i", "mask_j", "grad_b", "grad_i", "grad_j", "rows", "keys", "first_row", "limit",
+        "mask_b", "mask_i", "mask_j", "grad_b", "grad_i", "grad_j", "rows", "keys", "first_row", "threshold", "kept",
     ]
 )  # fmt: skip
 def score_gradient_kernel(
     scores, statistics, products, grad_weights, mask, lengths, seed,
     mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, grad_b: tl.int64, grad_i: tl.int64, grad_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Puts the gradients of the present keys' scores in their place, 0 where a key is hidden."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
     batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    counted = first_row + batch * rows + program % tiles * ROWS + tl.arange(0, ROWS)
     length = length_of(lengths, batch, keys)
     offset = tl.arange(0, KEYS)[None, :]
     mean = tl.zeros((ROWS,), tl.float32)
@@ -204,8 +208,8 @@ def score_gradient_kernel(
         visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
         weight = weights_at(scores, statistics, batch, row, column, rows, keys, visible)
         gradient = _weight_gradient_at(
-            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row,
-            limit, visible,
+            products, grad_weights, seed, batch, row, counted, start, column, grad_b, grad_i, grad_j, rows, keys,
+            threshold, kept, visible, ROWS, KEYS,
         )  # fmt: skip
         mean += tl.sum(tl.where(visible, weight * gradient, 0.0), 1)
     for start in range(0, length, KEYS):
@@ -213,8 +217,8 @@ def score_gradient_kernel(
         visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
         weight = weights_at(scores, statistics, batch, row, column, rows, keys, visible)
         gradient = _weight_gradient_at(
-            products, grad_weights, seed, batch, row, column, grad_b, grad_i, grad_j, rows, keys, first_row,
-            limit, visible,
+            products, grad_weights, seed, batch, row, counted, start, column, grad_b, grad_i, grad_j, rows, keys,
+            threshold, kept, visible, ROWS, KEYS,
         )  # fmt: skip
         result = tl.where(visible, weight * (gradient - mean[:, None]), 0.0)
         at = scores + (batch * rows + row) * keys + column
@@ -223,14 +227,14 @@ def score_gradient_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "grad_b", "grad_i", "grad_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "limit",
+        "grad_b", "grad_i", "grad_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "threshold", "kept",
         "begun",
     ]
 )  # fmt: skip
 def value_gradient_kernel(
     scores, statistics, grad, mask, lengths, seed, result,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, first_row: tl.int64, limit: tl.int64, begun: tl.int64,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32, begun: tl.int64,
     VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -252,20 +256,14 @@ def value_gradient_kernel(
         visible = visible_at(mask, batch, row[None, :], column, mask_b, mask_i, mask_j, rows, length)
         used = weights_at(scores, statistics, batch, row[None, :], column, rows, keys, visible)
         if seed is not None:
-            used = dropped(used, seed, first_row + batch * rows + row[None, :], column, limit)
+            keep = tl.trans(keep_tile(seed, first_row + batch * rows + row, start, threshold, ROWS, KEYS))
+            used = tl.where(keep, used * kept, 0.0)
         here = (row < rows)[:, None] & (width < VALUES)[None, :]
         upstream = tl.load(grads + row[:, None] * grad_i, mask=here, other=0.0)
         if mask is not None:
-            finite = _is_finite(upstream)
-            if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:  # as in context_kernel
-                for one in range(ROWS):
-                    is_one = row[None, :] == top + one
-                    w = tl.sum(tl.where(is_one, used, 0.0), 1)[:, None]
-                    sees = tl.max((is_one & visible).to(tl.int32), 1)[:, None] != 0
-                    this = (row == top + one)[:, None]
-                    line = tl.sum(tl.where(this & ~finite, upstream.to(tl.float32), 0.0), 0)[None, :]
-                    bad = tl.max((this & ~finite).to(tl.int32), 0)[None, :] != 0
-                    total += tl.where(sees & bad, w * line, 0.0)
+            finite = is_finite(upstream)
+            if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+                total = _add_strays(total, used, visible, upstream, finite, ROWS)
                 upstream = tl.where(finite, upstream, 0.0)
         total = tl.dot(used.to(upstream.dtype), upstream.to(grad.dtype.element_ty), total, input_precision=PRECISION)
     total = tl.where(column < length, total, 0.0)

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..random import threshold as threshold_of
-from ..triton_common import PRECISION, device_of, power, reduce
+from ..triton_common import dense, device_of, dropout_numbers, power, precision, reduce
 from . import TRITON_POSITIONS
 from . import triton_scores as scores
 from .triton_backward import bias_kernel, delta_kernel, drop_kernel, key_value_kernel, query_kernel
@@ -112,21 +111,19 @@ class _Call:
         return (self.time, self.source, *sides)
 
     def numbers(self) -> tuple[Any, ...]:
-        least = threshold_of(self.dropout_p)
-        kept = 0.0 if least >= 2**32 else 1 / (1 - self.dropout_p)
         softcap = self.softcap if self.softcap is not None else 0.0
-        return self.factor * LOG2E if self.folded else self.factor, softcap, min(least, 2**32 - 1), kept
+        return self.factor * LOG2E if self.folded else self.factor, softcap, *dropout_numbers(self.dropout_p)
 
     def options(self, *others: torch.Tensor) -> dict[str, Any]:
         """Constants of a compilation."""
         tensors = (self.query, self.key, self.value, *others)
-        dense, vector = all(t.stride(3) == 1 or t.shape[3] == 1 for t in tensors), 16 // self.query.element_size()
-        aligned = dense and all(t.stride(d) % vector == 0 for t in tensors for d in range(3))
+        dense_all, vector = all(t.stride(3) == 1 or t.shape[3] == 1 for t in tensors), 16 // self.query.element_size()
+        aligned = dense_all and all(t.stride(d) % vector == 0 for t in tensors for d in range(3))
         return {
             "WIDTH": self.query.shape[3], "VALUE_WIDTH": self.value.shape[3], "LEFT": self.left is not None,
             "RIGHT": self.right is not None, "BOTTOM_RIGHT": self.bottom_right, "SOFTCAP": self.softcap is not None,
-            "DENSE": dense, "VECTOR": vector if aligned else 1,
-            "PRECISION": PRECISION[torch.get_float32_matmul_precision()],
+            "DENSE": dense_all, "VECTOR": vector if aligned else 1,
+            "PRECISION": precision(),
         }  # fmt: skip
 
     def grouped(self) -> dict[str, Any]:
@@ -287,7 +284,7 @@ def _backward(
     delta_kernel[(-(-rows // lines),)](
         grad_out, grad_lse, out, softmax, delta, *grad_out.stride(),
         *((0, 0, 0) if grad_lse is None else grad_lse.stride()), heads, time, rows,
-        VALUE_WIDTH=columns, DENSE=grad_out.stride(3) == 1, WIDE=wide, QUERIES=lines, num_warps=4,
+        VALUE_WIDTH=columns, DENSE=dense(grad_out), WIDE=wide, QUERIES=lines, num_warps=4,
     )  # fmt: skip
     tensors = (
         query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
@@ -322,7 +319,7 @@ def _backward(
         count = batch * kv_heads * call.source
         drop_kernel[(-(-count // lines),)](
             value, grad_value, *value.stride(), kv_heads, call.source, count,
-            VALUE_WIDTH=columns, DENSE=value.stride(3) == 1, WIDE=wide, LINES=lines, num_warps=4,
+            VALUE_WIDTH=columns, DENSE=dense(value), WIDE=wide, LINES=lines, num_warps=4,
         )  # fmt: skip
     grad_slopes = None
     if slope_sums is not None:

@@ -7,7 +7,7 @@ so that a tile of rows reads its keys once. Positions are 32-bit (the launcher s
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, spread, tanh
+from ..triton_common import is_finite, length_of, spread, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
@@ -128,7 +128,7 @@ def wide_product(
 @triton.jit
 def finite(x):
     """x with 0 in place of what is not finite, which even a weight of 0 would make NaN of."""
-    return tl.where(x * 0.0 == 0.0, x, tl.zeros_like(x))
+    return tl.where(is_finite(x), x, tl.zeros_like(x))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..triton_common import PRECISION, device_of, power, reduce, strides_of
+from ..triton_common import device_of, power, precision, reduce, strides_of
 from . import triton_epilogue as epilogue
 from .reference import padding
 from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel
@@ -33,13 +33,13 @@ def _reduced(size: int, most: int) -> int:
 
 
 def _dense_tiles(
-    dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, precision: str
+    dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, products: str
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Of the tiles whose positions have all taps, and of the others. `extras`: a condition or a residual is added,
     whose addresses take registers too."""
     wide = dtype == torch.float32
     positions = 64 if wide else 128
-    reduced = _reduced(inputs, 16 if wide and precision == "ieee" else 64 if aligned and not wide else 32)
+    reduced = _reduced(inputs, 16 if wide and products == "ieee" else 64 if aligned and not wide else 32)
     tiles = []
     widest = 128 >> (gate + wide + (extras and not wide))
     for most, edge in ((widest, 0), (16 if gate else 32, 16)):
@@ -112,11 +112,11 @@ def _dense(
         return
     outputs, channels, taps = weight.shape
     inputs, results = (outputs // groups, channels) if turned else (channels, y.shape[1] // groups)
-    precision = PRECISION[torch.get_float32_matmul_precision()]
+    products = precision()
     if _heavy(x, inputs, results, taps):
         x = _channels_last(x)
     extras = condition is not None or residual is not None
-    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, _aligned(x), precision)
+    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, _aligned(x), products)
     packed = _packed(weight, groups, whole["REDUCED"], turned)
     time, count, size = x.shape[2], y.shape[2], whole["POSITIONS"]
     # Tiles at the start that reach before x, and at the end that reach past it; all may, where only a tensor says how
@@ -139,7 +139,7 @@ def _dense(
                 first, stop - first,
                 INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
                 X_UNIT=_unit(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=_aligned(x),
-                PRECISION=precision, **chosen,
+                PRECISION=products, **chosen,
             )  # fmt: skip
 
 
@@ -314,7 +314,7 @@ def _weight_gradient(
             grad, x, state, lengths, sums, *strides_of(grad), *strides_of(x), *strides_of(state),
             batch, time, chunk, rows, origin, dilation, low,
             INPUTS=channels, OUTPUTS=outputs // groups, GROUPS=groups, TAPS=taps, GRAD_UNIT=_unit(grad),
-            X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=PRECISION[torch.get_float32_matmul_precision()], **blocks,
+            X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=precision(), **blocks,
         )  # fmt: skip
         return reduce(sums, result)
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_common import device_of, power
 from .triton_epilogue import GLU, activate
 
 
@@ -102,9 +103,9 @@ def causal_conv1d_step(
     results = outputs // 2 if activation >= GLU.value else outputs
     span = (taps - 1) * dilation
     y = x_t.new_empty(batch, results)
-    products = min(triton.next_power_of_2(max(inputs * taps, 1)), 128)
-    tile = {"OUTPUTS": min(triton.next_power_of_2(max(results, 1)), 2048 // products, 64), "PRODUCTS": products}
-    with torch.cuda.device_of(x_t):  # which may be another than the current one
+    products = power(inputs * taps, 1, 128)
+    tile = {"OUTPUTS": power(results, 1, min(2048 // products, 64)), "PRODUCTS": products}
+    with device_of(x_t):
         if y.numel():
             step_kernel[(batch * triton.cdiv(results, tile["OUTPUTS"]),)](
                 x_t, ring, position, weight, bias, residual, y, channels, span, dilation,
