@@ -319,7 +319,7 @@ def _held_before(held: torch.Tensor, new: torch.Tensor | None, time: int, source
     """Which keys (B, 1, T, S) each query sees of a cache that holds `held` (B,) positions, the last `new` (B,) of them,
     T if None, being the queries'."""
     query, key = (torch.arange(n, device=held.device) for n in (time, source))
-    before = held - (time if new is None else new.to(held.device))
+    before = held - (time if new is None else new.to(held.device).clamp(0, time))
     return key <= query[:, None] + before[:, None, None, None]
 
 

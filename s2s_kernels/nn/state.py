@@ -67,7 +67,8 @@ class KVCache:
 
         Raises:
             TypeError, ValueError: an argument is not as above, or a row would be longer than S; the cache is as it was.
-                Lengths that can't be read without waiting (on a GPU, in a compiled graph) are asserted on the device.
+                What can't be read without waiting (on a GPU, in a compiled graph) isn't refused: lengths are clamped,
+                and that there is room is asserted on the device.
             NotImplementedError: a gradient is to be recorded.
         """
         name, (batch, heads, capacity, width) = "KVCache.append", self.key.shape
@@ -80,6 +81,8 @@ class KVCache:
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise NotImplementedError(f"{name}: no gradient is recorded through a cache: call it under torch.no_grad()")
         lengths = checks.lengths(name, "lengths", lengths, self.key, batch, time)
+        if lengths is not None:
+            lengths = lengths.clamp(0, time)  # those that the check couldn't read
         total = self.lengths + (time if lengths is None else lengths)
         self._check_space(name, total, batch)
         rows, steps = (torch.arange(n, device=self.key.device) for n in (batch, time))
@@ -100,7 +103,7 @@ class KVCache:
         batch, _, capacity, _ = self.key.shape
         if isinstance(length, torch.Tensor):
             limit = checks.lengths("KVCache.crop", "length", length, self.key, batch, capacity, "S")
-            self.lengths.copy_(torch.minimum(self.lengths, limit))  # type: ignore[arg-type]
+            self.lengths.copy_(torch.minimum(self.lengths, limit.clamp(min=0)))  # type: ignore[union-attr]
             return
         if length < 0:
             checks.wrong_value("KVCache.crop", "length", "at least 0", length)

@@ -92,6 +92,20 @@ def test_beams_reordered_duplicated_and_shrunk():
     assert cache.reorder(torch.tensor([], dtype=torch.int64)).key.shape == (0, 2, 8, 4)
 
 
+def test_rotated_keys_in_ragged_rows():
+    """The cache keeps keys as they were rotated at their own positions."""
+    rotary, (query, key, value) = s2s.nn.RotaryPositions(8), sequences(2, 7, dtype=torch.float64)
+    expected = whole(*rotary(query, key), value)
+    cache, starts = KVCache(2, 2, 7, 8, torch.float64), [4, 2]
+    cache.append(rotary(query, key)[1][:, :, :4], value[:, :, :4])
+    cache.crop(torch.tensor(starts))
+    for t in range(3):
+        q, k, v = (torch.stack([x[b, :, s + t : s + t + 1] for b, s in enumerate(starts)]) for x in (query, key, value))
+        out = attend(cache, *rotary(q, k, cache.lengths), v)
+        wanted = torch.stack([expected[b, :, s + t : s + t + 1] for b, s in enumerate(starts)])
+        torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("length, left", [(3, [3, 3]), (0, [0, 0]), (99, [5, 5]), (torch.tensor([2, 6]), [2, 5])])
 def test_crop(length, left):
     query, key, value = sequences(2, 7, dtype=torch.float64)
@@ -150,6 +164,9 @@ def test_compiles_once_for_every_length():
     torch.testing.assert_close(found, whole(query, key, value))
     with pytest.raises(RuntimeError, match="the cache is full"), torch.no_grad():
         step(cache, *(x[:, :, :1] for x in (query, key, value)))
+    append, cache = torch.compile(KVCache.append, fullgraph=True, backend="eager"), KVCache(2, 2, 6, 8)
+    append(cache, key[:, :, :3], value[:, :, :3], torch.tensor([9, -1]))  # clamped where nothing can be read
+    assert cache.lengths.tolist() == [3, 0] and not cache.key[1].any()
 
 
 @pytest.mark.parametrize(
