@@ -5,16 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..nn import SinusoidalPositions
 from ..ops.attention import attention
-
-
-def sinusoidal_positions(time: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Fixed encodings (T, width) of positions 0 ... T-1 (Vaswani et al. 2017, section 3.5), of the dtype and on the
-    device of `like`."""
-    position = torch.arange(time, device=like.device, dtype=torch.float32)[:, None]
-    rate = torch.exp2(torch.arange(0, width, 2, device=like.device) * (-13.287712379549449 / width))  # 10000^(-i/width)
-    angle = position * rate  # (T, width / 2)
-    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1).to(like.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -68,6 +60,7 @@ class TransformerLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = SinusoidalPositions(width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(
             *(TransformerBlock(width, num_heads, 4 * width, dropout) for _ in range(num_layers))
@@ -77,6 +70,5 @@ class TransformerLanguageModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (B, T) int64 -> logits (B, T, V) of the token after each position."""
-        x = self.embedding(tokens)  # (B, T, D)
-        x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x))
-        return self.output(self.norm(self.blocks(x)))
+        x = self.positions(self.embedding(tokens))  # (B, T, D)
+        return self.output(self.norm(self.blocks(self.dropout(x))))

@@ -10,6 +10,7 @@ from torch import nn
 from .. import checks
 from ..ops.attention import attention
 from .layer import Layer
+from .state import KVCache
 
 
 class MultiheadAttention(Layer):
@@ -18,7 +19,7 @@ class MultiheadAttention(Layer):
 
     Three things differ. A row whose keys are all masked attends to nothing, and its attention is 0, where torch's is
     NaN. Returned weights are those before dropout. And this is no subclass of torch's layer: `isinstance` tells them
-    apart.
+    apart. Besides, forward takes a `KVCache`, for decoding step by step.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -83,8 +84,11 @@ class MultiheadAttention(Layer):
         attn_mask: torch.Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As torch's.
+        """As torch's, but for cache and lengths.
 
         Args:
             query: (T, B, E), or (B, T, E) under batch_first, or (T, E) of a single sequence.
@@ -94,16 +98,26 @@ class MultiheadAttention(Layer):
             need_weights: also return the weights, of B T S elements: an additional product; leave it out in training.
             attn_mask: (T, S) or (B H, T, S): True hides, a floating one is added to the scores.
             average_attn_weights: return their mean over heads.
-            is_causal: says that attn_mask, which must be given too, is the causal mask.
+            is_causal: says that attn_mask, which must be given too, is the causal mask; means nothing beside a cache.
+            cache: a `KVCache(B, num_heads, ..., embed_dim / num_heads)` of the earlier positions' keys and values.
+                Those of the S = T new positions are appended to it, in place, and each new position attends to itself
+                and all before it: the same as causal attention over the whole sequence. Such a call records no
+                gradient (call it under `torch.no_grad()`). Refused beside it: a key_padding_mask, an attn_mask, and
+                add_bias_kv or add_zero_attn of the layer, whose additional keys come after the last one.
+            lengths: (B,), beside a cache only: how many of the T new positions each row has, the rest being padding
+                that is neither kept nor attended to, and that itself attends to nothing; all if None.
 
         Returns:
             out (as query) and the weights, (B, T, S) or (B, H, T, S), without B of a single sequence; None unless
-            need_weights.
+            need_weights. Beside a cache S is the cache's.
         """
-        if isinstance(query, torch.Tensor) and query.is_nested and query is key and key is value:
+        whole = cache is None and lengths is None
+        if whole and isinstance(query, torch.Tensor) and query.is_nested and query is key and key is value:
             return self._forward_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
         batched = self._checked(query, key, value, key_padding_mask, attn_mask)
-        if is_causal and attn_mask is None:
+        if not whole:
+            self._check_cache(query, key, key_padding_mask, attn_mask, cache, lengths)
+        elif is_causal and attn_mask is None:
             checks.wrong_value("MultiheadAttention", "attn_mask", "given beside is_causal", None)
         if not batched:
             self_attention, same = query is key, key is value
@@ -113,18 +127,25 @@ class MultiheadAttention(Layer):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         batch_second = batched and not self.batch_first
         q, k, v = (self._heads(x, batch_second) for x in self._project(query, key, value))  # (B, H, T or S, D)
-        batch = q.shape[0]
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask, bias = _restrictions(None if causal else attn_mask, key_padding_mask, batch, self.num_heads)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self._repeated(self.bias_k, k)], 2)
-            v = torch.cat([v, self._repeated(self.bias_v, v)], 2)
-            mask, bias = _one_more_key(mask, bias)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-            mask, bias = _one_more_key(mask, bias)
-        dropout = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {"mask": mask, "bias": bias, "causal": causal, "dropout_p": dropout}
+        mask = bias = None
+        if cache is not None:
+            k, v, held = cache.append(k, v, lengths)
+            options: dict[str, Any] = {"causal": "bottom-right", "query_lengths": lengths, "key_lengths": held}
+            if need_weights:
+                mask = _held_before(held, lengths, q.shape[2], k.shape[2])
+        else:
+            causal = is_causal and key_padding_mask is None and not need_weights
+            attn_mask = None if causal else attn_mask
+            mask, bias = _restrictions(attn_mask, key_padding_mask, q.shape[0], self.num_heads)
+            if self.bias_k is not None and self.bias_v is not None:
+                k = torch.cat([k, self._repeated(self.bias_k, k)], 2)
+                v = torch.cat([v, self._repeated(self.bias_v, v)], 2)
+                mask, bias = _one_more_key(mask, bias)
+            if self.add_zero_attn:
+                k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+                mask, bias = _one_more_key(mask, bias)
+            options = {"mask": mask, "bias": bias, "causal": causal}
+        options["dropout_p"] = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
             out, lse = attention(q, k, v, **options, return_lse=True)
@@ -219,6 +240,28 @@ class MultiheadAttention(Layer):
                 refuse("attn_mask", f"of shape (T, S) or (B H, T, S), here {wanted}", tuple(attn_mask.shape))
         return batched
 
+    def _check_cache(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        attn_mask: torch.Tensor | None,
+        cache: KVCache | None,
+        lengths: torch.Tensor | None,
+    ) -> None:
+        refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
+        if cache is None:
+            refuse("lengths", "None without a cache", type(lengths).__name__)
+        if not isinstance(cache, KVCache):
+            checks.wrong_type("MultiheadAttention", "cache", "a KVCache", type(cache).__name__)
+        if self.bias_k is not None or self.add_zero_attn:
+            refuse("cache", "None in a layer with add_bias_kv or add_zero_attn", "a KVCache")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                refuse(name, "None beside a cache", "a tensor")
+        if query.shape[:-1] != key.shape[:-1]:
+            refuse("key", f"of query's positions {tuple(query.shape[:-1])} beside a cache", tuple(key.shape[:-1]))
+
     def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -270,6 +313,14 @@ def _restrictions(
         else:
             bias = given if bias is None else bias + given
     return mask, bias
+
+
+def _held_before(held: torch.Tensor, new: torch.Tensor | None, time: int, source: int) -> torch.Tensor:
+    """Which keys (B, 1, T, S) each query sees of a cache that holds `held` (B,) positions, the last `new` (B,) of them,
+    T if None, being the queries'."""
+    query, key = (torch.arange(n, device=held.device) for n in (time, source))
+    before = held - (time if new is None else new.to(held.device).clamp(0, time))
+    return key <= query[:, None] + before[:, None, None, None]
 
 
 def _one_more_key(

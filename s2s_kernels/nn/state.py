@@ -1,8 +1,136 @@
 """What generation carries from one step to the next."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from .. import checks
+
+
+class KVCache:
+    """The keys and values that attention has seen, in buffers allocated once, with a length per row; each `append`
+    updates it in place.
+
+    Decoding a chunk of T new positions, T = 1 included, is
+    ``key, value, lengths = cache.append(key, value)`` and
+    ``attention(query, key, value, key_lengths=lengths, causal="bottom-right")``: the same as causal attention over the
+    whole sequence. Shapes never change, so that torch.compile compiles once, and a CUDA graph can hold a step.
+
+    No gradient is recorded through a cache: `append` refuses keys and values that ask for one, so decode under
+    `torch.no_grad()`.
+
+    Args:
+        batch: B.
+        kv_heads: Hkv, the heads of keys and values, which grouped heads of queries share.
+        max_length: S, the most positions that a row can hold.
+        head_dim: D.
+        dtype, device: of the buffers.
+
+    Attributes:
+        key, value: (B, Hkv, S, D).
+        lengths: (B,) int64 beside them, how many positions each row holds. What lies past them is no content.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, size in (("batch", batch), ("max_length", max_length)):
+            if size < 0:
+                checks.wrong_value("KVCache", name, "at least 0", size)
+        for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim)):
+            if size <= 0:
+                checks.wrong_value("KVCache", name, "at least 1", size)
+        self.key = torch.zeros(batch, kv_heads, max_length, head_dim, dtype=dtype, device=device)
+        self.value = torch.zeros_like(self.key)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.key.device)
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Writes T new positions of each row behind those it holds.
+
+        Args:
+            key, value: (B, Hkv, T, D), T at most S.
+            lengths: (B,) int32 or int64, on the CPU or beside the cache: how many of the T each row has, all if None.
+                The rest is not kept. Attention over such a chunk takes them as its query_lengths.
+
+        Returns:
+            the attributes key, value (B, Hkv, S, D) and lengths (B,), for attention's key_lengths: the cache's own
+            tensors, which the next append changes.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or a row would be longer than S; the cache is as it was.
+                What can't be read without waiting (on a GPU, in a compiled graph) isn't refused: lengths are clamped,
+                and that there is room is asserted on the device.
+            NotImplementedError: a gradient is to be recorded.
+        """
+        name, (batch, heads, capacity, width) = "KVCache.append", self.key.shape
+        checks.data(name, "key", key, 4, "(B, Hkv, T, D)")
+        time = key.shape[2]
+        checks.like(name, "key", key, self.key, "the cache", (batch, heads, time, width), "(B, Hkv, T, D)")
+        checks.like(name, "value", value, self.key, "the cache", (batch, heads, time, width), "(B, Hkv, T, D)")
+        if time > capacity:
+            checks.wrong_value(name, "key", f"of at most S = {capacity} positions", tuple(key.shape))
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise NotImplementedError(f"{name}: no gradient is recorded through a cache: call it under torch.no_grad()")
+        lengths = checks.lengths(name, "lengths", lengths, self.key, batch, time)
+        if lengths is not None:
+            lengths = lengths.clamp(0, time)  # those that the check couldn't read
+        total = self.lengths + (time if lengths is None else lengths)
+        self._check_space(name, total, batch)
+        rows, steps = (torch.arange(n, device=self.key.device) for n in (batch, time))
+        # Distinct slots, even of positions that a row doesn't have and that may lie past the end: those get back what
+        # they hold.
+        slots = (self.lengths[:, None] + steps).remainder(capacity)  # (B, T)
+        for buffer, new in ((self.key, key), (self.value, value)):
+            new = new.transpose(1, 2)  # (B, T, Hkv, D)
+            if lengths is not None:
+                new = torch.where((steps < lengths[:, None])[:, :, None, None], new, buffer[rows[:, None], :, slots])
+            buffer[rows[:, None], :, slots] = new.detach()
+        self.lengths.copy_(total)
+        return self.key, self.value, self.lengths
+
+    def crop(self, length: int | torch.Tensor) -> None:
+        """Forgets each row's positions from `length`, an int or (B,) int32 or int64, on; a shorter row stays as it
+        is."""
+        batch, _, capacity, _ = self.key.shape
+        if isinstance(length, torch.Tensor):
+            limit = checks.lengths("KVCache.crop", "length", length, self.key, batch, capacity, "S")
+            self.lengths.copy_(torch.minimum(self.lengths, limit.clamp(min=0)))  # type: ignore[union-attr]
+            return
+        if length < 0:
+            checks.wrong_value("KVCache.crop", "length", "at least 0", length)
+        self.lengths.clamp_(max=length)
+
+    def reorder(self, index: torch.Tensor) -> "KVCache":
+        """A new cache whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search)."""
+        return self._of(*(x.index_select(0, index) for x in (self.key, self.value, self.lengths)))
+
+    def to(self, *args: Any, **kwargs: Any) -> "KVCache":
+        """A cache with `Tensor.to` of the keys and values, and the lengths beside them."""
+        key, value = self.key.to(*args, **kwargs), self.value.to(*args, **kwargs)
+        return self._of(key, value, self.lengths.to(key.device))
+
+    def _check_space(self, name: str, total: torch.Tensor, batch: int) -> None:
+        capacity = self.key.shape[2]
+        if not checks.readable(total):
+            torch._assert_async((total <= capacity).all(), f"{name}: the cache is full")
+        elif batch and (longest := int(total.max())) > capacity:
+            checks.wrong_value(
+                name, "key", f"of positions for which there is room in S = {capacity}", f"{longest} in all"
+            )
+
+    def _of(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor) -> "KVCache":
+        other = object.__new__(type(self))
+        other.key, other.value, other.lengths = key, value, lengths
+        return other
 
 
 class ConvState:

@@ -8,7 +8,7 @@ import torch
 
 from s2s_kernels.models import LANGUAGE_MODELS, LSTMLanguageModel, TCNLanguageModel, TransformerLanguageModel
 from s2s_kernels.models.tcn import TCN
-from s2s_kernels.models.transformer import TransformerBlock, sinusoidal_positions
+from s2s_kernels.models.transformer import TransformerBlock
 from s2s_kernels.training import Trainer
 
 FAMILIES = pytest.mark.parametrize("name", list(LANGUAGE_MODELS))
@@ -117,12 +117,6 @@ def test_tcn_matches_channels_by_a_convolution_of_one_tap():
     model = TCN(5, [8, 8], kernel_size=2)
     assert model.blocks[0].match.weight.shape == (8, 5, 1) and isinstance(model.blocks[1].match, torch.nn.Identity)
     assert model(torch.randn(2, 5, 9)).shape == (2, 8, 9)
-
-
-def test_sinusoidal_positions_by_hand():
-    encoded = sinusoidal_positions(3, 4, torch.zeros((), dtype=torch.float64))
-    expected = [[0.0, 1.0, 0.0, 1.0], [0.841471, 0.540302, 0.01, 0.99995], [0.909297, -0.416147, 0.019999, 0.9998]]
-    torch.testing.assert_close(encoded, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def test_heads_must_divide_the_width():

@@ -253,6 +253,81 @@ def test_bad_sizes_are_refused(sizes):
         s2s.nn.MultiheadAttention(*sizes)
 
 
+@pytest.mark.parametrize("options", [{"batch_first": True}, {}, {"kdim": 5, "vdim": 7}], ids=str)
+@pytest.mark.parametrize("chunks", [[1] * 6, [4, 1, 1], [6]], ids=str)
+@torch.no_grad()
+def test_a_cache_equals_the_whole_sequence(options, chunks):
+    _, layer = pair(8, 2, **options)
+    inputs = draw_inputs(layer, 3, 6, 6, "different" if "kdim" in options else "self")
+    causal = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    expected, expected_weights = layer(*inputs, attn_mask=causal, average_attn_weights=False)
+    cache, start, time = s2s.nn.KVCache(3, 2, 9, 4, torch.float64), 0, 1 if layer.batch_first else 0
+    for length in chunks:
+        chunk = [x.narrow(time, start, length) for x in inputs]
+        before = cache.reorder(torch.arange(3))
+        out, weights = layer(*chunk, cache=cache, average_attn_weights=False)
+        torch.testing.assert_close(out, expected.narrow(time, start, length))
+        torch.testing.assert_close(weights[..., :6], expected_weights[:, :, start : start + length])
+        assert not weights[..., 6:].any()
+        assert layer(*chunk, cache=before, need_weights=False, is_causal=True)[1] is None
+        start += length
+    assert cache.lengths.tolist() == [6, 6, 6]
+
+
+@torch.no_grad()
+def test_a_cache_of_ragged_prompts():
+    _, layer = pair(8, 2, batch_first=True)
+    x, lengths = Draw(torch.float64)(2, 5, 8), torch.tensor([2, 4])
+    cache = s2s.nn.KVCache(2, 2, 8, 4, torch.float64)
+    prompt = x.masked_fill(torch.arange(5)[:, None] >= lengths[:, None, None], NAN)
+    out, weights = layer(prompt, prompt, prompt, cache=cache, lengths=lengths)
+    step = torch.stack([x[0, 2:3], x[1, 4:5]])
+    after, after_weights = layer(step, step, step, cache=cache)
+    for b, n in enumerate(lengths.tolist()):
+        alone = x[b, : n + 1]
+        mask = torch.ones(n + 1, n + 1, dtype=torch.bool).triu(1)
+        expected, expected_weights = layer(alone, alone, alone, attn_mask=mask)
+        torch.testing.assert_close(torch.cat([out[b, :n], after[b]]), expected)
+        torch.testing.assert_close(torch.cat([weights[b, :n], after_weights[b]])[:, : n + 1], expected_weights)
+        assert not weights[b, n:].any() and torch.equal(out[b, n:], layer.out_proj.bias.expand(5 - n, 8))
+    alone = s2s.nn.KVCache(1, 2, 8, 4, torch.float64)
+    torch.testing.assert_close(layer(x[0], x[0], x[0], cache=alone)[0][:2], out[0, :2])  # without a batch
+
+
+@pytest.mark.parametrize(
+    "options, arguments, error, argument",
+    [
+        ({}, {"cache": torch.zeros(2, 2, 8, 4)}, TypeError, "cache"),
+        ({"add_bias_kv": True}, {}, ValueError, "cache"),
+        ({"add_zero_attn": True}, {}, ValueError, "cache"),
+        ({}, {"attn_mask": torch.zeros(4, 4)}, ValueError, "attn_mask"),
+        ({}, {"key_padding_mask": torch.zeros(2, 4)}, ValueError, "key_padding_mask"),
+        ({}, {"cache": None, "lengths": torch.tensor([1, 2])}, ValueError, "lengths"),
+        ({}, {"lengths": torch.tensor([1, 5])}, ValueError, "lengths"),
+        ({}, {"key": torch.zeros(2, 3, 8), "value": torch.zeros(2, 3, 8)}, ValueError, "key"),
+        (
+            {},
+            {"query": torch.nested.as_nested_tensor([torch.zeros(4, 8)] * 2, layout=torch.jagged)},
+            TypeError,
+            "query",
+        ),
+        ({}, {"cache": s2s.nn.KVCache(2, 4, 8, 2)}, ValueError, "key"),
+        ({}, {"cache": s2s.nn.KVCache(2, 2, 8, 4, torch.bfloat16)}, TypeError, "key"),
+        ({}, {"cache": s2s.nn.KVCache(2, 2, 3, 4)}, ValueError, "key"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_a_cache_refuses(options, arguments, error, argument):
+    layer, cache = s2s.nn.MultiheadAttention(8, 2, batch_first=True, **options), s2s.nn.KVCache(2, 2, 8, 4)
+    inputs = {name: torch.zeros(2, 4, 8) for name in ("query", "key", "value")}
+    with pytest.raises(error, match=rf"\b{argument}\b"):
+        layer(**({**inputs, "cache": cache} | arguments))
+    assert not cache.lengths.any()
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="no_grad"):
+        s2s.nn.MultiheadAttention(8, 2, batch_first=True)(**inputs, cache=cache)
+
+
 @given(
     st.sampled_from([(4, 1), (6, 3), (8, 2), (10, 5)]),
     st.fixed_dictionaries({name: st.booleans() for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}),
