@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -420,7 +421,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), grad_bias);
   if (needs.slopes) {
     const int64_t per_head = grad_slopes.dim() == 2 ? 1 : p.batch, n = grad_slopes.numel();
-    S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+    if (p.batch)
+      S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+    else
+      std::memset(mutable_data<S>(grad_slopes), 0, static_cast<size_t>(n) * sizeof(S));
   }
   return {grad_query, grad_key, grad_value, grad_bias, grad_slopes};
 }

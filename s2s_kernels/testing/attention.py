@@ -257,7 +257,7 @@ CASES = {
             attention_sample("one query", time=1, source=5, kv_heads=1),
             attention_sample("no queries", time=0, return_lse=True, smooth=False),
             attention_sample("no keys", source=0, return_lse=True, smooth=False),
-            attention_sample("empty batch", batch=0, return_lse=True, smooth=False),
+            attention_sample("empty batch", batch=0, slopes=(2,), return_lse=True, smooth=False),
             attention_sample("grouped heads", heads=4, kv_heads=2),
             attention_sample("mask of keys", mask=(2, 1, 1, 4)),
             attention_sample("mask of pairs", mask=(3, 4), return_lse=True),
@@ -327,7 +327,7 @@ CASES = {
         (
             packed_sample("plain"),
             packed_sample("lse", value_width=2, return_lse=True),
-            packed_sample("no sequences", (), (), return_lse=True, smooth=False),
+            packed_sample("no sequences", (), (), slopes=(2,), return_lse=True, smooth=False),
             packed_sample("empty sequences", (0, 3, 0, 2, 0), (2, 0, 0, 3, 1), return_lse=True, smooth=False),
             packed_sample("queries of at most one", (1, 0, 1, 0), (3, 4, 0, 2), return_lse=True, smooth=False),
             packed_sample("one query each", (1, 1), (70, 5), 4, kv_heads=2, dropout_p=0.3, smooth=False),
