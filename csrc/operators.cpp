@@ -63,6 +63,15 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "Tensor? mask, Tensor? bias, Tensor? query_lengths, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, "
       "bool bottom_right, float dropout_p, float? scale, float? softcap, bool need_query, bool need_key, bool need_value, "
       "bool need_bias, bool need_slopes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_packed_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, "
+      "Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap, bool save) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "attention_packed_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor softmax, Tensor query, Tensor key, Tensor value, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float "
+      "dropout_p, float? scale, float? softcap, bool need_query, bool need_key, bool need_value, bool need_slopes) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 
   // additive attention
   m.def("additive_attention_prepare(Tensor key, Tensor? key_lengths) -> (Tensor, Tensor)");

@@ -4,7 +4,7 @@ from . import nn
 from .dispatch import Explanation, explain, use_backend
 from .nn.patch import PatchReport, patch, unpatch
 from .ops.additive_attention import additive_attention, attention_pool, prepare_additive_keys
-from .ops.attention import attention, scaled_dot_product_attention
+from .ops.attention import attention, attention_packed, scaled_dot_product_attention
 from .ops.convolution import causal_conv1d, causal_conv1d_step
 from .ops.convolution.depthwise import causal_conv1d_fn, causal_conv1d_update
 from .ops.recurrence import gru, lstm, rnn
@@ -16,6 +16,7 @@ __all__ = [
     "PatchReport",
     "additive_attention",
     "attention",
+    "attention_packed",
     "attention_pool",
     "causal_conv1d",
     "causal_conv1d_fn",

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -27,10 +28,30 @@ struct Arguments {
   bool bottom_right;
   double dropout_p;
   std::optional<double> scale, softcap;
+  const Tensor *query_starts = nullptr, *key_starts = nullptr;  // of packed sequences
+
+  bool packed() const { return query_starts; }
 };
 
-void strides_of(const Tensor& tensor, int64_t* stride) {
-  for (int64_t i = 0; i < tensor.dim(); ++i) stride[i] = tensor.stride(i);
+// Tensors of rows are (B, H, rows, D), or (rows, H, D) where sequences are packed.
+int64_t rows_of(const Tensor& tensor, bool packed) { return tensor.size(packed ? 0 : 2); }
+
+void check_rows(const char* op, const char* name, const Tensor& tensor, ScalarType type, bool packed, int64_t batch, int64_t heads,
+                int64_t rows, int64_t width) {
+  if (packed)
+    check_argument(op, name, tensor, type, {rows, heads, width});
+  else
+    check_argument(op, name, tensor, type, {batch, heads, rows, width});
+}
+
+Tensor empty_rows(bool packed, int64_t batch, int64_t heads, int64_t rows, int64_t width, ScalarType type) {
+  return packed ? empty_cpu({rows, heads, width}, type) : empty_cpu({batch, heads, rows, width}, type);
+}
+
+// Over (B, H, rows, D).
+void strides_of(const Tensor& tensor, bool packed, int64_t* stride) {
+  constexpr int64_t places[2][4] = {{0, 1, 2, 3}, {-1, 1, 0, 2}};
+  for (int i = 0; i < 4; ++i) stride[i] = places[packed][i] < 0 ? 0 : tensor.stride(places[packed][i]);
 }
 
 // Strides over (B, H, T, S) of a tensor whose sizes are those or 1.
@@ -66,24 +87,54 @@ int64_t length_of(const char* op, const char* name, const OptionalTensor& length
   return length;
 }
 
+const int64_t* starts_of(const char* op, const char* name, const Tensor& starts, int64_t batch, int64_t rows, std::vector<int64_t>& copy) {
+  check_argument(op, name, starts, ScalarType::Long, {batch + 1});
+  for (int64_t b = 0; b <= batch; ++b) copy.push_back(data<int64_t>(starts)[b * starts.stride(0)]);
+  STD_TORCH_CHECK(copy.front() == 0 && copy.back() == rows && std::is_sorted(copy.begin(), copy.end()), op, ": ", name,
+                  " must ascend from 0 to ", rows, ", got ", copy.front(), " to ", copy.back());
+  return copy.data();
+}
+
+// The spans of packed sequences, and the longest one's lengths.
+template <class S>
+void packed_spans(const char* op, const Arguments& a, AttentionCall<S>& p, std::vector<AttentionSpan>& spans) {
+  std::vector<int64_t> query_copy, key_copy;
+  const int64_t* const queries = starts_of(op, "cu_seqlens_q", *a.query_starts, p.batch, p.time, query_copy);
+  const int64_t* const keys = starts_of(op, "cu_seqlens_k", *a.key_starts, p.batch, p.source, key_copy);
+  p.time = p.source = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t time = queries[b + 1] - queries[b], source = keys[b + 1] - keys[b];
+    spans.push_back({queries[b], time, time, keys[b], source, source, a.bottom_right ? source - time : 0});
+    p.time = std::max(p.time, time), p.source = std::max(p.source, source);
+  }
+}
+
 // Checks everything but what the results are; `spans` is filled.
 template <class S>
 AttentionCall<S> checked_call(const char* op, const Arguments& a, std::vector<AttentionSpan>& spans) {
   AttentionCall<S> p{};
-  check_dim(op, "query", a.query, 4);
-  check_dim(op, "key", a.key, 4);
-  check_dim(op, "value", a.value, 4);
-  p.batch = a.query.size(0), p.heads = a.query.size(1), p.time = a.query.size(2), p.width = a.query.size(3);
-  p.kv_heads = a.key.size(1), p.source = a.key.size(2), p.value_width = a.value.size(3);
-  check_argument(op, "query", a.query, scalar_type_of<S>, {p.batch, p.heads, p.time, p.width});
-  check_argument(op, "key", a.key, scalar_type_of<S>, {p.batch, p.kv_heads, p.source, p.width});
-  check_argument(op, "value", a.value, scalar_type_of<S>, {p.batch, p.kv_heads, p.source, p.value_width});
+  const int64_t rank = a.packed() ? 3 : 4;
+  check_dim(op, "query", a.query, rank);
+  check_dim(op, "key", a.key, rank);
+  check_dim(op, "value", a.value, rank);
+  p.packed = a.packed();
+  if (p.packed) {
+    check_dim(op, "cu_seqlens_q", *a.query_starts, 1);
+    STD_TORCH_CHECK(a.query_starts->size(0) >= 1, op, ": cu_seqlens_q must have B + 1 elements, got 0");
+  }
+  p.batch = p.packed ? a.query_starts->size(0) - 1 : a.query.size(0);
+  p.heads = a.query.size(1), p.time = rows_of(a.query, p.packed), p.width = a.query.size(rank - 1);
+  p.kv_heads = a.key.size(1), p.source = rows_of(a.key, p.packed), p.value_width = a.value.size(rank - 1);
+  check_rows(op, "query", a.query, scalar_type_of<S>, p.packed, p.batch, p.heads, p.time, p.width);
+  check_rows(op, "key", a.key, scalar_type_of<S>, p.packed, p.batch, p.kv_heads, p.source, p.width);
+  check_rows(op, "value", a.value, scalar_type_of<S>, p.packed, p.batch, p.kv_heads, p.source, p.value_width);
   STD_TORCH_CHECK(p.width >= 1 && p.value_width >= 1, op, ": query and value must be at least 1 wide");
   STD_TORCH_CHECK(p.kv_heads ? p.heads % p.kv_heads == 0 : p.heads == 0, op, ": key must have a number of heads that divides ", p.heads,
                   ", got ", p.kv_heads);
-  strides_of(a.query, p.query_stride);
-  strides_of(a.key, p.key_stride);
-  strides_of(a.value, p.value_stride);
+  strides_of(a.query, p.packed, p.query_stride);
+  strides_of(a.key, p.packed, p.key_stride);
+  strides_of(a.value, p.packed, p.value_stride);
+  p.lse_stride[0] = p.packed ? 0 : p.heads * p.time, p.lse_stride[1] = p.time;
   p.query = data<S>(a.query), p.key = data<S>(a.key), p.value = data<S>(a.value);
   if (a.mask) {
     check_dtype(op, "mask", *a.mask, ScalarType::Bool);
@@ -125,7 +176,8 @@ AttentionCall<S> checked_call(const char* op, const Arguments& a, std::vector<At
   }
   check_argument(op, "query_lengths", a.query_lengths, ScalarType::Long, {p.batch});
   check_argument(op, "key_lengths", a.key_lengths, ScalarType::Long, {p.batch});
-  for (int64_t b = 0; b < p.batch; ++b) {
+  if (p.packed) packed_spans(op, a, p, spans);
+  for (int64_t b = 0; b < (p.packed ? 0 : p.batch); ++b) {
     const int64_t queries = length_of(op, "query_lengths", a.query_lengths, b, p.time);
     const int64_t keys = length_of(op, "key_lengths", a.key_lengths, b, p.source);
     spans.push_back({0, queries, p.time, 0, keys, p.source, a.bottom_right ? keys - queries : 0});
@@ -149,6 +201,13 @@ class Scratch {
   char* base_;
   std::atomic<int64_t> next_{0};
 };
+
+template <class S>
+void out_strides(const Tensor& out, AttentionCall<S>& p) {
+  int64_t stride[4];
+  strides_of(out, p.packed, stride);
+  std::copy(stride, stride + 3, p.out_stride);
+}
 
 template <class S>
 void decode(const AttentionCall<S>& p) {
@@ -195,6 +254,29 @@ void forward(const AttentionCall<S>& p) {
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Arguments& a, bool save, bool save_wide) {
+  return dispatch_floating(op, "query", a.query, [&](auto zero) {
+    using S = decltype(zero);
+    std::vector<AttentionSpan> spans;
+    AttentionCall<S> p = checked_call<S>(op, a, spans);
+    const int64_t rows = p.lse_stride[1];
+    const ScalarType wide = scalar_type_of<compute_t<S>>;
+    const Tensor out = empty_rows(p.packed, p.batch, p.heads, rows, p.value_width, a.query.scalar_type());
+    const Tensor lse = p.packed ? empty_cpu({p.heads, rows}, wide) : empty_cpu({p.batch, p.heads, rows}, wide);
+    const Tensor softmax = !save      ? empty_cpu({0}, wide)
+                           : p.packed ? empty_cpu({2, p.heads, rows}, wide)
+                                      : empty_cpu({2, p.batch, p.heads, rows}, wide);
+    const Tensor wide_out = save_wide ? empty_rows(p.packed, p.batch, p.heads, rows, p.value_width, wide) : empty_cpu({0}, wide);
+    p.out = mutable_data<S>(out);
+    p.lse = mutable_data<compute_t<S>>(lse);
+    if (save) p.peaks = mutable_data<compute_t<S>>(softmax), p.shares = p.peaks + p.all_rows();
+    if (save_wide) p.wide_out = mutable_data<compute_t<S>>(wide_out);
+    out_strides(out, p);
+    forward(p);
+    return std::make_tuple(out, lse, softmax, wide_out);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                                              const OptionalTensor& mask, const OptionalTensor& bias,
                                                              const OptionalTensor& query_lengths, const OptionalTensor& key_lengths,
@@ -202,27 +284,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(const Tensor& query
                                                              std::optional<int64_t> left, std::optional<int64_t> right, bool bottom_right,
                                                              double dropout_p, std::optional<double> scale, std::optional<double> softcap,
                                                              bool save, bool save_wide) {
-  const char* op = "attention_forward";
-  return dispatch_floating(op, "query", query, [&](auto zero) {
-    using S = decltype(zero);
-    std::vector<AttentionSpan> spans;
-    AttentionCall<S> p = checked_call<S>(
-        op, {query, key, value, mask, bias, query_lengths, key_lengths, slopes, seed, left, right, bottom_right, dropout_p, scale, softcap},
-        spans);
-    const Tensor out = empty_cpu({p.batch, p.heads, p.time, p.value_width}, query.scalar_type());
-    const Tensor lse = empty_cpu({p.batch, p.heads, p.time}, scalar_type_of<compute_t<S>>);
-    const ScalarType wide = scalar_type_of<compute_t<S>>;
-    const Tensor softmax = save ? empty_cpu({2, p.batch, p.heads, p.time}, wide) : empty_cpu({0}, wide);
-    const Tensor wide_out = save_wide ? empty_cpu({p.batch, p.heads, p.time, p.value_width}, wide) : empty_cpu({0}, wide);
-    p.out = mutable_data<S>(out);
-    p.lse = mutable_data<compute_t<S>>(lse);
-    if (save) p.peaks = mutable_data<compute_t<S>>(softmax), p.shares = p.peaks + lse.numel();
-    if (save_wide) p.wide_out = mutable_data<compute_t<S>>(wide_out);
-    for (int i = 0; i < 2; ++i) p.lse_stride[i] = lse.stride(i);
-    for (int i = 0; i < 3; ++i) p.out_stride[i] = out.stride(i);
-    forward(p);
-    return std::make_tuple(out, lse, softmax, wide_out);
-  });
+  return forward(
+      "attention_forward",
+      {query, key, value, mask, bias, query_lengths, key_lengths, slopes, seed, left, right, bottom_right, dropout_p, scale, softcap}, save,
+      save_wide);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_packed_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                            const Tensor& query_starts, const Tensor& key_starts,
+                                                            const OptionalTensor& slopes, const OptionalTensor& seed,
+                                                            std::optional<int64_t> left, std::optional<int64_t> right, bool bottom_right,
+                                                            double dropout_p, std::optional<double> scale, std::optional<double> softcap,
+                                                            bool save) {
+  const OptionalTensor none;
+  const auto [out, lse, softmax, wide_out] = forward("attention_packed_forward",
+                                                     {query, key, value, none, none, none, none, slopes, seed, left, right, bottom_right,
+                                                      dropout_p, scale, softcap, &query_starts, &key_starts},
+                                                     save, false);
+  return {out, lse, softmax};
 }
 
 struct Needs {
@@ -258,11 +337,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   std::vector<AttentionSpan> spans;
   AttentionCall<S> p = checked_call<S>(op, a, spans);
   const ScalarType type = scalar_type_of<S>;
-  check_argument(op, "grad_out", grad_out, type, {p.batch, p.heads, p.time, p.value_width});
-  check_argument(op, "grad_lse", grad_lse, scalar_type_of<T>, {p.batch, p.heads, p.time});
+  const int64_t time = p.lse_stride[1], rows = p.all_rows();
+  check_rows(op, "grad_out", grad_out, type, p.packed, p.batch, p.heads, time, p.value_width);
   const bool wide = out_in.scalar_type() != type;
-  check_argument(op, "out", out_in, wide ? scalar_type_of<T> : type, {p.batch, p.heads, p.time, p.value_width});
-  check_argument(op, "softmax", softmax_in, scalar_type_of<T>, {2, p.batch, p.heads, p.time});
+  check_rows(op, "out", out_in, wide ? scalar_type_of<T> : type, p.packed, p.batch, p.heads, time, p.value_width);
+  if (p.packed) {
+    check_argument(op, "grad_lse", grad_lse, scalar_type_of<T>, {p.heads, time});
+    check_argument(op, "softmax", softmax_in, scalar_type_of<T>, {2, p.heads, time});
+  } else {
+    check_argument(op, "grad_lse", grad_lse, scalar_type_of<T>, {p.batch, p.heads, time});
+    check_argument(op, "softmax", softmax_in, scalar_type_of<T>, {2, p.batch, p.heads, time});
+  }
   STD_TORCH_CHECK(!needs.bias || a.bias, op, ": bias must be given where its gradient is wanted");
   STD_TORCH_CHECK(!needs.slopes || a.slopes, op, ": alibi_slopes must be given where its gradient is wanted");
   const Tensor out = as_contiguous(out_in), softmax = as_contiguous(softmax_in);
@@ -272,20 +357,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   else
     p.out = const_cast<S*>(data<S>(out));
   p.peaks = const_cast<T*>(data<T>(softmax));
-  p.shares = p.peaks + p.batch * p.heads * p.time;
-  for (int i = 0; i < 3; ++i) p.out_stride[i] = out.stride(i);
-  for (int i = 0; i < 2; ++i) p.lse_stride[i] = softmax.stride(i + 1);
+  p.shares = p.peaks + rows;
+  out_strides(out, p);
 
   AttentionGradients<S> g{};
   g.grad_out = data<S>(grad_out);
-  strides_of(grad_out, g.grad_out_stride);
+  strides_of(grad_out, p.packed, g.grad_out_stride);
   g.grad_lse = data<T>(grad_lse);
-  if (grad_lse) strides_of(*grad_lse, g.grad_lse_stride);
+  if (grad_lse)
+    for (int i = p.packed; i < 3; ++i) g.grad_lse_stride[i] = grad_lse->stride(i - p.packed);
   const auto result = [&](bool need, const Tensor& like, S*& to, int64_t* stride, int64_t& row) {
     if (!need) return empty_cpu({0}, type);
-    Tensor grad = empty_cpu({like.size(0), like.size(1), like.size(2), like.size(3)}, type);
+    Tensor grad = empty_rows(p.packed, p.batch, like.size(1), rows_of(like, p.packed), like.size(like.dim() - 1), type);
     to = mutable_data<S>(grad);
-    stride[0] = grad.stride(0), stride[1] = grad.stride(1), row = grad.stride(2);
+    int64_t strides[4];
+    strides_of(grad, p.packed, strides);
+    stride[0] = strides[0], stride[1] = strides[1], row = strides[2];
     return grad;
   };
   const Tensor grad_query = result(needs.query, a.query, g.query, g.query_stride, g.query_row);
@@ -312,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
     g.bias = converts ? bias_sums.take<T>(grad_bias.numel()) : mutable_data<T>(grad_bias);
     parallel(grad_bias.numel(), 1 << 16, [&](int64_t begin, int64_t end) { std::fill(g.bias + begin, g.bias + end, T(0)); });
   }
-  const int64_t width = (p.width + 15) / 16 * 16, rows = p.batch * p.heads * p.time;
+  const int64_t width = (p.width + 15) / 16 * 16;
   const bool dealt = needs.query && g.parts > 1;
   Workspace sums(Workspace::bytes<T>(dealt ? g.parts * rows * width : 0) + Workspace::bytes<T>(g.parts * p.batch * p.heads));
   if (dealt) g.query_parts = sums.take<T>(g.parts * rows * width);
@@ -334,7 +421,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), grad_bias);
   if (needs.slopes) {
     const int64_t per_head = grad_slopes.dim() == 2 ? 1 : p.batch, n = grad_slopes.numel();
-    S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+    if (p.batch)
+      S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+    else
+      std::memset(mutable_data<S>(grad_slopes), 0, static_cast<size_t>(n) * sizeof(S));
   }
   return {grad_query, grad_key, grad_value, grad_bias, grad_slopes};
 }
@@ -353,10 +443,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_packed_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& softmax, const Tensor& query,
+    const Tensor& key, const Tensor& value, const Tensor& query_starts, const Tensor& key_starts, const OptionalTensor& slopes,
+    const OptionalTensor& seed, std::optional<int64_t> left, std::optional<int64_t> right, bool bottom_right, double dropout_p,
+    std::optional<double> scale, std::optional<double> softcap, bool need_query, bool need_key, bool need_value, bool need_slopes) {
+  const char* op = "attention_packed_backward";
+  return dispatch_floating(op, "query", query, [&](auto zero) {
+    const OptionalTensor none;
+    const auto [grad_query, grad_key, grad_value, grad_bias, grad_slopes] =
+        backward<decltype(zero)>(op,
+                                 {query, key, value, none, none, none, none, slopes, seed, left, right, bottom_right, dropout_p, scale,
+                                  softcap, &query_starts, &key_starts},
+                                 grad_out, grad_lse, out, softmax, {need_query, need_key, need_value, false, need_slopes});
+    return std::make_tuple(grad_query, grad_key, grad_value, grad_slopes);
+  });
+}
+
 }  // namespace
 }  // namespace s2s
 
 STABLE_TORCH_LIBRARY_IMPL(s2s, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&s2s::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&s2s::attention_backward));
+  m.impl("attention_packed_forward", TORCH_BOX(&s2s::attention_packed_forward));
+  m.impl("attention_packed_backward", TORCH_BOX(&s2s::attention_packed_backward));
 }

@@ -19,8 +19,9 @@ struct AttentionSpan {
 
 template <class S>
 struct AttentionCall {
-  int64_t batch, heads, kv_heads, time, source, width, value_width;
+  int64_t batch, heads, kv_heads, time, source, width, value_width;  // of packed sequences, time and source are the longest one's
   const AttentionSpan* spans;
+  bool packed;  // all sequences lie one after another: (T of all, H, D), of stride 0 over the batch
   const S *query, *key, *value;
   int64_t query_stride[4], key_stride[4], value_stride[4];
   // (B, H, T, S), of stride 0 where they are broadcast.
@@ -39,11 +40,15 @@ struct AttentionCall {
   int64_t seed0, seed1;
   S* out;                 // (B, H, T, Dv)
   int64_t out_stride[3];  // the last dimension is contiguous
-  compute_t<S>* lse;      // (B, H, T)
-  int64_t lse_stride[2];  // the last dimension is contiguous
+  compute_t<S>* lse;      // (B, H, T), contiguous; (H, T of all) where sequences are packed
+  int64_t lse_stride[2];
   // For backward, or null: the largest score and 1 / (the sum of exponentials of scores less it), which say more than lse where scores are
   // large; and out before it was rounded to 16 bits. Laid out as lse and as out.
   compute_t<S>*peaks, *shares, *wide_out;
+
+  // Where the first query of a head stands among all rows of lse, as dropout counts them too.
+  int64_t first_row(int64_t b, int64_t h) const { return b * lse_stride[0] + h * lse_stride[1] + spans[b].query_begin; }
+  int64_t all_rows() const { return (packed ? 1 : batch) * heads * lse_stride[1]; }
 };
 
 template <class S>
@@ -61,7 +66,7 @@ struct AttentionGradients {
   compute_t<S>* slopes;  // (parts, B, H)
   // The keys are dealt to parts, which share no result but the gradient of queries: of that each has sums of its own.
   int64_t parts;
-  compute_t<S>* query_parts;  // (parts, B, H, T, D rounded up to whole vectors); null if there is but one part
+  compute_t<S>* query_parts;  // (parts, all rows of lse, D rounded up to whole vectors); null if there is but one part
 };
 
 }  // namespace s2s

@@ -65,7 +65,7 @@ struct AttentionBackward {
     T *key_sums = m.key_sums, *value_sums = m.value_sums;
     bool keys_in_place = false, values_in_place = false;
     if constexpr (std::is_same_v<S, T>) {
-      keys_in_place = g.key && width == p.width, values_in_place = g.value && value_width == p.value_width;
+      keys_in_place = g.key && g.key_row == width, values_in_place = g.value && g.value_row == value_width;
       if (keys_in_place) key_sums = g.key + b * g.key_stride[0] + kv * g.key_stride[1] + (span.key_begin + part_begin) * g.key_row;
       if (values_in_place)
         value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
@@ -106,16 +106,15 @@ struct AttentionBackward {
     }
   }
 
-  // The parts of the gradient of queries added up, for rows [begin, end) of all B H T.
+  // The parts of the gradient of queries added up, for rows [begin, end) of all.
   static void add_parts(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t begin, int64_t end) {
-    const int64_t width = whole_vectors<T>(p.width), all = p.batch * p.heads * p.time;
+    const int64_t width = whole_vectors<T>(p.width), all = p.all_rows(), time = p.lse_stride[1];
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t b = at / p.time / p.heads, h = at / p.time % p.heads, i = at % p.time;
-      if (i >= p.spans[b].query_rows) continue;
+      const int64_t b = at / time / p.heads, h = at / time % p.heads, i = at % time;
       T* const first = g.query_parts + at * width;
       for (int64_t part = 1; part < g.parts; ++part)
         for (int64_t c = 0; c < width; c += lanes<T>) store(first + c, load(first + c) + load(first + (part * all) * width + c));
-      write_row(p.width, first, g.query + b * g.query_stride[0] + h * g.query_stride[1] + (p.spans[b].query_begin + i) * g.query_row);
+      write_row(p.width, first, g.query + b * g.query_stride[0] + h * g.query_stride[1] + i * g.query_row);
     }
   }
 
@@ -140,7 +139,7 @@ struct AttentionBackward {
                    int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width), kv = h / (p.heads / p.kv_heads);
-    const int64_t row_begin = b * p.lse_stride[0] + h * p.lse_stride[1] + span.query_begin;
+    const int64_t row_begin = p.first_row(b, h);
     const T *const peaks = p.peaks + row_begin, *const shares = p.shares + row_begin;
     uint8_t* const flags = clean ? m.flags : nullptr;
     const Rows<T> queries =
@@ -149,10 +148,10 @@ struct AttentionBackward {
     const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, part, shares, p.wide_out, spoilt)
                                      : upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), spoilt);
     S* const grad_query = g.query ? g.query + b * g.query_stride[0] + h * g.query_stride[1] + span.query_begin * g.query_row : nullptr;
-    T* query_sums = g.query_parts ? g.query_parts + ((part * p.batch + b) * p.heads + h) * p.time * width : m.query_sums;
+    T* query_sums = g.query_parts ? g.query_parts + (part * p.all_rows() + row_begin) * width : m.query_sums;
     bool in_place = false;
     if constexpr (std::is_same_v<S, T>) {
-      in_place = g.query && !g.query_parts && width == p.width;
+      in_place = g.query && !g.query_parts && g.query_row == width;
       if (in_place) query_sums = grad_query;
     }
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
@@ -357,7 +356,7 @@ struct AttentionBackward {
     for (int64_t c = 0; c < hull.begin; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     for (int64_t c = hull.end; c < row.valid; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     if (p.dropout)
-      dropout_factors<T>(p.seed0, p.seed1, 0, (b * p.heads + h) * p.time + i, at + hull.begin, hull.end - hull.begin, p.threshold,
+      dropout_factors<T>(p.seed0, p.seed1, 0, p.first_row(b, h) + i, at + hull.begin, hull.end - hull.begin, p.threshold,
                          static_cast<T>(p.kept), m.factors + hull.begin);
     const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
     T* bias = nullptr;

@@ -33,6 +33,7 @@ struct AttentionDecode {
 
   // Chunk `chunk` of the keys of head kv; `parts` (heads of the group, part_size).
   static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t chunk, T* parts, char* scratch) {
+    if (!p.spans[b].query_rows) return;
     Pieces pieces{scratch};
     const Memory m = memory(p, pieces);
     const int64_t group = p.heads / p.kv_heads, size = part_size(p);
@@ -47,6 +48,7 @@ struct AttentionDecode {
 
   // Joins the chunks of query head h of batch element b; `parts` is chunk 0's, the next chunk's lies `stride` further.
   static void combine(const AttentionCall<S>& p, int64_t b, int64_t h, int64_t chunks, T* parts, int64_t stride) {
+    if (!p.spans[b].query_rows) return;
     const int64_t width = whole_vectors<T>(p.value_width);
     const T lowest = -std::numeric_limits<T>::infinity();
     T* const sums = parts;
@@ -63,8 +65,7 @@ struct AttentionDecode {
     for (int64_t c = 0; c < p.value_width; ++c) spoilt = spoilt || sums[c] * T(0) != T(0);
     const int64_t row = p.spans[b].query_begin;
     AttentionForward<S>::finish_row(p, sums, sums[width], vlog(sums[width]), sums[width + 1], spoilt,
-                                    p.out + b * p.out_stride[0] + h * p.out_stride[1] + row * p.out_stride[2],
-                                    p.lse + b * p.lse_stride[0] + h * p.lse_stride[1] + row);
+                                    p.out + b * p.out_stride[0] + h * p.out_stride[1] + row * p.out_stride[2], p.lse + p.first_row(b, h));
   }
 
  private:
@@ -260,8 +261,7 @@ struct AttentionDecode {
       part[value_width + 1] = peak;
     }
     const T level = peak == lowest ? T(0) : peak;
-    if (p.dropout)
-      dropout_factors<T>(p.seed0, p.seed1, 0, (b * p.heads + h) * p.time, at, columns, p.threshold, static_cast<T>(p.kept), m.factors);
+    if (p.dropout) dropout_factors<T>(p.seed0, p.seed1, 0, p.first_row(b, h), at, columns, p.threshold, static_cast<T>(p.kept), m.factors);
     Vec<T> sum = {};
     for (int64_t c = 0; c < columns; c += lanes<T>) {
       const Vec<T> weight = vexp_weight(load(scores + c) - level);

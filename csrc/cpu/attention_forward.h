@@ -46,6 +46,8 @@ struct AttentionForward {
   // Queries [query_begin, query_end) of the heads that read key head kv.
   static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t query_begin, int64_t query_end, char* scratch) {
     const AttentionSpan& span = p.spans[b];
+    query_end = min(query_end, span.query_rows);
+    if (query_begin >= query_end) return;
     Pieces pieces{scratch};
     const Memory m = memory(p, pieces);
     const int64_t present = min(query_end, span.queries);
@@ -145,7 +147,7 @@ struct AttentionForward {
             row.distance = static_cast<T>(at - i - span.diagonal);
             m.extras.point(p, b, h, i, at, row);
           }
-          weigh<EXTRA>(p, m, row, hull, (b * p.heads + h) * p.time + i, at, g + r, m.scores + r * attention_block, m.values[k].bad);
+          weigh<EXTRA>(p, m, row, hull, p.first_row(b, h) + i, at, g + r, m.scores + r * attention_block, m.values[k].bad);
         }
         attention_product<T>(
             rows, value_width,
@@ -203,7 +205,7 @@ struct AttentionForward {
   // Sums become results; rows [present, n) are absent.
   static void finish(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t present) {
     const int64_t value_width = whole_vectors<T>(p.value_width), row_begin = p.spans[b].query_begin + first;
-    T* const lse = p.lse + b * p.lse_stride[0] + h * p.lse_stride[1] + row_begin;
+    T* const lse = p.lse + p.first_row(b, h) + first;
     S* const out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + row_begin * p.out_stride[2];
     T* const logarithms = m.sums + queries_at_once * lanes<T>;
     for (int64_t i = 0; i < whole_vectors<T>(n); ++i) logarithms[i] = i < present ? hsum(load(m.sums + i * lanes<T>)) : T(0);

@@ -124,9 +124,9 @@ struct TiledForward<S, float> {
           m.extras.point(p, b, h, i, at, row);
         }
         if (now.hull.end - now.hull.begin == 64)
-          weigh<EXTRA, 2>(p, m, row, now, (b * p.heads + h) * p.time + i, r);
+          weigh<EXTRA, 2>(p, m, row, now, p.first_row(b, h) + i, r);
         else
-          weigh<EXTRA, 1>(p, m, row, now, (b * p.heads + h) * p.time + i, r);
+          weigh<EXTRA, 1>(p, m, row, now, p.first_row(b, h) + i, r);
       }
       for (int64_t r = now.rows; r < last.rows; ++r) add_up(last, r);
       queue.finish();

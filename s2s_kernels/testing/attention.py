@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..ops.attention import attention, scaled_dot_product_attention
+from ..ops.attention import attention, attention_packed, scaled_dot_product_attention
 from .rule import Call, Draw, ErrorSample, OperatorCase, Sample, call
 
 
@@ -133,6 +133,80 @@ def attention_errors() -> tuple[ErrorSample, ...]:
     )  # fmt: skip
 
 
+def packed_sample(
+    name: str,
+    times: Sequence[int] = (3, 1, 2),
+    sources: Sequence[int] = (4, 2, 3),
+    heads: int = 2,
+    width: int = 3,
+    value_width: int | None = None,
+    *,
+    kv_heads: int | None = None,
+    slopes: Sequence[int] | None = None,
+    starts_dtype: torch.dtype = torch.int64,
+    smooth: bool = True,
+    **options: Any,
+) -> Sample:
+    """A call of attention_packed; `times` and `sources` are the sequences' lengths, `slopes` a shape."""
+
+    def build(draw: Draw) -> Call:
+        groups = kv_heads or heads
+        query = draw(sum(times), heads, width, scale=0.5)
+        key, value = draw(sum(sources), groups, width, scale=0.5), draw(sum(sources), groups, value_width or width)
+        values = dict(options)
+        if groups != heads:
+            values["enable_gqa"] = True
+        if slopes is not None:
+            values["alibi_slopes"] = draw(*slopes).abs()
+        starts = [[sum(lengths[:b]) for b in range(len(lengths) + 1)] for lengths in (times, sources)]
+        return call(query, key, value, *(draw.tensor(x, starts_dtype) for x in starts), **values)
+
+    return Sample(name, build, smooth)
+
+
+def packed_errors() -> tuple[ErrorSample, ...]:
+    def refused(name: str, error: type[Exception], argument: str, change: Callable[..., Any]) -> ErrorSample:
+        def build(draw: Draw) -> Call:
+            values = {"query": draw(5, 4, 3), "key": draw(6, 4, 3), "value": draw(6, 4, 3)}
+            values.update(cu_seqlens_q=draw.tensor([0, 2, 5]), cu_seqlens_k=draw.tensor([0, 6, 6]))
+            values.update(change(draw))
+            return call(**values)
+
+        return ErrorSample(name, build, error, argument)
+
+    return (
+        refused("query no tensor", TypeError, "query", lambda draw: {"query": [1.0]}),
+        refused("rank of query", ValueError, "query", lambda draw: {"query": draw(1, 5, 4, 3)}),
+        refused("width of query", ValueError, "query", lambda draw: {"query": draw(5, 4, 1025)}),
+        refused("rank of key", ValueError, "key", lambda draw: {"key": draw(6, 3)}),
+        refused("dtype of key", TypeError, "key", lambda draw: {"key": draw(6, 4, 3, dtype=torch.int32)}),
+        refused("length of value", ValueError, "value", lambda draw: {"value": draw(7, 4, 3)}),
+        refused("no width of value", ValueError, "value", lambda draw: {"value": draw(6, 4, 0)}),
+        refused("heads", ValueError, "key", lambda draw: {"key": draw(6, 2, 3), "value": draw(6, 2, 3)}),
+        refused("no starts", TypeError, "cu_seqlens_q", lambda draw: {"cu_seqlens_q": None}),
+        refused("rank of starts", ValueError, "cu_seqlens_q", lambda draw: {"cu_seqlens_q": draw.tensor([[0, 5]])}),
+        refused("empty starts", ValueError, "cu_seqlens_q", lambda draw: {"cu_seqlens_q": draw.tensor([])}),
+        refused("floating starts", TypeError, "cu_seqlens_k", lambda draw: {"cu_seqlens_k": draw(3)}),
+        refused("another batch", ValueError, "cu_seqlens_k", lambda draw: {"cu_seqlens_k": draw.tensor([0, 6])}),
+        refused("not from 0", ValueError, "cu_seqlens_q", lambda draw: {"cu_seqlens_q": draw.tensor([1, 2, 5])}),
+        refused("descending", ValueError, "cu_seqlens_k", lambda draw: {"cu_seqlens_k": draw.tensor([0, 7, 6])}),
+        refused("not to the end", ValueError, "cu_seqlens_k", lambda draw: {"cu_seqlens_k": draw.tensor([0, 2, 5])}),
+        refused("causal", ValueError, "causal", lambda draw: {"causal": "top"}),
+        refused("window below 0", ValueError, "window", lambda draw: {"window": (-1, 0)}),
+        refused("dropout above 1", ValueError, "dropout_p", lambda draw: {"dropout_p": 1.5}),
+        refused("softcap 0", ValueError, "softcap", lambda draw: {"softcap": 0.0}),
+        refused("shape of slopes", ValueError, "alibi_slopes", lambda draw: {"alibi_slopes": draw(3)}),
+    )  # fmt: skip
+
+
+def packed_by_length(draw: Draw, time: int) -> Call:
+    return call(
+        draw(time + 2, 4, 9), draw(time + 3, 2, 9), draw(time + 3, 2, 6), draw.tensor([0, 2, time + 2]),
+        draw.tensor([0, 3, time + 3]), causal="bottom-right", window=(4, None), alibi_slopes=draw(4).abs(),
+        enable_gqa=True, return_lse=True,
+    )  # fmt: skip
+
+
 def sdpa_errors() -> tuple[ErrorSample, ...]:
     def refused(name: str, error: type[Exception], argument: str, change: Callable[..., Any]) -> ErrorSample:
         def build(draw: Draw) -> Call:
@@ -183,7 +257,7 @@ CASES = {
             attention_sample("one query", time=1, source=5, kv_heads=1),
             attention_sample("no queries", time=0, return_lse=True, smooth=False),
             attention_sample("no keys", source=0, return_lse=True, smooth=False),
-            attention_sample("empty batch", batch=0, return_lse=True, smooth=False),
+            attention_sample("empty batch", batch=0, slopes=(2,), return_lse=True, smooth=False),
             attention_sample("grouped heads", heads=4, kv_heads=2),
             attention_sample("mask of keys", mask=(2, 1, 1, 4)),
             attention_sample("mask of pairs", mask=(3, 4), return_lse=True),
@@ -247,6 +321,30 @@ CASES = {
         ),
         attention_errors(),
         attention_by_length,
+    ),
+    "attention_packed": OperatorCase(
+        attention_packed,
+        (
+            packed_sample("plain"),
+            packed_sample("lse", value_width=2, return_lse=True),
+            packed_sample("no sequences", (), (), slopes=(2,), return_lse=True, smooth=False),
+            packed_sample("empty sequences", (0, 3, 0, 2, 0), (2, 0, 0, 3, 1), return_lse=True, smooth=False),
+            packed_sample("queries of at most one", (1, 0, 1, 0), (3, 4, 0, 2), return_lse=True, smooth=False),
+            packed_sample("one query each", (1, 1), (70, 5), 4, kv_heads=2, dropout_p=0.3, smooth=False),
+            packed_sample("causal", causal=True, starts_dtype=torch.int32),
+            packed_sample("causal, bottom right", (4, 2), (3, 5), causal="bottom-right", return_lse=True, smooth=False),
+            packed_sample("window", (5, 3), (5, 4), window=(1, 1)),
+            packed_sample("slopes by sequence", slopes=(3, 2), causal="bottom-right"),
+            packed_sample("dropout", dropout_p=0.4, return_lse=True),
+            packed_sample(
+                "everything", (4, 2, 1), (5, 3, 2), 4, 3, 2, kv_heads=2, causal="bottom-right", window=(3, 1),
+                dropout_p=0.3, scale=0.9, softcap=2.0, slopes=(4,), return_lse=True,
+            ),
+            packed_sample("tails", (65, 1, 33), (129, 3, 70), 3, 33, 7, causal="bottom-right", smooth=False),
+            packed_sample("several blocks", (70, 150), (260, 131), 2, 16, kv_heads=1, dropout_p=0.1, smooth=False),
+        ),
+        packed_errors(),
+        packed_by_length,
     ),
     "scaled_dot_product_attention": OperatorCase(
         scaled_dot_product_attention,

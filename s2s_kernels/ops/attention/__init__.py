@@ -8,11 +8,11 @@ import torch
 
 from ... import checks, dispatch
 from ..random import draw_seed
-from . import autograd
+from . import arguments, autograd
+from .packed import attention_packed
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_packed", "scaled_dot_product_attention"]
 
-MAXIMUM_WIDTH = 1024
 # With which sums of a few positions and lengths fit 32 bits.
 TRITON_POSITIONS = 2**29
 
@@ -120,30 +120,18 @@ def attention(
     query, key, value, bias, alibi_slopes = checks.autocast(query, key, value, bias, alibi_slopes)  # type: ignore[assignment]
     checks.data(name, "query", query, 4, "(B, H, T, D)")
     batch, heads, time, _ = query.shape
-    _width(name, "query", query, "D")
+    arguments.width(name, "query", query, "D")
     kv_heads, source = _key_and_value(name, query, key, value)
-    if kv_heads != heads:
-        if not enable_gqa:
-            checks.wrong_value(name, "key", f"of H = {heads} heads unless enable_gqa", tuple(key.shape))
-        if kv_heads == 0 or heads % kv_heads:
-            checks.wrong_value(name, "key", f"of a number of heads that divides H = {heads}", tuple(key.shape))
+    arguments.groups(name, key, heads, kv_heads, enable_gqa)
     shape = (batch, heads, time, source)
     checks.boolean(name, "mask", mask, query, "query")
     mask = _four(name, "mask", mask, shape)
     bias = _four(name, "bias", _floating(name, "bias", bias, query), shape)
-    left, right, bottom_right = _restrictions(name, causal, window)
+    left, right, bottom_right = arguments.restrictions(name, causal, window)
     query_lengths = checks.lengths(name, "query_lengths", query_lengths, query, batch, time)
     key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, source, "S")
-    checks.probability(name, "dropout_p", dropout_p)
-    _real(name, "scale", scale)
-    _real(name, "softcap", softcap)
-    if softcap is not None and not softcap > 0:
-        checks.wrong_value(name, "softcap", "above 0", softcap)
-    if alibi_slopes is not None:
-        checks.tensor(name, "alibi_slopes", alibi_slopes)
-        per_batch = alibi_slopes.dim() == 2
-        wanted, layout = ((batch, heads), "(B, H)") if per_batch else ((heads,), "(H,) or (B, H)")
-        checks.like(name, "alibi_slopes", alibi_slopes, query, "query", wanted, layout)
+    arguments.numbers(name, dropout_p, scale, softcap)
+    arguments.slopes(name, alibi_slopes, query, batch, heads)
     tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes)
     out, lse = attend(tensors, (left, right, bottom_right, dropout_p, scale, softcap), return_lse)
     return (out, lse) if return_lse else out
@@ -257,13 +245,8 @@ def _key_and_value(name: str, query: torch.Tensor, key: Any, value: Any) -> tupl
     checks.like(name, "key", key, query, "query", (batch, kv_heads, source, width), "(B, Hkv, S, D)")
     shape = (batch, kv_heads, source, value.shape[3])
     checks.like(name, "value", value, query, "query", shape, "(B, Hkv, S, Dv)")
-    _width(name, "value", value, "Dv")
+    arguments.width(name, "value", value, "Dv")
     return kv_heads, source
-
-
-def _width(name: str, argument: str, x: torch.Tensor, letter: str) -> None:
-    if not 1 <= x.shape[3] <= MAXIMUM_WIDTH:
-        checks.wrong_value(name, argument, f"of {letter} from 1 to {MAXIMUM_WIDTH}", tuple(x.shape))
 
 
 def _four(name: str, argument: str, value: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -282,31 +265,3 @@ def _floating(name: str, argument: str, value: Any, query: torch.Tensor) -> torc
         checks.wrong_type(name, argument, "float64, float32, bfloat16 or float16", value.dtype)
     checks.beside(name, argument, value, query, "query")
     return value
-
-
-def _restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int | None, bool]:
-    """How far a query sees to the left and to the right of its diagonal, and whether that is the bottom-right one."""
-    if not isinstance(causal, bool) and causal != "bottom-right":
-        checks.wrong_value(name, "causal", 'True, False or "bottom-right"', repr(causal))
-    left = right = None
-    if window is not None:
-        if not isinstance(window, (tuple, list)) or len(window) != 2:
-            checks.wrong_type(name, "window", "a pair (left, right)", repr(window))
-        left, right = window
-        for side in window:
-            if side is None:
-                continue
-            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-                checks.wrong_type(name, "window", "a pair of integers or None", repr(window))
-            if side < 0:
-                checks.wrong_value(name, "window", "of sides of at least 0 (None = unbounded)", window)
-    if causal:
-        right = 0
-    return left, right, causal == "bottom-right"
-
-
-def _real(name: str, argument: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        checks.wrong_type(name, argument, "a number or None", type(value).__name__)

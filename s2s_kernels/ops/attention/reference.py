@@ -75,12 +75,81 @@ def attention(
     leaves. Returns out (B, H, T, Dv) and
     lse (B, H, T), the logarithm of the softmax's denominator.
     """
-    (batch, heads, time, width), (_, kv_heads, source, _) = query.shape, key.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, time, _ = query.shape
     visible, distance = visibility(
-        batch, time, source, query.device, mask=mask, bias=bias, left=left, right=right,
+        batch, time, key.shape[2], query.device, mask=mask, bias=bias, left=left, right=right,
         bottom_right=bottom_right, query_lengths=query_lengths, key_lengths=key_lengths,
     )  # fmt: skip
+    slopes = None if alibi_slopes is None else alibi_slopes.expand(batch, heads)[:, :, None, None]
+    return _attention(query, key, value, visible, distance, bias, slopes, dropout_p, keep, scale, softcap)
+
+
+def attention_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    left: int | None = None,
+    right: int | None = None,
+    bottom_right: bool = False,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of each sequence by itself: query (T of all, H, D), key (S of all, Hkv, D), value (S of all, Hkv,
+    Dv); sequence b is the rows from cu_seqlens[b] up to cu_seqlens[b + 1].
+
+    keep (1, H, T of all, S of all): which weights dropout leaves, its columns counted from the sequence's first key.
+    Returns out (T of all, H, Dv) and lse (H, T of all).
+    """
+    (b_q, i, queries), (b_k, j, keys) = _places(cu_seqlens_q, query.shape[0]), _places(cu_seqlens_k, key.shape[0])
+    distance = j - i[:, None]
+    if bottom_right:
+        distance = distance - (keys - queries)[b_q][:, None]
+    visible = b_q[:, None] == b_k
+    if left is not None:
+        visible = visible & (distance >= -left)
+    if right is not None:
+        visible = visible & (distance <= right)
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = alibi_slopes[:, None] if alibi_slopes.dim() == 1 else alibi_slopes[b_q].T  # (H, 1 or T of all)
+        slopes = slopes[None, :, :, None]
+    if keep is not None:
+        keep = keep[..., j]
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    visible, distance = visible[None, None], distance[None, None]
+    out, lse = _attention(query, key, value, visible, distance, None, slopes, dropout_p, keep, scale, softcap)
+    return out[0].transpose(0, 1).contiguous(), lse[0]
+
+
+def _places(starts: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of packed rows: the sequence of each, its place in it, and how long each sequence is."""
+    row = torch.arange(rows, device=starts.device)
+    sequence = (row[:, None] >= starts[1:]).sum(1)
+    return sequence, row - starts[sequence], starts[1:] - starts[:-1]
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    distance: torch.Tensor,
+    bias: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    dropout_p: float,
+    keep: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` where it is known what is visible; everything that is not a row broadcasts to (B, H, T, S)."""
+    (batch, heads, time, width), (_, kv_heads, source, _) = query.shape, key.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
     visible = visible.expand(batch, heads, time, source)
     q = query.to(dtype)
     group = heads // kv_heads if kv_heads else 1  # query head h reads key head h // group
@@ -98,9 +167,8 @@ def attention(
             # The least finite number of a wider dtype must not become an infinity, which would hide.
             bias = bias.clamp(min=torch.finfo(dtype).min)
         scores = scores + torch.where(visible, bias, 0).to(dtype)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(dtype).expand(batch, heads)[:, :, None, None]
-        scores = scores - torch.where(visible, slopes * distance.abs().to(dtype), 0)
+    if slopes is not None:
+        scores = scores - torch.where(visible, slopes.to(dtype) * distance.abs().to(dtype), 0)
     alive = visible.any(-1)
     # A row that sees nothing is filled with zeros, so that no NaN arises in it, and its results are put in afterwards.
     hidden = torch.where(alive, -math.inf, 0.0).to(dtype)[..., None]

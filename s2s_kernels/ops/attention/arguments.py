@@ -1,0 +1,68 @@
+"""Checks that attention and attention of packed sequences share."""
+
+from typing import Any
+
+import torch
+
+from ... import checks
+
+MAXIMUM_WIDTH = 1024
+
+
+def width(name: str, argument: str, x: torch.Tensor, letter: str) -> None:
+    if not 1 <= x.shape[-1] <= MAXIMUM_WIDTH:
+        checks.wrong_value(name, argument, f"of {letter} from 1 to {MAXIMUM_WIDTH}", tuple(x.shape))
+
+
+def groups(name: str, key: torch.Tensor, heads: int, kv_heads: int, enable_gqa: bool) -> None:
+    if kv_heads == heads:
+        return
+    if not enable_gqa:
+        checks.wrong_value(name, "key", f"of H = {heads} heads unless enable_gqa", tuple(key.shape))
+    if kv_heads == 0 or heads % kv_heads:
+        checks.wrong_value(name, "key", f"of a number of heads that divides H = {heads}", tuple(key.shape))
+
+
+def slopes(name: str, alibi_slopes: Any, query: torch.Tensor, batch: int, heads: int) -> None:
+    if alibi_slopes is None:
+        return
+    checks.tensor(name, "alibi_slopes", alibi_slopes)
+    per_batch = alibi_slopes.dim() == 2
+    wanted, layout = ((batch, heads), "(B, H)") if per_batch else ((heads,), "(H,) or (B, H)")
+    checks.like(name, "alibi_slopes", alibi_slopes, query, "query", wanted, layout)
+
+
+def numbers(name: str, dropout_p: float, scale: Any, softcap: Any) -> None:
+    checks.probability(name, "dropout_p", dropout_p)
+    real(name, "scale", scale)
+    real(name, "softcap", softcap)
+    if softcap is not None and not softcap > 0:
+        checks.wrong_value(name, "softcap", "above 0", softcap)
+
+
+def restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int | None, bool]:
+    """How far a query sees to the left and to the right of its diagonal, and whether that is the bottom-right one."""
+    if not isinstance(causal, bool) and causal != "bottom-right":
+        checks.wrong_value(name, "causal", 'True, False or "bottom-right"', repr(causal))
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            checks.wrong_type(name, "window", "a pair (left, right)", repr(window))
+        left, right = window
+        for side in window:
+            if side is None:
+                continue
+            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+                checks.wrong_type(name, "window", "a pair of integers or None", repr(window))
+            if side < 0:
+                checks.wrong_value(name, "window", "of sides of at least 0 (None = unbounded)", window)
+    if causal:
+        right = 0
+    return left, right, causal == "bottom-right"
+
+
+def real(name: str, argument: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        checks.wrong_type(name, argument, "a number or None", type(value).__name__)
