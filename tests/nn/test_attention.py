@@ -315,7 +315,7 @@ def test_a_cache_of_ragged_prompts():
         ({}, {"cache": s2s.nn.KVCache(2, 2, 8, 4, torch.bfloat16)}, TypeError, "key"),
         ({}, {"cache": s2s.nn.KVCache(2, 2, 3, 4)}, ValueError, "key"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
 @torch.no_grad()
 def test_what_a_cache_refuses(options, arguments, error, argument):
