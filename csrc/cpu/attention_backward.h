@@ -65,7 +65,8 @@ struct AttentionBackward {
     T *key_sums = m.key_sums, *value_sums = m.value_sums;
     bool keys_in_place = false, values_in_place = false;
     if constexpr (std::is_same_v<S, T>) {
-      keys_in_place = g.key && g.key_row == width, values_in_place = g.value && g.value_row == value_width;
+      keys_in_place = g.key && width == p.width && g.key_row == width;
+      values_in_place = g.value && value_width == p.value_width && g.value_row == value_width;
       if (keys_in_place) key_sums = g.key + b * g.key_stride[0] + kv * g.key_stride[1] + (span.key_begin + part_begin) * g.key_row;
       if (values_in_place)
         value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
@@ -151,7 +152,7 @@ struct AttentionBackward {
     T* query_sums = g.query_parts ? g.query_parts + (part * p.all_rows() + row_begin) * width : m.query_sums;
     bool in_place = false;
     if constexpr (std::is_same_v<S, T>) {
-      in_place = g.query && !g.query_parts && g.query_row == width;
+      in_place = g.query && !g.query_parts && width == p.width && g.query_row == width;
       if (in_place) query_sums = grad_query;
     }
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
