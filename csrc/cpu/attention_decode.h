@@ -72,9 +72,7 @@ struct AttentionDecode {
   // As many as there are sums at once.
   static constexpr bool folds = std::is_same_v<T, float> && lanes<T> == 16;
   template <int HEADS>
-  static constexpr int64_t keys_at_once = folds        ? (HEADS == 3 ? 5 : 16 / HEADS)
-                                          : HEADS == 1 ? 8
-                                                       : 4;
+  static constexpr int64_t keys_at_once = (folds ? 16 : 8) / HEADS;
 
   // Brings nearer, row by row, what is read some rows later: the rest of these rows, then the first of those that follow.
   struct Next {
@@ -102,7 +100,7 @@ struct AttentionDecode {
     constexpr int together = HEADS == 1 ? 4 : 2;
     const int64_t padded = whole_vectors<T>(width);
     Vec<T> sums[16];
-    if (n < keys_at_once) std::memset(sums, 0, sizeof sums);
+    if (HEADS * keys_at_once < 16 || n < keys_at_once) std::memset(sums, 0, sizeof sums);
     // A few keys after another, as they lie in memory: the processor fetches ahead by itself what is read in order.
     for (int64_t j = 0; j < n; j += together) {
       const S* from[together];

@@ -86,11 +86,10 @@ inline void tiled_scale(int64_t rows, int64_t width, const float* from, int64_t 
     for (int64_t c = 0; c < width; c += lanes<float>) store(to + i * width + c, load(from + i * from_row + c) * scale);
 }
 // The planes of at most tiled_rows rows.
-inline SplitLeft tiled_split(int64_t rows, int64_t depth, const float* from, int64_t from_row, float* planes) {
+inline void tiled_split(int64_t rows, int64_t depth, const float* from, int64_t from_row, float* planes) {
   SplitLeft left{};
   left.data = reinterpret_cast<char*>(planes);
   split_left(rows, depth, from, from_row, left);
-  return left;
 }
 
 // n <= attention_block rows as columns of a right factor.

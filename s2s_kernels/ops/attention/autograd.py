@@ -1,5 +1,7 @@
 """Fake kernels of attention, and the functions that differentiate it."""
 
+import functools
+
 import torch
 
 from ... import checks, dispatch
@@ -55,23 +57,26 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
     return (out, lse), (wide_out if save_wide else out, softmax) if save else ()
 
 
-def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:
-    grad_out, grad_lse = grads
-    out, softmax = saved
-    assert out is not None
+def gradients(
+    operator: str, order: tuple[int, ...], grads: Tensors, tensors: Tensors, saved: Tensors, options: Options,
+    needs: tuple[bool, ...],
+) -> Tensors:  # fmt: skip
+    """Those of the tensors; `order`: the places of what the operator of backward has gradients of."""
+    (grad_out, grad_lse), (out, softmax), query = grads, saved, tensors[0]
+    assert out is not None and query is not None
     if grad_out is None and grad_lse is None:
         return (None,) * len(tensors)
     if grad_out is None:
-        query = tensors[0]
-        assert query is not None
         grad_out = query.new_zeros(()).expand(out.shape)
-    order = (0, 1, 2, 4, 7)
     wanted = [needs[place] for place in order]
-    found = torch.ops.s2s.attention_backward(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
+    found = getattr(torch.ops.s2s, operator)(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
     result: list[torch.Tensor | None] = [None] * len(tensors)
     for place, need, grad in zip(order, wanted, found, strict=True):
         result[place] = grad if need else None
     return tuple(result)
+
+
+_backward = functools.partial(gradients, "attention_backward", (0, 1, 2, 4, 7))
 
 
 def reference_of(tensors: Tensors, options: Options) -> Tensors:

@@ -1,6 +1,7 @@
 """Attention of sequences of different lengths that lie one after another, without padding."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
 from ..random import draw_seed, keep_mask
 from . import arguments, reference
+from .autograd import gradients
 
 # tensors: query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed.
 # options: left, right, bottom_right, dropout_p, scale, softcap.
@@ -152,23 +154,6 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
     return (out, lse), (out, softmax) if save else ()
 
 
-def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]) -> Tensors:
-    grad_out, grad_lse = grads
-    out, softmax = saved
-    assert out is not None
-    if grad_out is None and grad_lse is None:
-        return (None,) * len(tensors)
-    if grad_out is None:
-        grad_out = out.new_zeros(()).expand(out.shape)
-    order = (0, 1, 2, 5)
-    wanted = [needs[place] for place in order]
-    found = torch.ops.s2s.attention_packed_backward(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
-    result: list[torch.Tensor | None] = [None] * len(tensors)
-    for place, need, grad in zip(order, wanted, found, strict=True):
-        result[place] = grad if need else None
-    return tuple(result)
-
-
 def reference_of(tensors: Tensors, options: Options) -> Tensors:
     """The definition under the kernels' calling convention."""
     query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed = tensors
@@ -196,4 +181,9 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
         )
 
 
-kernel = differentiable("attention_packed", forward=_forward, backward=_backward, reference=reference_of)
+kernel = differentiable(
+    "attention_packed",
+    forward=_forward,
+    backward=functools.partial(gradients, "attention_packed_backward", (0, 1, 2, 5)),
+    reference=reference_of,
+)
