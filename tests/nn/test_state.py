@@ -44,7 +44,9 @@ def test_chunks_equal_the_whole_sequence(chunks, dtype, backend):
         found = torch.cat([attend(cache, *part) for part in zip(*(x.split(chunks, 2) for x in inputs), strict=True)], 2)
         expected = whole(*inputs)
     assert found.dtype == dtype and cache.lengths.tolist() == [11, 11, 11]
-    torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)  # each is within 4
+    # In bfloat16 that is two units of results below 1; wider sums end differently by some of theirs.
+    units = 2 if dtype == torch.bfloat16 else 8
+    torch.testing.assert_close(found, expected, rtol=0, atol=units * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
