@@ -9,23 +9,36 @@ struct Tap {
   int64_t stride, from, to;
 };
 
+// Lanes [from, to) of a vector, in the form in which masked operations take them.
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
 template <class C>
-S2S_INLINE Mask<C> lanes_between(int64_t from, int64_t to) {
+using Present = std::conditional_t<sizeof(C) == 4, __mmask16, __mmask8>;
+#else
+template <class C>
+using Present = Mask<C>;
+#endif
+
+template <class C>
+S2S_INLINE Present<C> lanes_between(int64_t from, int64_t to) {
+  const int64_t first = max<int64_t>(0, min(from, lanes<C>)), last = max<int64_t>(0, min(to, lanes<C>));
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  return static_cast<Present<C>>(((1u << last) - 1) & ~((1u << first) - 1));
+#else
   using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
   const Vec<I> lane = iota<I>();
-  const I first = static_cast<I>(max<int64_t>(0, min(from, lanes<C>))), last = static_cast<I>(max<int64_t>(0, min(to, lanes<C>)));
-  return (lane >= broadcast(first)) & (lane < broadcast(last));
+  return (lane >= broadcast(static_cast<I>(first))) & (lane < broadcast(static_cast<I>(last)));
+#endif
 }
 
 // Lanes [from, to) of a vector, 0 elsewhere; the memory of the others isn't touched.
 template <class C>
-S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_t to) {
+S2S_INLINE Vec<C> load_between(const C* x, Present<C> present, int64_t from, int64_t to) {
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 32
   if constexpr (sizeof(C) == 4) return _mm256_maskload_ps(x, (__m256i)present);
   if constexpr (sizeof(C) == 8) return _mm256_maskload_pd(x, (__m256i)present);
 #elif defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-  if constexpr (sizeof(C) == 4) return _mm512_maskz_loadu_ps(_mm512_movepi32_mask((__m512i)present), x);
-  if constexpr (sizeof(C) == 8) return _mm512_maskz_loadu_pd(_mm512_movepi64_mask((__m512i)present), x);
+  if constexpr (sizeof(C) == 4) return _mm512_maskz_loadu_ps(present, x);
+  if constexpr (sizeof(C) == 8) return _mm512_maskz_loadu_pd(present, x);
 #endif
   Vec<C> v{};
   for (int64_t i = max<int64_t>(0, from); i < min(to, lanes<C>); ++i) v[i] = x[i];
@@ -34,42 +47,57 @@ S2S_INLINE Vec<C> load_between(const C* x, Mask<C> present, int64_t from, int64_
 
 // a * b + c where a lane is present, c elsewhere.
 template <class C>
-S2S_INLINE Vec<C> fma_where(Mask<C> present, Vec<C> a, Vec<C> b, Vec<C> c) {
+S2S_INLINE Vec<C> fma_where(Present<C> present, Vec<C> a, Vec<C> b, Vec<C> c) {
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-  if constexpr (sizeof(C) == 4) return _mm512_mask3_fmadd_ps(a, b, c, _mm512_movepi32_mask((__m512i)present));
-  if constexpr (sizeof(C) == 8) return _mm512_mask3_fmadd_pd(a, b, c, _mm512_movepi64_mask((__m512i)present));
-#endif
+  if constexpr (sizeof(C) == 4) return _mm512_mask3_fmadd_ps(a, b, c, present);
+  if constexpr (sizeof(C) == 8) return _mm512_mask3_fmadd_pd(a, b, c, present);
+#else
   return select(present, fma(a, b, c), c);
+#endif
 }
 
 // u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R).
-template <int R, int V, bool Masked, class C>
+template <int R, int V, class C>
 void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weights, const C* start, int64_t channels, int64_t at, C* u,
                 int64_t u_stride) {
   Vec<C> sum[R][V];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sum[r][v] = broadcast(start[r]);
-  for (int64_t k = first; k < last; ++k) {
-    const C* w = weights + k * channels * R;
-    const C* x = taps[k].x + at;
+  const auto add_tap = S2S_LAMBDA(int64_t k, const auto& take, const auto& add) {
+    const C *w = weights + k * channels * R, *x = taps[k].x + at;
     const int64_t stride = taps[k].stride;
-    Mask<C> present[V] = {};
-    if constexpr (Masked)
-      for (int v = 0; v < V; ++v) present[v] = lanes_between<C>(taps[k].from - at - v * lanes<C>, taps[k].to - at - v * lanes<C>);
     for (int64_t c = 0; c < channels; ++c, x += stride, w += R) {
       Vec<C> in[V];
-      for (int v = 0; v < V; ++v)
-        in[v] = Masked ? load_between(x + v * lanes<C>, present[v], taps[k].from - at - v * lanes<C>, taps[k].to - at - v * lanes<C>)
-                       : load(x + v * lanes<C>);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) in[v] = take(v, x + v * lanes<C>);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec<C> scale = broadcast(w[r]);
-        for (int v = 0; v < V; ++v) {
-          sum[r][v] = Masked ? fma_where<C>(present[v], scale, in[v], sum[r][v]) : fma(scale, in[v], sum[r][v]);
-        }
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[r][v] = add(v, scale, in[v], sum[r][v]);
       }
     }
+  };
+  for (int64_t k = first; k < last; ++k) {
+    const int64_t from = taps[k].from - at, to = taps[k].to - at;
+    if (from <= 0 && to >= V * lanes<C>) {
+      add_tap(
+          k, S2S_LAMBDA(int, const C* x) { return load(x); },
+          S2S_LAMBDA(int, Vec<C> a, Vec<C> b, Vec<C> c) { return fma(a, b, c); });
+    } else {
+      Present<C> present[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) present[v] = lanes_between<C>(from - v * lanes<C>, to - v * lanes<C>);
+      add_tap(
+          k, S2S_LAMBDA(int v, const C* x) { return load_between<C>(x, present[v], from - v * lanes<C>, to - v * lanes<C>); },
+          S2S_LAMBDA(int v, Vec<C> a, Vec<C> b, Vec<C> c) { return fma_where<C>(present[v], a, b, c); });
+    }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(u + r * u_stride + at + v * lanes<C>, sum[r][v]);
 }
 
@@ -81,12 +109,7 @@ void accumulate_lanes(const Tap<C>* taps, int64_t count, const C* weights, const
   int64_t first = 0, last = count;
   while (first < last && (taps[first].to <= at || taps[first].from >= until)) ++first;
   while (first < last && (taps[last - 1].to <= at || taps[last - 1].from >= until)) --last;
-  bool whole = true;
-  for (int64_t k = first; k < last; ++k) whole &= taps[k].from <= at && taps[k].to >= until;
-  if (whole)
-    accumulate<R, V, false>(taps, first, last, weights, start, channels, at, u, u_stride);
-  else
-    accumulate<R, V, true>(taps, first, last, weights, start, channels, at, u, u_stride);
+  accumulate<R, V>(taps, first, last, weights, start, channels, at, u, u_stride);
 }
 
 template <int R, class C>
@@ -226,7 +249,10 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
   const int64_t earliest = t0 + p.origin + min<int64_t>(0, reach);
   // Channels whose rows lie a large power of two apart crowd into few of the first-level cache's sets (of 64, 12 lines each), more so where
   // taps read across lines: one copy for all taps, or one for each where taps are far from each other, serves several blocks of outputs.
-  const bool near = max(p.dilation, -p.dilation) < padded;
+  // Shared lines are read across their ends unless the dilation is whole vectors: few taps have a copy each, within the cache.
+  const bool aligned = p.dilation % lanes<C> == 0 || p.taps == 1;
+  const bool apart = !aligned && p.taps * channels * padded * static_cast<int64_t>(sizeof(C)) <= (32 << 10);
+  const bool near = max(p.dilation, -p.dilation) < padded && !apart;
   const int64_t stride = p.in.channel * static_cast<int64_t>(sizeof(In)), lines = padded * static_cast<int64_t>(sizeof(In)) / 64 + 1;
   const int64_t sets = min<int64_t>(64, 4096 / max<int64_t>(64, min<int64_t>(4096, stride & -stride)) * lines);
   const bool crowded =
@@ -260,7 +286,15 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
   const bool plain = p.activation == Activation::none && !p.condition.data && !p.residual.data && !p.saved && p.out.data && padded == kept;
   const bool gate = is_gate(p.activation);
   const int64_t half = p.outputs / 2;
+  // The inputs of the tile after this one, some with each block of outputs: rows may be pages apart, where nothing else fetches them.
+  const int64_t next = t0 + width + p.origin + max<int64_t>(0, reach);
+  const bool more = p.in.time == 1 && next >= 0 && next + width <= high;
+  const In* next_row = p.in.data + b * p.in.batch + channel * p.in.channel + next;
+  const int64_t next_rows = more ? (channels * p.rows + outputs - 1) / outputs : 0;
+  int64_t asked = 0;
   for (int64_t done = 0; done < outputs; done += p.rows) {
+    for (const int64_t until = min(channels, asked + next_rows); asked < until; ++asked, next_row += p.in.channel)
+      for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(In))) __builtin_prefetch(next_row + i, 0, 2);
     const int64_t rows_here = min(p.rows, outputs - done);
     C start[6] = {};
     int64_t output[6];  // the output that each row of the block is
