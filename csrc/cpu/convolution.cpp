@@ -11,6 +11,7 @@
 #include "convolution_binding.h"
 #include "pool.h"
 
+#define S2S_TILES
 #define S2S_KERNELS "convolution_kernels.h"
 #include "each_isa.h"
 
@@ -110,6 +111,7 @@ class Tiles {
     (p_, b, group, t0, std::min(width_, p_.end - t0), scratch + row_bytes_ + u_bytes_, reinterpret_cast<C*>(scratch),
      reinterpret_cast<C*>(scratch + row_bytes_));
   }
+  int64_t width() const { return width_; }
   // After a thread's last tile.
   void end() const {
     if (p_.stream) S2S_SELECT(ConvolutionKernels<In, Out>::end_of_stream)();
@@ -264,6 +266,9 @@ class Backward {
     std::fill(bias_sum, bias_sum + s_.outputs, C(0));
     const int64_t block = block_rows(s_.channels / s_.groups, 1);
     if (inputs) pack_transposed_weights(weight_, s_.groups, block, packed);
+    const int64_t plane_count = needs_.x && std::is_same_v<S, float> && tiled() ? planes() : 0;
+    Workspace plane_space(s_.groups * Workspace::bytes<C>(plane_count));
+    C* const planes = plane_count ? split_weights(plane_space, plane_count) : nullptr;
 
     for (int64_t first = 0; first < s_.batch; first += at_once) {
       const int64_t count = std::min(at_once, s_.batch - first);
@@ -281,7 +286,10 @@ class Backward {
       if (needs_.x && weights && narrow && s_.groups >= thread_count()) {
         gradients_by_group(input_gradient(first, count, grad, packed, block), weight_gradient(first, count, grad, x, weight_sum, bias_sum));
       } else {
-        if (needs_.x) convolve(input_gradient(first, count, grad, packed, block));
+        if (needs_.x && planes)
+          convolve_tiled(input_gradient(first, count, grad, packed, block), planes, plane_count);
+        else if (needs_.x)
+          convolve(input_gradient(first, count, grad, packed, block));
         if (weights) weight_gradients(weight_gradient(first, count, grad, x, weight_sum, bias_sum));
       }
       if (needs_.state) convolve(state_gradient(first, count, grad, packed, block));
@@ -373,6 +381,8 @@ class Backward {
   void weight_gradients(const WeightGradient<C>& p) {
     if (!needs_.weight || s_.channels / s_.groups < few_channels)
       weight_rows(p);
+    else if (tiled())
+      weight_tiles(p);
     else if (S2S_SELECT(ConvolutionGradientKernels<S>::blocks_pay)(s_.outputs / s_.groups, s_.channels / s_.groups))
       weight_blocks(p);
     else
@@ -397,6 +407,79 @@ class Backward {
         for (int64_t at = 0; at < outputs; at += 4) rows(weight, group, at, std::min<int64_t>(4, outputs - at));
       }
       tiles.end();
+    });
+  }
+
+  // Whether products are made on the tile unit.
+  bool tiled() const {
+    return S2S_SELECT(ConvolutionGradientKernels<S>::tiled_pays)(s_.outputs / s_.groups, s_.channels / s_.groups, s_.time);
+  }
+  int64_t planes() const {
+    return S2S_SELECT(ConvolutionGradientKernels<S>::tiled_planes)(s_.channels / s_.groups, s_.outputs / s_.groups, s_.taps);
+  }
+  // Those of the weights, turned for the gradient with respect to x, group by group.
+  C* split_weights(Workspace& space, int64_t size) {
+    const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups, row = s_.taps * outputs;
+    Workspace turned(Workspace::bytes<C>(channels * row));
+    C* const rows = turned.take<C>(channels * row);
+    C* const all = space.take<C>(s_.groups * size);
+    for (int64_t g = 0; g < s_.groups; ++g) {
+      for (int64_t o = 0; o < outputs; ++o)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t k = 0; k < s_.taps; ++k)
+            rows[c * row + k * outputs + o] =
+                to_compute(weight_.data[(g * outputs + o) * weight_.stride[0] + c * weight_.stride[1] + k * weight_.stride[2]]);
+      S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weights)(channels, outputs, s_.taps, rows, all + g * size);
+    }
+    return all;
+  }
+
+  // The convolution on the tile unit. Tiles in which a tap begins or ends go to the multipliers.
+  void convolve_tiled(const Convolution<C, S>& p, const C* planes, int64_t planes_size) {
+    const Tiles<C, S> tiles(p);
+    const int64_t stretch = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_stretch), length = p.end - p.begin;
+    const int64_t each = (length + stretch - 1) / stretch, tasks = p.batch * p.groups * each, threads = std::min(thread_count(), tasks);
+    const int64_t own_elements = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_input_scratch)();
+    const auto serves = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_serves);
+    const auto run = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_inputs);
+    Workspace workspace(threads * (tiles.scratch() + Workspace::bytes<C>(own_elements)));
+    uint8_t* scratch = workspace.take<uint8_t>(threads * tiles.scratch());
+    C* planes_scratch = workspace.take<C>(threads * own_elements);
+    std::atomic<int64_t> next{0};
+    parallel(tasks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t thread = next.fetch_add(1);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t bg = task / each, b = bg / p.groups, group = bg % p.groups, t0 = task % each * stretch;
+        const int64_t width = std::min(stretch, length - t0);
+        if (serves(p, b, p.begin + t0, width)) {
+          run(p, b, group, p.begin + t0, width, planes + group * planes_size, planes_scratch + thread * own_elements);
+          continue;
+        }
+        for (int64_t tile = t0 / tiles.width(); tile * tiles.width() < t0 + width; ++tile)
+          tiles.run(b, group, tile, scratch + thread * tiles.scratch());
+      }
+      tiles.end();
+    });
+  }
+
+  // Many channels on the tile unit: a task makes its own planes of the inputs, so that tasks are few.
+  void weight_tiles(const WeightGradient<C>& p) {
+    const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups;
+    const int64_t wanted = std::max<int64_t>(1, (thread_count() + s_.groups - 1) / s_.groups);
+    const int64_t most = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_most_rows);
+    const int64_t rows = std::min(most, ((outputs + wanted - 1) / wanted + 31) / 32 * 32), blocks = (outputs + rows - 1) / rows;
+    const int64_t tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
+    const int64_t elements = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weight_scratch)(rows, channels);
+    const auto run = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weight_rows);
+    Workspace workspace(threads * Workspace::bytes<C>(elements));
+    C* const scratch = workspace.take<C>(threads * ((elements + 15) / 16 * 16));
+    std::atomic<int64_t> next{0};
+    parallel(tasks, 1, [&](int64_t begin, int64_t end) {
+      C* const own = scratch + next.fetch_add(1) * elements;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t at = task % blocks * rows;
+        run(p, task / blocks, at, std::min(rows, outputs - at), own);
+      }
     });
   }
 

@@ -108,19 +108,6 @@ void add_product_columns(const C* grad, int64_t grad_stride, const C* x, int64_t
   if (channels - c == 1) add_products<R, 1>(grad, grad_stride, x + c * x_stride, x_stride, n, sum + c * sum_column, sum_row, sum_column);
 }
 
-// grad_bias[output + r] += the sum of row r over n positions.
-template <class C>
-void add_row_sums(const C* grad, int64_t grad_stride, int64_t count, int64_t n, C* grad_bias) {
-  for (int64_t r = 0; r < count; ++r) {
-    Vec<C> part{};
-    const C* row = grad + r * grad_stride;
-    int64_t i = 0;
-    for (; i + lanes<C> <= n; i += lanes<C>) part = part + load(row + i);
-    if (i < n) part = part + load_partial(row + i, n - i);
-    grad_bias[r] += hsum(part);
-  }
-}
-
 // The rows [first, first + count), count <= 4, of a group of few channels: a fixed order over the batch, stretches of time, taps and
 // channels.
 template <class C>
@@ -293,4 +280,15 @@ struct ConvolutionGradientKernels {
   static constexpr int64_t panel_columns = gemm_nr<compute_t<S>>, left_row = gemm_kc + gemm_row_pad;
   static constexpr auto pack_input = &pack_input_panel<compute_t<S>>;
   static constexpr auto weight_products = &weight_gradient_products<compute_t<S>>;
+
+  using Tiled = TiledGradients<compute_t<S>>;
+  static constexpr auto tiled_pays = &Tiled::pays;
+  static constexpr int64_t tiled_stretch = Tiled::stretch, tiled_most_rows = Tiled::most_rows;
+  static constexpr auto tiled_weight_scratch = &Tiled::weight_scratch;
+  static constexpr auto tiled_weight_rows = &Tiled::weights;
+  static constexpr auto tiled_planes = &Tiled::planes;
+  static constexpr auto tiled_weights = &Tiled::split_weights;
+  static constexpr auto tiled_input_scratch = &Tiled::input_scratch;
+  static constexpr auto tiled_serves = &Tiled::template serves<S>;
+  static constexpr auto tiled_inputs = &Tiled::template inputs<S>;
 };

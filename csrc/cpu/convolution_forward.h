@@ -83,9 +83,7 @@ void accumulate(const Tap<C>* taps, int64_t first, int64_t last, const C* weight
   for (int64_t k = first; k < last; ++k) {
     const int64_t from = taps[k].from - at, to = taps[k].to - at;
     if (from <= 0 && to >= V * lanes<C>) {
-      add_tap(
-          k, S2S_LAMBDA(int, const C* x) { return load(x); },
-          S2S_LAMBDA(int, Vec<C> a, Vec<C> b, Vec<C> c) { return fma(a, b, c); });
+      add_tap(k, S2S_LAMBDA(int, const C* x) { return load(x); }, S2S_LAMBDA(int, Vec<C> a, Vec<C> b, Vec<C> c) { return fma(a, b, c); });
     } else {
       Present<C> present[V];
 #pragma GCC unroll 8

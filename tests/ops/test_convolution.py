@@ -16,6 +16,7 @@ from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
 from s2s_kernels.testing import Draw, compare
 from s2s_kernels.testing.convolution import convolution_sample
 
+NAN = float("nan")
 needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
@@ -342,3 +343,47 @@ def test_explains_its_choice():
     explanation = s2s.explain(s2s.causal_conv1d, draw(2, 3, 4), draw(4, 3, 2))
     assert explanation.backend == ("cpu" if dispatch.extension_missing is None else "reference")
     assert "take CUDA tensors" in explanation.reasons["triton"]
+
+
+# More than one block of every kind that the tile unit takes: 96 rows, 256 channels, 256 positions.
+WIDE = (
+    convolution_sample(
+        "groups", 2, 140, 200, 531, 2, groups=2, dilation=256, lengths=(531, 290), initial_state=True, poison=True
+    ),
+    convolution_sample("more outputs", 1, 48, 290, 257, 3, dilation=2, activation="silu"),
+    convolution_sample("more channels", 2, 290, 48, 300, 2, causal=False, lengths=(300, 299)),
+)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sample", WIDE, ids=lambda sample: sample.name)
+def test_wide_gradients(sample, dtype):
+    """Float64 sums of so many terms are right in any order, but the rule knows the reference's only."""
+    excess = compare(s2s.causal_conv1d, sample.build(Draw(dtype)), "cpu")
+    assert all(value <= 0 for value in excess.values()), excess
+
+
+@needs_extension
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_wide_gradients_of_infinities_on_any_number_of_threads(poisoned):
+    draw = Draw(torch.float32)
+    x, weight, grad = draw(2, 96, 600), draw(160, 96, 2, scale=0.1), draw(2, 160, 600)
+    if poisoned:
+        grad[0, 5, 300], grad[1, 9, 3], x[1, 7, 20], weight[3, 4, 0] = float("inf"), NAN, NAN, float("inf")
+    found = {}
+    before = torch.get_num_threads()
+    try:
+        for backend, threads in (("reference", 1), ("cpu", 1), ("cpu", 2), ("cpu", 3)):
+            torch.set_num_threads(threads)
+            leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            with s2s.use_backend(backend):
+                y = s2s.causal_conv1d(*leaves, dilation=3)
+                found[backend, threads] = torch.autograd.grad(y, leaves, grad)
+    finally:
+        torch.set_num_threads(before)
+    for place in range(2):
+        expected, *others = (grads[place] for grads in found.values())
+        for other in others:
+            assert torch.equal(other.isnan(), expected.isnan()) and torch.equal(other.isinf(), expected.isinf())
+            torch.testing.assert_close(other, others[0], rtol=0, atol=0, equal_nan=True)
