@@ -53,23 +53,37 @@ int64_t block_rows(int64_t outputs, int64_t step) {
   return std::max(step, (rows + step - 1) / step * step);
 }
 
+// R rows of weights, one beside the other: to[(k * channels + c) * R + r].
+template <int R, class S>
+void pack_rows(const S* const* rows, int64_t channels, int64_t channel, int64_t taps, int64_t tap, compute_t<S>* to) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k < taps; ++k)
+      for (int r = 0; r < R; ++r) to[(k * channels + c) * R + r] = to_compute(rows[r][c * channel + k * tap]);
+}
+
 // weight (outputs, channels, K) -> [group][block][k][channel][row].
 template <class S>
 void pack_weights(const View<const S, 3>& weight, int64_t groups, int64_t rows, bool gate, compute_t<S>* to) {
-  const int64_t outputs = weight.size[0] / groups, channels = weight.size[1], half = weight.size[0] / 2;
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t done = 0; done < outputs; done += rows) {
-      const int64_t here = std::min(rows, outputs - done);
+  const int64_t outputs = weight.size[0] / groups, channels = weight.size[1], taps = weight.size[2], half = weight.size[0] / 2;
+  const int64_t blocks = (outputs + rows - 1) / rows;
+  parallel(groups * blocks, 1 + (1 << 15) / (rows * channels * taps + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / blocks, done = task % blocks * rows, here = std::min(rows, outputs - done);
+      const S* from[6];
       for (int64_t r = 0; r < here; ++r) {
         int64_t output = g * outputs + done + r;
         if (gate) output = r < here / 2 ? done / 2 + r : half + done / 2 + (r - here / 2);
-        const S* from = weight.data + output * weight.stride[0];
-        for (int64_t k = 0; k < weight.size[2]; ++k)
-          for (int64_t c = 0; c < channels; ++c)
-            to[(k * channels + c) * here + r] = to_compute(from[c * weight.stride[1] + k * weight.stride[2]]);
+        from[r] = weight.data + output * weight.stride[0];
       }
-      to += here * channels * weight.size[2];
+      const auto pack = here == 1   ? pack_rows<1, S>
+                        : here == 2 ? pack_rows<2, S>
+                        : here == 3 ? pack_rows<3, S>
+                        : here == 4 ? pack_rows<4, S>
+                        : here == 5 ? pack_rows<5, S>
+                                    : pack_rows<6, S>;
+      pack(from, channels, weight.stride[1], taps, weight.stride[2], to + (g * outputs + done) * channels * taps);
     }
+  });
 }
 
 // For the gradient with respect to the input: outputs and channels change places.
@@ -99,11 +113,14 @@ class Tiles {
     width_ = std::min(tile_width(channels), (length + 63) / 64 * 64);
     each_ = length > 0 ? (length + width_ - 1) / width_ : 0;
     row_bytes_ = Workspace::bytes<C>(p.taps * std::max<int64_t>(channels, 1) * (width_ + 16));
-    u_bytes_ = Workspace::bytes<C>(6 * (width_ + 16));
+    // Lines of a block of outputs, or of all where they wait between stages; as many pieces as a tile's taps and channels are cut into.
+    const int64_t outputs = p.outputs / p.groups, lines = needs_stages<C>(p.taps * channels, width_, outputs, p.rows) ? outputs : 6;
+    u_bytes_ = Workspace::bytes<C>(lines * (width_ + 16));
+    piece_bytes_ = Workspace::bytes<uint8_t>(p.taps * (1 + channels / stage_rows<C>(64)) * 48);
   }
   int64_t each() const { return each_; }  // tiles of a group of a row
   int64_t work() const { return std::max<int64_t>(1, width_ * (p_.outputs / p_.groups) * (p_.channels / p_.groups) * p_.taps); }
-  int64_t scratch() const { return row_bytes_ + u_bytes_ + Workspace::bytes<uint8_t>(p_.taps * 32); }  // bytes, for each thread
+  int64_t scratch() const { return row_bytes_ + u_bytes_ + piece_bytes_; }  // bytes, for each thread
 
   void run(int64_t b, int64_t group, int64_t tile, uint8_t* scratch) const {
     const int64_t t0 = p_.begin + tile * width_;
@@ -119,7 +136,7 @@ class Tiles {
 
  private:
   Convolution<In, Out> p_;
-  int64_t width_, each_, row_bytes_, u_bytes_;
+  int64_t width_, each_, row_bytes_, u_bytes_, piece_bytes_;
 };
 
 template <class In, class Out>
@@ -265,8 +282,9 @@ class Backward {
     std::fill(weight_sum, weight_sum + wide_weight, C(0));
     std::fill(bias_sum, bias_sum + s_.outputs, C(0));
     const int64_t block = block_rows(s_.channels / s_.groups, 1);
-    if (inputs) pack_transposed_weights(weight_, s_.groups, block, packed);
     const int64_t plane_count = needs_.x && std::is_same_v<S, float> && tiled() ? planes() : 0;
+    // A tile goes to the multipliers only where a tap begins or ends.
+    if (inputs && !(plane_count && s_.taps == 1 && !s_.lengths)) pack_transposed_weights(weight_, s_.groups, block, packed);
     Workspace plane_space(s_.groups * Workspace::bytes<C>(plane_count));
     C* const planes = plane_count ? split_weights(plane_space, plane_count) : nullptr;
 
@@ -417,19 +435,20 @@ class Backward {
   int64_t planes() const {
     return S2S_SELECT(ConvolutionGradientKernels<S>::tiled_planes)(s_.channels / s_.groups, s_.outputs / s_.groups, s_.taps);
   }
-  // Those of the weights, turned for the gradient with respect to x, group by group.
+  // Those of the weights for the gradient with respect to x, group by group.
   C* split_weights(Workspace& space, int64_t size) {
-    const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups, row = s_.taps * outputs;
-    Workspace turned(Workspace::bytes<C>(channels * row));
-    C* const rows = turned.take<C>(channels * row);
+    const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups, plane = outputs * channels;
+    Workspace apart(Workspace::bytes<C>(s_.taps * plane));
+    C* const taps = apart.take<C>(s_.taps * plane);
     C* const all = space.take<C>(s_.groups * size);
     for (int64_t g = 0; g < s_.groups; ++g) {
-      for (int64_t o = 0; o < outputs; ++o)
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t k = 0; k < s_.taps; ++k)
-            rows[c * row + k * outputs + o] =
-                to_compute(weight_.data[(g * outputs + o) * weight_.stride[0] + c * weight_.stride[1] + k * weight_.stride[2]]);
-      S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weights)(channels, outputs, s_.taps, rows, all + g * size);
+      for (int64_t o = 0; o < outputs; ++o) {
+        const S* from = weight_.data + (g * outputs + o) * weight_.stride[0];
+        for (int64_t k = 0; k < s_.taps; ++k)
+          for (int64_t c = 0; c < channels; ++c)
+            taps[k * plane + o * channels + c] = to_compute(from[c * weight_.stride[1] + k * weight_.stride[2]]);
+      }
+      S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weights)(channels, outputs, s_.taps, taps, all + g * size);
     }
     return all;
   }

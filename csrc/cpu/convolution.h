@@ -104,4 +104,18 @@ inline int64_t tile_width(int64_t channels) {
   return width < 64 ? 64 : width > 1024 ? 1024 : width;
 }
 
+// Where the inputs of a tile exceed the first-level cache, many outputs pass over them in stages, of as many lines (channels of a tap) as
+// it holds beside the weights: the sums wait in memory meanwhile, which takes nothing from their bits.
+inline constexpr int64_t stage_bytes = 32 << 10, stage_blocks = 8;
+
+template <class C>
+constexpr int64_t stage_rows(int64_t width) {
+  const int64_t rows = stage_bytes / static_cast<int64_t>(sizeof(C)) / (width < 1 ? 1 : width);
+  return rows < 1 ? 1 : rows;
+}
+template <class C>
+constexpr bool needs_stages(int64_t rows, int64_t width, int64_t outputs, int64_t block) {
+  return rows > stage_rows<C>(width) && outputs >= stage_blocks * block;
+}
+
 }  // namespace s2s

@@ -78,7 +78,7 @@ struct TiledGradients {
   }
   static int64_t input_scratch() { return split_packed_size(stretch, split_kc) + 16; }
 
-  // weights (outputs, taps * channels).
+  // weights (taps, channels, outputs).
   static void split_weights(int64_t outputs, int64_t channels, int64_t taps, const C* weights, C* to) {
     if constexpr (std::is_same_v<C, float>)
       for (int64_t k = 0; k < taps; ++k)
@@ -86,8 +86,8 @@ struct TiledGradients {
           for (int64_t row = 0; row < outputs; row += split_mc) {
             SplitLeft* const left = left_at(to, outputs, channels, k, c, row);
             *left = split_left_in(reinterpret_cast<float*>(reinterpret_cast<char*>(left) + left_head));
-            split_left(min(split_mc, outputs - row), min(split_kc, channels - c), weights + row * taps * channels + k * channels + c,
-                       taps * channels, *left);
+            split_left_transposed(min(split_mc, outputs - row), min(split_kc, channels - c), weights + (k * channels + c) * outputs + row,
+                                  outputs, *left);
           }
   }
 

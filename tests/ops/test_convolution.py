@@ -65,10 +65,14 @@ def test_equals_torch(backend, activation, groups):
     torch.testing.assert_close(ours, expected)
 
 
+SIZES = [(1, 1), (1, 1), (2, 4), (5, 2), (9, 14)]  # channels and outputs of a group
+IN_STAGES = (140, 52)  # more than the first-level cache holds
+
+
 @st.composite
-def calls(draw):
+def calls(draw, sizes=SIZES):
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    per_group = draw(st.sampled_from([(1, 1), (1, 1), (2, 4), (5, 2), (9, 14)]))
+    per_group = draw(st.sampled_from(sizes))
     activation = draw(st.sampled_from(ACTIVATIONS))
     outputs = groups * per_group[1] * (2 if activation in GATES else 1)
     return {
@@ -101,7 +105,10 @@ def tensors_of(made, time):
 
 
 @needs_extension
-@given(calls(), st.lists(st.sampled_from([1, 2, 3, 5, 7, 11, 16, 31, 64, 70, 130]), min_size=1, max_size=5))
+@given(
+    calls([*SIZES, IN_STAGES]),
+    st.lists(st.sampled_from([1, 2, 3, 5, 7, 11, 16, 31, 64, 70, 130]), min_size=1, max_size=5),
+)
 def test_any_chunks_give_the_bits_of_the_whole(made, chunks):
     """Row 39."""
     x, weight, bias, residual, options = tensors_of(made, sum(chunks))
@@ -120,7 +127,7 @@ def test_any_chunks_give_the_bits_of_the_whole(made, chunks):
 
 
 @needs_extension
-@given(calls(), st.integers(1, 40), st.integers(0, 20))
+@given(calls([*SIZES, IN_STAGES]), st.integers(1, 40), st.integers(0, 20))
 def test_steps_give_the_bits_of_the_whole(made, steps, before):
     x, weight, bias, residual, options = tensors_of(made, before + steps)
     with s2s.use_backend("cpu"):
