@@ -401,7 +401,7 @@ class Backward {
       weight_rows(p);
     else if (tiled())
       weight_tiles(p);
-    else if (S2S_SELECT(ConvolutionGradientKernels<S>::blocks_pay)(s_.outputs / s_.groups, s_.channels / s_.groups))
+    else if (S2S_SELECT(ConvolutionGradientKernels<S>::blocks_pay)(s_.outputs / s_.groups, s_.channels / s_.groups, s_.batch * s_.time))
       weight_blocks(p);
     else
       weight_products(p);

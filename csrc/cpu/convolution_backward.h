@@ -162,11 +162,13 @@ constexpr double weight_block_use(int64_t outputs, int64_t channels) {
   };
   return 0.9 * use(outputs) * use(channels);
 }
-// Not for float64, which is there to be compared with the definition's own sums, whose order is that of products.
+// Not for float64, which is there to be compared with the definition's own sums, whose order is that of products, nor for so few positions
+// that adding the lanes of a block takes as long as its products.
 template <class C>
-bool weight_blocks_pay(int64_t outputs, int64_t channels) {
+bool weight_blocks_pay(int64_t outputs, int64_t channels, int64_t positions) {
   const int64_t panel = gemm_nr<C>, columns = (channels + panel - 1) / panel * panel;
-  return sizeof(C) == 4 && weight_block_use(outputs, channels) * static_cast<double>(columns) > static_cast<double>(channels);
+  return sizeof(C) == 4 && positions >= 64 * lanes<C> &&
+         weight_block_use(outputs, channels) * static_cast<double>(columns) > static_cast<double>(channels);
 }
 
 // total[r][c] += grad row r times x row c over n positions, lane by lane.

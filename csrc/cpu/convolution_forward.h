@@ -116,6 +116,10 @@ void accumulate_rows(const Piece<C>* pieces, int64_t count, const C* weights, co
   constexpr int V = S2S_VECTOR_BYTES == 64 || R <= 2 ? 4 : 2;  // as many accumulators as registers allow
   int64_t at = 0;
   for (; at + V * lanes<C> <= width; at += V * lanes<C>) accumulate_lanes<R, V>(pieces, count, weights, start, at, u, u_stride);
+  if (V == 4 && at + 2 * lanes<C> <= width) {  // fewer accumulators would wait for one another
+    accumulate_lanes<R, 2>(pieces, count, weights, start, at, u, u_stride);
+    at += 2 * lanes<C>;
+  }
   for (; at < width; at += lanes<C>) accumulate_lanes<R, 1>(pieces, count, weights, start, at, u, u_stride);
 }
 

@@ -23,7 +23,7 @@ struct TiledGradients {
   static bool pays(int64_t outputs, int64_t channels, int64_t time) {
 #if defined(S2S_TILE_UNIT)
     // Splitting takes the time of outputs + channels, products that of outputs * channels: 64 and 128 gain a tenth, 64 and 64 lose as much.
-    return std::is_same_v<C, float> && time >= stretch && outputs * channels >= 40 * (outputs + channels);
+    return std::is_same_v<C, float> && time >= 128 && outputs * channels >= 40 * (outputs + channels);
 #else
     return false;
 #endif
