@@ -64,7 +64,7 @@ def stack(
     random = training and (dropped or zoneout_h > 0 or zoneout_c > 0)
     if not random:
         tensors = (x, h0, c0, lengths, reset, *weights)
-        backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, None)
+        backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, x.dtype)
         if backend == "cpu" and not dispatch.transformed(*tensors):
             options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
             output, h_n, c_n = kernel(tensors, options)
