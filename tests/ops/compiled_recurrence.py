@@ -14,17 +14,15 @@ EVERYWHERE = (*PRODUCTS, "cell_kernel", "cell_gradient_kernel")
 
 def call(
     dtype: torch.dtype, cell: str, hidden: int, batch: int = 5, time: int = 2, *, engine: str = "triton_steps",
-    everything: bool = False, projected: int | None = None, reverse: bool = False,
+    everything: bool = False, normed: bool = False, projected: int | None = None, reverse: bool = False,
 ) -> None:  # fmt: skip
     """Forward, backward and a step of one engine."""
     number, rows, width = CELLS.index(cell), GATES[cell] * hidden, projected or hidden
     lstm = cell == "lstm"
-    options: dict[str, bool] = {"lengths": True, "reset": True, "mask": everything, "normed": everything}
 
     def noise(*shape: int, wanted: bool = True) -> torch.Tensor | None:
         return torch.randn(shape).to(dtype) if wanted else None
 
-    normed = options["normed"]
     x, weight_ih, weight_hh = noise(batch, time, 24), noise(rows, 24), noise(rows, width)
     assert x is not None and weight_ih is not None and weight_hh is not None
     h0, c0 = noise(batch, width), noise(batch, hidden, wanted=lstm)

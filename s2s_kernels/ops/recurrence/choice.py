@@ -1,19 +1,28 @@
 """Which engine runs the recurrent part of a call on CUDA tensors: by arithmetic, not by measurement so far.
 
-An engine is a module of this package with the `forward` and `backward` that device.py describes. Backward asks again,
-so the answer must depend on nothing but what a call says of itself.
+An engine is a module of this package with the `forward` and `backward` that device.py describes. Backward asks again: a
+call's own sizes and its device must decide, or engines that lay out alike what they save. "cuda_kernels" has its place
+in ENGINES once it exists.
 """
 
 import dataclasses
+import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import triton
+
+from ..triton_common import power, precision
+from .autograd import CELLS
+from .reference import GATES
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the choice looks at: cell, a number of autograd.CELLS; B, T, H and P."""
+    """What the choice looks at: cell, a number of autograd.CELLS; B, T, H and P. plain: without a mask, zoneout,
+    projection and layer normalisation. shared: bytes of shared memory that a program can have."""
 
     cell: int
     batch: int
@@ -22,13 +31,46 @@ class Sizes:
     width: int
     dtype: torch.dtype
     projected: bool
-    normed: bool
+    plain: bool
+    shared: int
+
+
+def _holds_weights(sizes: Sizes) -> bool:
+    """Whether triton_sequence compiles without spilling, and within shared memory; and its products on the CUDA cores
+    would be slower than the library's."""
+    gates, size = GATES[CELLS[sizes.cell]], sizes.dtype.itemsize
+    columns, depth = (power(count, 32, 1 << 20) for count in (sizes.units, sizes.width))
+    weights, line = gates * columns * depth * size, 16 * max(columns, depth) * size
+    if sizes.projected and max(columns, depth) > 64:
+        return False
+    copies = 2 if sizes.dtype == torch.float32 else 1  # of a float32 two parts, for three products
+    if copies * (2 * line + weights * (2 if sizes.projected else 1)) > sizes.shared:
+        return False
+    if sizes.dtype == torch.float32:
+        return sizes.plain and weights <= 48 << 10 and precision() != "ieee"
+    return weights <= (128 if sizes.plain else 96) << 10 and max(columns, depth) <= 128
+
+
+# The first that serves a call does.
+ENGINES: tuple[tuple[str, Callable[[Sizes], bool]], ...] = (
+    ("triton_sequence", _holds_weights),
+    ("triton_steps", lambda sizes: True),
+)
 
 
 def engine_of(sizes: Sizes) -> str:
     """The name of the engine for a call."""
-    return "triton_steps"
+    return next(name for name, serves in ENGINES if serves(sizes))
 
 
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name}")
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Of a program, in bytes. Kernels on the CPU are emulated, which has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]

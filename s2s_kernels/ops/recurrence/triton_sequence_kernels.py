@@ -2,11 +2,11 @@
 
 A program takes a tile of rows from the first step to the last. The weights stay in its registers or its shared memory,
 the states in registers, so a step has no launch and no barrier beyond the program: its time is a chain of a product of
-16 rows (HMMA on every architecture: a tile is too small for the units of whole warp groups), the gates, and the exchange
-of the new h between the warps. Predicted for 16 rows, H = 128, half precision: 4 H H multiplications a row, 2^20 for the
-tile, 0.3 us at a multiprocessor's 1024 a cycle and half of that reached, and as much again for the chain: 0.7 us a step
-forward, 1 us backward, against about 5 us of two launches. The inputs of a step are asked for one step ahead. What is
-read and written is that of `triton_step_forward`, from the few multiprocessors that have rows.
+16 rows (HMMA on every architecture: a tile is too small for the units of whole warp groups), the gates, and the
+exchange of the new h between the warps. Predicted for 16 rows, H = 128, half precision: 4 H H products a row, 2^20 for
+the tile, 1 us at half of what HMMA makes on a multiprocessor (1024 a cycle), and half of that again for the chain of
+gates: 1.5 us a step forward, 2 us backward, against about 5 us of two launches. Inputs are asked for a step ahead. What
+is read and written is that of `triton_step_forward`, from the few multiprocessors that have rows.
 """
 
 import triton
@@ -78,7 +78,7 @@ def _recurrent(value, mean, scale, norm, bias, unit, fits, NUMBER: tl.constexpr,
 
 
 @triton.jit
-def _next_inputs(inputs, row, exists, t, length, time, unit, fits, UNITS: tl.constexpr, GATES: tl.constexpr):
+def _inputs(inputs, row, exists, t, length, time, unit, fits, UNITS: tl.constexpr, GATES: tl.constexpr):
     inside = (exists & (t < length) & (t + tl.zeros_like(length) >= 0))[:, None] & fits[None, :]
     at = row * time + t
     a = load_gate(inputs, at, unit, inside, 0, UNITS, GATES)
@@ -99,11 +99,11 @@ def forward_kernel(
     output, hidden, gates, extra, normed,
     batch: tl.int64, time: tl.int64, zoneout_h: tl.float32, zoneout_c: tl.float32, least_h: tl.int64, least_c: tl.int64,
     CELL: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, REVERSE: tl.constexpr,
-    ZONE_H: tl.constexpr, ZONE_C: tl.constexpr, PRECISION: tl.constexpr,
+    ZONE_H: tl.constexpr, ZONE_C: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """All steps of inputs (B, T, GATES * UNITS). h (B, WIDTH) and c (B, UNITS), float32, change in place. COLUMNS and
-    DEPTH are the powers of two that hold UNITS and WIDTH."""
+    DEPTH are the powers of two that hold UNITS and WIDTH. AHEAD: ask for the inputs a step before they are used."""
     SUMS: tl.constexpr = GATES * UNITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < batch
@@ -130,12 +130,17 @@ def forward_kernel(
         cell_state = tl.load(c + at_c, mask=within, other=0.0)
     kind = weight_hh.dtype.element_ty
     t = (time - 1 if REVERSE else 0) + tl.zeros_like(time)
-    in_0, in_1, in_2, in_3 = _next_inputs(inputs, row, exists, t, length, time, unit, fits, UNITS, GATES)
+    if AHEAD:
+        next_0, next_1, next_2, next_3 = _inputs(inputs, row, exists, t, length, time, unit, fits, UNITS, GATES)
     for _ in range(time):
         following = t - 1 if REVERSE else t + 1
-        later_0, later_1, later_2, later_3 = _next_inputs(
-            inputs, row, exists, following, length, time, unit, fits, UNITS, GATES
-        )  # fmt: skip
+        if AHEAD:
+            in_0, in_1, in_2, in_3 = next_0, next_1, next_2, next_3
+            next_0, next_1, next_2, next_3 = _inputs(
+                inputs, row, exists, following, length, time, unit, fits, UNITS, GATES
+            )  # fmt: skip
+        else:
+            in_0, in_1, in_2, in_3 = _inputs(inputs, row, exists, t, length, time, unit, fits, UNITS, GATES)
         at = row * time + t
         present = exists & (length > t)
         starts = starts_at(reset, row, present, t, length, time, REVERSE)
@@ -215,7 +220,6 @@ def forward_kernel(
         )  # fmt: skip
         if hidden is not None:
             store_gates(new, new, new, new, hidden, at, place, inside_h, WIDTH, 1)
-        in_0, in_1, in_2, in_3 = later_0, later_1, later_2, later_3
         t = following
     tl.store(h + at_h, state, mask=within_h)
     if CELL == LSTM:

@@ -11,7 +11,7 @@ import triton
 
 from ..triton_common import device_of, power
 from .products import product
-from .triton_buffers import Gradients, Results, Zones, state
+from .triton_buffers import Gradients, Results, Zones
 from .triton_step_backward import cell_gradient_kernel, finish_kernel, project_gradient_kernel
 from .triton_step_forward import begin_kernel, cell_kernel, project_kernel
 
