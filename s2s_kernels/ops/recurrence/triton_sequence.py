@@ -12,13 +12,14 @@ from .triton_sequence_kernels import backward_kernel, forward_kernel
 Optional = torch.Tensor | None
 
 
-def _tile(units: int, width: int, heavy: bool) -> dict[str, int]:
-    """heavy: layer normalisation, a projection or float32 takes registers or shared memory too."""
-    columns, depth = power(units, 32, 1024), power(width, 32, 1024)
+def _tile(units: int, width: int, norm: Optional, weight_hr: Optional, dtype: torch.dtype) -> dict[str, int]:
+    columns, depth, wide = power(units, 32, 1024), power(width, 32, 1024), dtype == torch.float32
     widest = max(columns, depth)
+    # Loads ahead of their step take registers or shared memory that these need themselves.
+    heavy = norm is not None or weight_hr is not None or wide or widest > 64
     return {
-        "ROWS": 16, "COLUMNS": columns, "DEPTH": depth, "num_warps": 8 if widest > 32 else 4,
-        "num_stages": 1 if heavy or widest > 64 else 2,
+        "ROWS": 16, "COLUMNS": columns, "DEPTH": depth, "num_warps": 8 if widest > 32 or wide else 4,
+        "num_stages": 1 if heavy else 2,
     }  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def forward(
     r = Results.of(inputs, width, h0, c0, cell, zoneout_h, norm_hh is not None, save, dtype)
     if inputs.numel():
         units, zones = width if weight_hr is None else weight_hr.shape[1], Zones.of(zoneout_h, zoneout_c, training)
-        tile = _tile(units, width, norm_hh is not None or weight_hr is not None or dtype == torch.float32)
+        tile = _tile(units, width, norm_hh, weight_hr, dtype)
         with device_of(inputs):
             forward_kernel[(triton.cdiv(batch, tile["ROWS"]),)](
                 inputs, weight_hh, bias_hh, r.h, r.c, weight_hr, recurrent_mask, norm_hh, norm_c, norm_b, lengths,
@@ -56,7 +57,7 @@ def backward(
     g = Gradients.of(output, sums, grad_h, grad_c, cell, weight_hr is not None, norm_hh is not None)
     if g.inputs.numel():
         units, zones = width if weight_hr is None else weight_hr.shape[1], Zones.of(zoneout_h, zoneout_c, training)
-        tile = _tile(units, width, norm_hh is not None or weight_hr is not None or dtype == torch.float32)
+        tile = _tile(units, width, norm_hh, weight_hr, dtype)
         with device_of(output):
             backward_kernel[(triton.cdiv(batch, tile["ROWS"]),)](
                 grad_output, g.h, g.c, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_hh, norm_c, norm_b, lengths,
