@@ -60,22 +60,40 @@ def call(
 
 
 def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
-    """Makes the calls; yields the dtype and the precision of what they have launched, and whether that is a sample."""
-    call(torch.bfloat16, "lstm", 768, everything=True, projected=256)
+    """Makes the calls; yields the dtype and the precision of what they have launched, and whether that is a sample.
+
+    Of the sequence's kernel the heaviest that `choice` names for the shared memory of an architecture."""
+    every = {"everything": True, "normed": True}
+    call(torch.bfloat16, "lstm", 64, engine="triton_sequence", projected=64, **every)
     yield torch.bfloat16, "highest", arch == 80
+    call(torch.float16, "lstm", 128 if arch > 80 else 64, engine="triton_sequence", reverse=True)
+    yield torch.float16, "highest", arch == 100
+    call(torch.bfloat16, "lstm", 768, projected=256, **every)
+    yield torch.bfloat16, "highest", arch == 90
     call(torch.float32, "gru", 512, reverse=True)
-    yield torch.float32, "highest", arch == 100
+    yield torch.float32, "highest", arch == 90
     call(torch.float16, "lstm", 512)
-    yield torch.float16, "highest", arch == 90
-    call(torch.float32, "gru", 100, everything=True)
-    yield torch.float32, "highest", False
-    call(torch.bfloat16, "rnn_tanh", 300, everything=True, reverse=True)
+    call(torch.float32, "gru", 100, **every)
+    call(torch.bfloat16, "rnn_tanh", 300, reverse=True, **every)
     call(torch.bfloat16, "rnn_relu", 300)
     yield torch.bfloat16, "highest", False
+    call(torch.float16, "gru", 128 if arch > 80 else 64, engine="triton_sequence", **every)
+    call(torch.bfloat16, "rnn_tanh", 128, engine="triton_sequence", **every)
+    call(torch.bfloat16, "lstm", 32, engine="triton_sequence", projected=32, **every)
+    call(torch.bfloat16, "lstm", 5, engine="triton_sequence", everything=True)
+    call(torch.bfloat16, "gru", 100 if arch > 80 else 50, engine="triton_sequence", everything=True)
+    call(torch.bfloat16, "rnn_relu", 64, engine="triton_sequence")
+    yield torch.bfloat16, "highest", False
+    torch.set_float32_matmul_precision("medium")
+    call(torch.float32, "lstm", 32, engine="triton_sequence")
+    call(torch.float32, "gru", 64, engine="triton_sequence")
+    yield torch.float32, "medium", False
+    torch.set_float32_matmul_precision("highest")
 
 
 def again() -> None:
     """Another batch and length, odd ones too, that compile to the same kernels."""
     call(torch.float16, "lstm", 512, 1, 3)
-    call(torch.bfloat16, "lstm", 768, 64, 5, everything=True, projected=256)
+    call(torch.bfloat16, "lstm", 768, 64, 5, projected=256, everything=True, normed=True)
     call(torch.float32, "gru", 512, 33, 1, reverse=True)
+    call(torch.bfloat16, "rnn_relu", 64, 33, 7, engine="triton_sequence")

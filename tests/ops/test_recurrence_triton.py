@@ -321,18 +321,20 @@ def test_the_choice_of_an_engine():
     pytest.importorskip("triton")
     from s2s_kernels.ops.recurrence.choice import Sizes, engine_of
 
-    def chosen(cell, hidden, dtype=torch.bfloat16, projected=False, plain=True, shared=227 << 10):
-        return engine_of(Sizes(autograd.CELLS.index(cell), 8, 99, hidden, hidden, dtype, projected, plain, shared))
+    def chosen(cell, hidden, dtype=torch.bfloat16, projected=False, normed=False, zoned=False, shared=227 << 10):
+        plain = not (projected or normed or zoned)
+        number = autograd.CELLS.index(cell)
+        return engine_of(Sizes(number, 8, 99, hidden, hidden, dtype, projected, normed, plain, shared))
 
-    assert chosen("lstm", 128) == chosen("gru", 100) == chosen("gru", 128, plain=False) == SEQUENCE
-    assert chosen("lstm", 64, projected=True, plain=False) == SEQUENCE
-    assert chosen("lstm", 128, plain=False) == chosen("lstm", 129) == chosen("rnn_tanh", 256) == STEPS
-    assert chosen("lstm", 128, shared=99 << 10) == chosen("lstm", 65, projected=True, plain=False) == STEPS
-    assert chosen("gru", 64, torch.float32) == STEPS
-    torch.set_float32_matmul_precision("high")
+    assert chosen("lstm", 128) == chosen("gru", 100) == chosen("gru", 128, normed=True, zoned=True) == SEQUENCE
+    assert chosen("lstm", 64, projected=True, normed=True) == chosen("rnn_tanh", 5, zoned=True) == SEQUENCE
+    assert chosen("lstm", 128, zoned=True) == chosen("lstm", 129) == chosen("rnn_tanh", 256) == STEPS
+    assert chosen("lstm", 128, shared=99 << 10) == chosen("lstm", 128, projected=True) == STEPS
+    assert chosen("lstm", 20, normed=True) == chosen("gru", 64, torch.float32) == STEPS
+    torch.set_float32_matmul_precision("medium")
     try:
         assert chosen("gru", 64, torch.float32) == chosen("lstm", 32, torch.float32) == SEQUENCE
-        assert chosen("lstm", 64, torch.float32) == chosen("lstm", 32, torch.float32, plain=False) == STEPS
+        assert chosen("lstm", 64, torch.float32) == chosen("lstm", 32, torch.float32, zoned=True) == STEPS
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -31,24 +31,25 @@ class Sizes:
     width: int
     dtype: torch.dtype
     projected: bool
+    normed: bool
     plain: bool
     shared: int
 
 
 def _holds_weights(sizes: Sizes) -> bool:
-    """Whether triton_sequence compiles without spilling, and within shared memory; and its products on the CUDA cores
-    would be slower than the library's."""
+    """Whether triton_sequence compiles without spilling and within shared memory, onto tensor cores: the limits are
+    those at which it was seen to, for compute capability 8.0, 9.0 and 10.0."""
     gates, size = GATES[CELLS[sizes.cell]], sizes.dtype.itemsize
     columns, depth = (power(count, 32, 1 << 20) for count in (sizes.units, sizes.width))
-    weights, line = gates * columns * depth * size, 16 * max(columns, depth) * size
-    if sizes.projected and max(columns, depth) > 64:
-        return False
-    copies = 2 if sizes.dtype == torch.float32 else 1  # of a float32 two parts, for three products
-    if copies * (2 * line + weights * (2 if sizes.projected else 1)) > sizes.shared:
+    weights, line, widest = gates * columns * depth * size, 16 * max(columns, depth) * size, max(columns, depth)
+    if 2 * line + weights * (2 if sizes.projected else 1) > sizes.shared:
         return False
     if sizes.dtype == torch.float32:
-        return sizes.plain and weights <= 48 << 10 and precision() != "ieee"
-    return weights <= (128 if sizes.plain else 96) << 10 and max(columns, depth) <= 128
+        return sizes.plain and weights <= 48 << 10 and precision() == "tf32"
+    if sizes.projected or sizes.normed:  # which keep more of a row, and units that fill no vectors cost addresses
+        whole = sizes.units % 32 == sizes.width % 32 == 0
+        return whole and weights <= 96 << 10 and widest <= (64 if sizes.projected else 128)
+    return weights <= (128 if sizes.plain else 96) << 10 and widest <= 128
 
 
 # The first that serves a call does.
