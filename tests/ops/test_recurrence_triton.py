@@ -242,6 +242,19 @@ def test_step(cell, dtype):
 
 
 @interpreted
+def test_a_cell_steps_by_that(monkeypatch):
+    from s2s_kernels.ops.recurrence import device
+
+    called, original = [], device.recurrence_step
+    monkeypatch.setattr(device, "recurrence_step", lambda *a: called.append(1) or original(*a))
+    cell, x = s2s.nn.LSTMCell(3, 4), torch.randn(2, 3)
+    with torch.no_grad():
+        found = cell(x, cell(x))
+    assert called == [1, 1]
+    torch.testing.assert_close(found, cell(x, cell(x)))
+
+
+@interpreted
 def test_the_same_bits_on_every_run(engine):
     arguments = named("lstm", "poisoned, reverse").build(Draw(torch.float16))
     runs = [dict(evaluate(s2s.lstm, prepare(arguments), noise_like)) for _ in range(2)]
@@ -309,7 +322,15 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
     torch.library.opcheck(torch.ops.s2s.recurrence_backward, backward, test_utils=tests)
     step = (x[:, 0], *weights, h0, none, 1)
     torch.library.opcheck(torch.ops.s2s.recurrence_step, step, test_utils=tests)
-    wrong = {0: draw(2, 3, 5), 1: draw(9, 4), 2: draw(12, 3), 5: draw(3, 4), 9: draw(4), 13: torch.tensor([1])}
+    wrong = {
+        0: draw(2, 3, 5),
+        1: draw(9, 4),
+        2: draw(12, 3),
+        4: draw(11),
+        5: draw(3, 4),
+        9: draw(4),
+        13: torch.tensor([1]),
+    }
     for place, value in wrong.items():
         with pytest.raises(RuntimeError, match="recurrence: the arguments don't fit together"):
             torch.ops.s2s.recurrence_forward(*good[:place], value, *good[place + 1 :], *options, 1)
@@ -389,6 +410,21 @@ def test_a_gpu_compiles_once_for_all_lengths_and_repeats_its_bits():
             whole = s2s.lstm(*arguments[0], **arguments[1])[0]
         torch.cuda.synchronize()
         assert torch.equal(whole, torch.compile(s2s.lstm, fullgraph=True)(*arguments[0], **arguments[1])[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_cell_steps_on_a_gpu_as_with_gradients(kind, dtype):
+    cell = getattr(s2s.nn, f"{kind}Cell")(24, 40, device="cuda", dtype=dtype)
+    x, expected = torch.randn(3, 24, device="cuda", dtype=dtype), None
+    for _ in range(3):
+        expected = cell(x, expected)
+    with torch.no_grad():
+        found = None
+        for _ in range(3):
+            found = cell(x, found)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.gpu

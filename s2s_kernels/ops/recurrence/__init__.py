@@ -305,7 +305,7 @@ def step(
     Raises:
         RuntimeError: the kernel refuses a shape or a dtype. `run` says it in the words of an operator.
     """
-    if not dispatch.is_plain(x, *weights, *states):
+    if not dispatch.is_plain(x, *weights, *states, triton=True):
         return None
     h, c = states if len(states) == 2 else (states[0], None)
     return torch.ops.s2s.recurrence_step.default(x, *weights, h, c, autograd.CELLS.index(cell))

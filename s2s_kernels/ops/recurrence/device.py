@@ -48,7 +48,7 @@ def recurrence_forward(
     zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool, save: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
-        "recurrence", x, weight_ih, weight_hh, h0, c0, weight_hr, recurrent_mask, (norm_ih, norm_hh, norm_c, norm_b),
+        "recurrence", x, weight_ih, weight_hh, (bias_ih, bias_hh), h0, c0, weight_hr, recurrent_mask, (norm_ih, norm_hh, norm_c, norm_b),
         lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed,
     )  # fmt: skip
     inputs, bias_hh = product(x.flatten(0, -2), weight_ih.t()), wide(bias_hh)
@@ -79,7 +79,7 @@ def recurrence_backward(
     needs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
-        "recurrence_backward", x, weight_ih, weight_hh, h0, c0, weight_hr, recurrent_mask,
+        "recurrence_backward", x, weight_ih, weight_hh, (), h0, c0, weight_hr, recurrent_mask,
         (norm_ih, norm_hh, norm_c, norm_b), lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training,
         weight_dropout, packed,
     )  # fmt: skip
@@ -99,8 +99,9 @@ def recurrence_step(
     x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: Optional, bias_hh: Optional,
     h0: Optional, c0: Optional, cell: int,
 ) -> list[torch.Tensor]:  # fmt: skip
-    nothing = (None,) * 4
-    check("recurrence_step", x, weight_ih, weight_hh, h0, c0, None, None, nothing, None, None, cell, False)
+    check(
+        "recurrence_step", x, weight_ih, weight_hh, (bias_ih, bias_hh), h0, c0, None, None, (), None, None, cell, False
+    )  # fmt: skip
     inputs = product(x, weight_ih.t())
     return step(
         inputs, wide(bias_ih), weight_hh.contiguous(), wide(bias_hh), contiguous(h0), contiguous(c0), cell

@@ -103,12 +103,12 @@ def wide(tensor: Optional) -> Optional:
 
 
 def call_of(
-    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, h0: Optional, c0: Optional,
+    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...], h0: Optional, c0: Optional,
     weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional, reset: Optional,
     seed: Optional, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool,
     weight_dropout: float, packed: bool,
 ) -> Call:  # fmt: skip
-    check(operator, x, weight_ih, weight_hh, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
+    check(operator, x, weight_ih, weight_hh, biases, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
     packing = None
     if packed:
         assert lengths is not None
@@ -142,27 +142,28 @@ def dropout(p: float) -> tuple[int, float]:
 
 
 def check(
-    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, h0: Optional, c0: Optional,
-    weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional, reset: Optional, cell: int,
-    packed: bool,
+    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...],
+    h0: Optional, c0: Optional, weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional,
+    reset: Optional, cell: int, packed: bool,
 ) -> None:  # fmt: skip
     """What a raw call could get wrong about the sizes by which the kernels read."""
     gates = GATES[CELLS[cell]] if 0 <= cell < len(CELLS) else 0
     fits = gates > 0 and x.dim() == (2 if packed or operator == "recurrence_step" else 3)
     fits = fits and weight_ih.dim() == weight_hh.dim() == 2 and weight_ih.shape[1] == x.shape[-1]
     fits = fits and weight_ih.shape[0] == weight_hh.shape[0] > 0 and weight_hh.shape[0] % gates == 0
-    fits = fits and x.dtype == weight_ih.dtype == weight_hh.dtype != torch.float64
+    fits = fits and x.dtype != torch.float64
     fits = fits and (not packed or (lengths is not None and lengths.dim() == 1 and reset is None))
     if fits:
         batch = lengths.shape[0] if packed and lengths is not None else x.shape[0]
         rows, width = weight_hh.shape
         units = rows // gates
         fits = width == units if weight_hr is None else weight_hr.shape == (width, units) and CELLS[cell] == "lstm"
-        for tensor, shape in (
-            (h0, (batch, width)), (c0, (batch, units)), (mask, (batch, width)), (lengths, (batch,)),
-            (reset, x.shape[:2]), (norms[0], (rows,)), (norms[1], (rows,)), (norms[2], (units,)), (norms[3], (units,)),
-        ):  # fmt: skip
-            fits = fits and (tensor is None or tuple(tensor.shape) == tuple(shape))
+        states = ((h0, (batch, width)), (c0, (batch, units)), (mask, (batch, width)))
+        vectors = [(v, (rows,)) for v in (*biases, *norms[:2])] + [(v, (units,)) for v in norms[2:]]
+        for tensor, shape in (*states, *vectors, (lengths, (batch,)), (reset, tuple(x.shape[:2]))):
+            fits = fits and (tensor is None or tuple(tensor.shape) == shape)
+        floating = (weight_ih, weight_hh, weight_hr, h0, c0, mask)
+        fits = fits and all(tensor is None or tensor.dtype == x.dtype for tensor in floating)
     if not fits:
         raise RuntimeError(
             f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "

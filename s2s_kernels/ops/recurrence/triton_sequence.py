@@ -12,14 +12,14 @@ from .triton_sequence_kernels import backward_kernel, forward_kernel
 Optional = torch.Tensor | None
 
 
-def _tile(units: int, width: int, norm: Optional, weight_hr: Optional, dtype: torch.dtype) -> dict[str, int]:
+def _tile(units: int, width: int, dtype: torch.dtype, zones: Zones, *options: Optional) -> dict[str, int]:
     columns, depth, wide = power(units, 32, 1024), power(width, 32, 1024), dtype == torch.float32
     widest = max(columns, depth)
-    # Loads ahead of their step take registers or shared memory that these need themselves.
-    heavy = norm is not None or weight_hr is not None or wide or widest > 64
+    # Loads ahead of their step take registers and shared memory, which options and wide tiles need themselves.
+    spare = widest <= 64 and not wide and not any(zones.kinds.values()) and all(option is None for option in options)
     return {
         "ROWS": 16, "COLUMNS": columns, "DEPTH": depth, "num_warps": 8 if widest > 32 or wide else 4,
-        "num_stages": 1 if heavy else 2,
+        "num_stages": 2 if spare else 1,
     }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def forward(
     r = Results.of(inputs, width, h0, c0, cell, zoneout_h, norm_hh is not None, save, dtype)
     if inputs.numel():
         units, zones = width if weight_hr is None else weight_hr.shape[1], Zones.of(zoneout_h, zoneout_c, training)
-        tile = _tile(units, width, norm_hh, weight_hr, dtype)
+        tile = _tile(units, width, dtype, zones, norm_hh, weight_hr, recurrent_mask)
         with device_of(inputs):
             forward_kernel[(triton.cdiv(batch, tile["ROWS"]),)](
                 inputs, weight_hh, bias_hh, r.h, r.c, weight_hr, recurrent_mask, norm_hh, norm_c, norm_b, lengths,
@@ -57,7 +57,7 @@ def backward(
     g = Gradients.of(output, sums, grad_h, grad_c, cell, weight_hr is not None, norm_hh is not None)
     if g.inputs.numel():
         units, zones = width if weight_hr is None else weight_hr.shape[1], Zones.of(zoneout_h, zoneout_c, training)
-        tile = _tile(units, width, norm_hh, weight_hr, dtype)
+        tile = _tile(units, width, dtype, zones, norm_hh, weight_hr, recurrent_mask)
         with device_of(output):
             backward_kernel[(triton.cdiv(batch, tile["ROWS"]),)](
                 grad_output, g.h, g.c, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_hh, norm_c, norm_b, lengths,
