@@ -48,7 +48,8 @@ def recurrence_forward(
     zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool, save: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
-        "recurrence", x, weight_ih, weight_hh, (bias_ih, bias_hh), h0, c0, weight_hr, recurrent_mask, (norm_ih, norm_hh, norm_c, norm_b),
+        "recurrence", x, weight_ih, weight_hh, (bias_ih, bias_hh), h0, c0, weight_hr, recurrent_mask,
+        (norm_ih, norm_hh, norm_c, norm_b),
         lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed,
     )  # fmt: skip
     inputs, bias_hh = product(x.flatten(0, -2), weight_ih.t()), wide(bias_hh)

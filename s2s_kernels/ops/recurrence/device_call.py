@@ -103,9 +103,9 @@ def wide(tensor: Optional) -> Optional:
 
 
 def call_of(
-    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...], h0: Optional, c0: Optional,
-    weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional, reset: Optional,
-    seed: Optional, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool,
+    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...],
+    h0: Optional, c0: Optional, weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional,
+    reset: Optional, seed: Optional, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool,
     weight_dropout: float, packed: bool,
 ) -> Call:  # fmt: skip
     check(operator, x, weight_ih, weight_hh, biases, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
