@@ -31,7 +31,6 @@ class Sizes:
     width: int
     dtype: torch.dtype
     projected: bool
-    normed: bool
     plain: bool
     shared: int
 
@@ -46,10 +45,11 @@ def _holds_weights(sizes: Sizes) -> bool:
         return False
     if sizes.dtype == torch.float32:
         return sizes.plain and weights <= 48 << 10 and precision() == "tf32"
-    if sizes.projected or sizes.normed:  # which keep more of a row, and units that fill no vectors cost addresses
-        whole = sizes.units % 32 == sizes.width % 32 == 0
-        return whole and weights <= 96 << 10 and widest <= (64 if sizes.projected else 128)
-    return weights <= (128 if sizes.plain else 96) << 10 and widest <= 128
+    if sizes.plain:
+        return weights <= 128 << 10 and widest <= 128
+    # These keep more of a row, and units that fill no vectors take registers for their addresses.
+    whole = sizes.units % 32 == sizes.width % 32 == 0
+    return whole and weights <= 96 << 10 and widest <= (64 if sizes.projected else 128)
 
 
 # The first that serves a call does.

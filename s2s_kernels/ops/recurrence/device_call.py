@@ -122,7 +122,7 @@ def call_of(
         weight_hh = dropped(weight_hh, seed, *dropout(weight_dropout), STREAM_WEIGHT)
     given = (weight_hr, mask, norms[0])
     sizes = choice.Sizes(
-        cell, batch, time, rows // GATES[CELLS[cell]], width, x.dtype, weight_hr is not None, norms[0] is not None,
+        cell, batch, time, rows // GATES[CELLS[cell]], width, x.dtype, weight_hr is not None,
         zoneout_h == zoneout_c == 0 and all(tensor is None for tensor in given), choice.shared_memory(x.device),
     )  # fmt: skip
     options = {

@@ -15,8 +15,15 @@ Optional = torch.Tensor | None
 def _tile(units: int, width: int, dtype: torch.dtype, zones: Zones, *options: Optional) -> dict[str, int]:
     columns, depth, wide = power(units, 32, 1024), power(width, 32, 1024), dtype == torch.float32
     widest = max(columns, depth)
-    # Loads ahead of their step take registers and shared memory, which options and wide tiles need themselves.
-    spare = widest <= 64 and not wide and not any(zones.kinds.values()) and all(option is None for option in options)
+    # Loads ahead of their step take registers and shared memory, which options, wide tiles and units that fill no
+    # vectors need themselves.
+    spare = (
+        units % 32 == width % 32 == 0
+        and widest <= 64
+        and not wide
+        and not any(zones.kinds.values())
+        and all(option is None for option in options)
+    )
     return {
         "ROWS": 16, "COLUMNS": columns, "DEPTH": depth, "num_warps": 8 if widest > 32 or wide else 4,
         "num_stages": 2 if spare else 1,
