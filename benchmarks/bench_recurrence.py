@@ -205,6 +205,76 @@ def tiny(batch: int = 5, time: int = 3, width: int = 16) -> Case:
     )
 
 
+def on_a_gpu(kind: str, batch: int, width: int, time: int = 512, quick: bool = False, **options: Any) -> Case:
+    """A layer, or several, where cuDNN has no kernel that keeps the weights on the chip: GRUs, two directions, batches
+    that are no multiple of 8."""
+    layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        ours, theirs = pair(inputs, kind, width, **options)
+        x = inputs.noise(batch, time, width)
+        return {
+            "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
+            "torch": Entrant(lambda: theirs(x)[0], (x, *theirs.parameters())),
+        }
+
+    def amount(t: int) -> work.Work:
+        first, other = (work.recurrence(GATES[kind], batch, t, size, width, t) for size in (width, directions * width))
+        return work.chain([first] * directions + [other] * (directions * (layers - 1)))
+
+    label = (f" {layers} layers" if layers > 1 else "") + (" bidirectional" if directions > 1 else "")
+    row = f"GPU {kind}{label} B{batch} H{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", "torch"), quick=quick)
+
+
+def parted(kind: str, label: str, batch: int = 32, time: int = 512, width: int = 512) -> Case:
+    """What lengths or 1 % of resets cost beside our plain layer, of as many steps."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        plain = inputs.module(getattr(s2s.nn, kind)(width, width, batch_first=True))
+        x = inputs.noise(batch, time, width)
+        if label == "lengths":
+            lengths = some_lengths(batch, time)
+            lengths[0] = time
+            options = {"lengths": lengths.to(inputs.device)}
+        else:
+            drawn = torch.rand(batch, time, generator=torch.Generator().manual_seed(7))
+            options = {"reset": (drawn < 0.01).to(inputs.device)}
+        leaves = (x, *plain.parameters())
+        return {
+            "ours": Entrant(lambda: plain(x, **options)[0], leaves),
+            "ours plain": Entrant(lambda: plain(x)[0], leaves),
+        }
+
+    return Case(
+        f"GPU {kind} {label} B{batch} H{width}",
+        time,
+        batch * time,
+        build,
+        lambda t: work.recurrence(GATES[kind], batch, t, width, width, t),
+        ("ours", "ours plain"),
+        quick=kind == "LSTM",
+        agree=False,
+    )
+
+
+def for_a_gpu(grid: Grid) -> list[Case]:
+    if grid.device != "cuda":
+        return []
+    return [
+        on_a_gpu("LSTM", 20, 512, quick=True),
+        on_a_gpu("LSTM", 160, 768),
+        on_a_gpu("LSTM", 16, 128),
+        on_a_gpu("LSTM", 16, 64),
+        on_a_gpu("LSTM", 16, 512, bidirectional=True, quick=True),
+        on_a_gpu("LSTM", 16, 512, num_layers=3),
+        on_a_gpu("GRU", 16, 512, quick=True),
+        on_a_gpu("GRU", 16, 128),
+        on_a_gpu("GRU", 16, 768, num_layers=2, bidirectional=True),
+        *(parted(kind, label) for kind in ("LSTM", "GRU") for label in ("lengths", "resets")),
+    ]
+
+
 def cases(grid: Grid) -> list[Case]:
     return [
         *layer(grid, "LSTM", 1, 256, quick=(32, 128, 512, 1024)),
@@ -227,6 +297,7 @@ def cases(grid: Grid) -> list[Case]:
         regularised("zoneout", zoneout=0.1),
         *(decoding(kind, rival) for kind in GATES for rival in ("torch", "ours sequence")),
         tiny(),
+        *for_a_gpu(grid),
     ]
 
 

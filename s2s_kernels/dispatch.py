@@ -232,23 +232,29 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether the cpu kernel serves a call on these tensors with nothing around it: eager, all in the CPU's memory, no
-    gradient, no autocast, no transform, no forced backend, nothing to be explained or exported. A step then needn't
-    pay for what it doesn't use."""
+def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
+    """Whether a kernel serves a call on these tensors with nothing around it: eager, no gradient, no autocast, no
+    transform, no other backend forced, nothing to be explained or exported. A step then needn't pay for what it doesn't
+    use. The kernel is the cpu backend's, or triton's on CUDA tensors of one device if that has one (`triton`)."""
+    first = tensors[0]
+    device = first.device if triton and first is not None and first.is_cuda else None
     for tensor in tensors:  # a generator would cost as much as the rest
-        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or not (tensor.device == device if device else tensor.is_cpu)
+        ):
             return False
+    kind, backend = ("cpu", "cpu") if device is None else ("cuda", "triton")
     return (
         not torch.is_grad_enabled()
         and extension_missing is None
         and not torch.compiler.is_compiling()
-        and _forced.get() in (None, "cpu")
+        and _forced.get() in (None, backend)
         and not _explaining.get()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(kind)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not _exporting_onnx()
+        and (device is None or (triton_missing is None and _too_old(device) is None))
     )
 
 

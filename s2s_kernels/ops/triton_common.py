@@ -47,7 +47,12 @@ def tanh(x):
 
 
 @triton.jit
-def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STREAM: tl.constexpr = 0):
     """Which elements of columns first..first + COLUMNS of some rows dropout keeps, as `random.keep_mask` draws them.
 
     row: (ROWS,) int64; first: a multiple of COLUMNS, that of 32, or 16; threshold: the least word that is kept.
@@ -56,9 +61,8 @@ def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.const
     COUNTERS: tl.constexpr = COLUMNS // 4 if COLUMNS >= 32 else 8
     counter = first // 32 * 8 + tl.arange(0, COUNTERS)
     low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(
-        tl.load(seed), counter.to(tl.uint32)[None, :], low[:, None], high[:, None], tl.load(seed + 1).to(tl.uint32)
-    )
+    last = (tl.load(seed + 1) + STREAM).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed), counter.to(tl.uint32)[None, :], low[:, None], high[:, None], last)
     least = threshold.to(tl.uint32)
     a, b = (a >= least).to(tl.int8), (b >= least).to(tl.int8)
     c, d = (c >= least).to(tl.int8), (d >= least).to(tl.int8)

@@ -50,15 +50,24 @@ def _inline_assembly(builder: Any, code: str, constraints: str, values: Any, *re
 
 
 @contextlib.contextmanager
-def _with_instructions() -> Iterator[None]:
-    from triton.runtime.interpreter import InterpreterBuilder
+def _interpreter() -> Iterator[None]:
+    """Triton's interpreter with those instructions, and without making triton.language its own again at each call of a
+    function by a kernel, where it has done so for the kernel: that took longer than the rest."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-    original = InterpreterBuilder.create_inline_asm
-    InterpreterBuilder.create_inline_asm = _inline_assembly
+    originals = InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load):
+            return originals[1](self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__ = _inline_assembly, call
     try:
         yield
     finally:
-        InterpreterBuilder.create_inline_asm = original
+        InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__ = originals
 
 
 @contextlib.contextmanager
@@ -77,7 +86,7 @@ def emulated() -> Iterator[None]:
             warnings.simplefilter("ignore")  # torch says that kernels are replaced, which is the point
             for operator, kernel in python_kernels.KERNELS.items():
                 library.impl(operator, kernel, "CPU", allow_override=True)
-        with dispatch.use_backend("cpu"), _with_instructions():
+        with dispatch.use_backend("cpu"), _interpreter():
             yield
     finally:
         library._destroy()

@@ -35,12 +35,23 @@ KERNELS = {
             "advance_kernel",
         },
     ),
+    "recurrence": (
+        {"forward_kernel", "backward_kernel"},
+        {"cell_kernel", "cell_gradient_kernel"},
+        {
+            "begin_kernel", "project_kernel", "project_gradient_kernel", "finish_kernel", "recurrent_input_kernel",
+            "unprojected_kernel", "drop_kernel",
+        },
+    ),
 }  # fmt: skip
 THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
 
 
 def small(operator, kernel):
-    """Whether a tile is too small for the units of whole warp groups: one of decoding, or of very wide heads."""
+    """Whether a tile is too small for the units of whole warp groups: one of decoding, of very wide heads, or of the
+    rows of a recurrence."""
+    if operator == "recurrence":
+        return True
     if operator == "attention":
         return kernel["ROWS"] < 64 or kernel["dtype"] == "float32"
     return kernel["dtype"] == "float32" or (operator == "additive_attention" and kernel.get("ROWS") == 16)

@@ -6,7 +6,7 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, spread, tanh
+from ..triton_common import length_of, sigmoid, spread, tanh
 
 # The numbers of the activations, as the schema passes them; from GLU on they are gates.
 NONE = tl.constexpr(0)
@@ -21,11 +21,6 @@ GATED_TANH = tl.constexpr(6)
 STRIDED = tl.constexpr(0)
 TIME = tl.constexpr(1)
 CHANNEL = tl.constexpr(2)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit

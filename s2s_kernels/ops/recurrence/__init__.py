@@ -14,7 +14,10 @@ __all__ = ["gru", "lstm", "rnn"]
 
 
 # Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
-OPERATORS = {name: dispatch.register(name, cpu=lambda call: None) for name in ("lstm", "gru", "rnn")}
+OPERATORS = {
+    name: dispatch.register(name, cpu=lambda dtype: None, triton=dispatch.not_in_triton)
+    for name in ("lstm", "gru", "rnn")
+}
 
 
 def lstm(
@@ -285,7 +288,7 @@ def run(
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
     options = (cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed)
-    backend = dispatch.choose(OPERATORS[name], x.device, None)
+    backend = dispatch.choose(OPERATORS[name], x.device, x.dtype)
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
@@ -302,7 +305,7 @@ def step(
     Raises:
         RuntimeError: the kernel refuses a shape or a dtype. `run` says it in the words of an operator.
     """
-    if not dispatch.is_plain(x, *weights, *states):
+    if not dispatch.is_plain(x, *weights, *states, triton=True):
         return None
     h, c = states if len(states) == 2 else (states[0], None)
     return torch.ops.s2s.recurrence_step.default(x, *weights, h, c, autograd.CELLS.index(cell))

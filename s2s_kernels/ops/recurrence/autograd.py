@@ -3,6 +3,7 @@
 import torch
 
 from ... import checks, dispatch
+from .. import python_kernels
 from ..differentiation import Options, Tensors, differentiable
 from ..random import keep_mask
 from . import reference
@@ -67,6 +68,9 @@ if dispatch.extension_missing is None:
     def _(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, cell):
         states = 2 if CELLS[cell] == "lstm" else 1
         return [x.new_empty(x.shape[0], weight_hh.shape[1]) for _ in range(states)]
+
+
+python_kernels.register(f"{__package__}.device", "recurrence_forward", "recurrence_backward", "recurrence_step")
 
 
 def saving(save: bool) -> int:

@@ -32,7 +32,7 @@ def padded(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.
     time, batch = int(lengths.max()) if lengths.numel() else 0, lengths.shape[0]
     where = (torch.arange(time, device=x.device).unsqueeze(1) < lengths).flatten().nonzero().squeeze(1)
     whole = x.new_zeros(time * batch, x.shape[1]).index_copy(0, where, x)
-    return whole.view(time, batch, -1).transpose(0, 1), where
+    return whole.view(time, batch, x.shape[1]).transpose(0, 1), where
 
 
 def recurrence(

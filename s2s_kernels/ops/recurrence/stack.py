@@ -1,5 +1,6 @@
 """All layers and directions of a recurrent network: what `s2s_kernels.nn`'s layers run."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -62,13 +63,12 @@ def stack(
     zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if lstm else 0.0)
     dropped = dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0
     random = training and (dropped or zoneout_h > 0 or zoneout_c > 0)
-    if not random:
-        tensors = (x, h0, c0, lengths, reset, *weights)
-        backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, None)
-        if backend == "cpu" and not dispatch.transformed(*tensors):
-            options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
-            output, h_n, c_n = kernel(tensors, options)
-            return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
+    tensors = (x, h0, c0, lengths, reset, *weights)
+    backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, x.dtype)
+    if not random and backend == "cpu" and not dispatch.transformed(*tensors):
+        options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
+        output, h_n, c_n = kernel(tensors, options)
+        return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
 
     grouped = list(_grouped(weights, bias, projected, normed, lstm))
     batch = (lengths if packed and lengths is not None else x).shape[0]
@@ -98,7 +98,8 @@ def stack(
             packed=packed,
         )
 
-    output, finals = _through(x, len(grouped), directions, time_first, one, dropout if training else 0.0)
+    beside = tensors if backend in ("triton", "cuda") and _has_streams(x) else None
+    output, finals = _through(x, len(grouped), directions, time_first, one, dropout if training else 0.0, beside)
     return output, tuple(_stacked(final) for final in finals[: len(states)])
 
 
@@ -109,20 +110,50 @@ def _through(
     time_first: bool,
     one: Callable[[torch.Tensor, int, bool], Tensors],
     dropout: float = 0.0,
+    beside: Tensors | None = None,
 ) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:
     """x through every layer by one(x, index of the direction, whether it is reversed) -> (output, h_n, c_n): the output
-    of the last, and h_n and c_n of all."""
+    of the last, and h_n and c_n of all. beside: what `one` uses but x, where the second direction of a layer is to have
+    a stream of its own."""
     finals: list[Any] = []
     for first in range(0, cells, directions):
         if first and dropout > 0:
             x = F.dropout(x, dropout)
         outputs = []
+        begun = None if beside is None or directions == 1 else torch.cuda.current_stream(x.device).record_event()
         for index in range(first, first + directions):
-            output, *final = one(x, index, index > first)
+            if begun is not None and beside is not None and index > first:
+                output, *final = _on_another_stream(begun, (x, *beside), functools.partial(one, x, index, True))
+            else:
+                output, *final = one(x, index, index > first)
             outputs.append(output)
             finals.append(final)
         x = _joined(outputs, time_first and first + directions == cells)
     return x, list(zip(*finals, strict=True))
+
+
+def _has_streams(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU, and nothing traces or transforms the call."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and x.is_cuda and not torch._C._are_functorch_transforms_active()
+
+
+def _on_another_stream(begun: torch.cuda.Event, given: Tensors, call: Callable[[], Tensors]) -> Tensors:
+    """The tensors of a call that needs what was there at `begun` alone. Backward goes to its stream too: the memory of
+    what it is given must not be used again before that is done with it."""
+    device = next(tensor.device for tensor in given if tensor is not None)
+    here, there = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    there.wait_event(begun)
+    for tensor in given:
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(there)
+    with torch.cuda.stream(there):
+        results = call()
+    here.wait_stream(there)
+    for tensor in results:
+        if tensor is not None:
+            tensor.record_stream(here)
+    return results
 
 
 # tensors: x, h0, c0, lengths, reset, then of each direction of each layer weight_ih, weight_hh and, if there are any,

@@ -1,0 +1,171 @@
+"""A call of a recurrence on CUDA tensors, as device.py and the engines take it."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..random import threshold
+from . import choice
+from .autograd import CELLS, STREAM_WEIGHT
+from .reference import GATES
+from .triton_rows import dropped
+
+Optional = torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where the positions of a packed sequence stand in (B, T), and the other way round."""
+
+    batch: int
+    time: int
+    to_padded: torch.Tensor  # (B T,)
+    to_packed: torch.Tensor  # (N,)
+
+    @staticmethod
+    def of(operator: str, lengths: torch.Tensor, positions: int) -> "Packing":
+        batch, device = lengths.shape[0], lengths.device
+        time = 0
+        if batch:
+            ordered = (lengths[1:] <= lengths[:-1]).all() & (lengths[-1] >= 0)
+            time, total, ordered = torch.stack([lengths[0], lengths.sum(), ordered.to(lengths.dtype)]).tolist()
+            if not ordered or total != positions:
+                raise RuntimeError(f"{operator}: lengths must be in descending order and sum to {positions}, x's rows")
+        times = torch.arange(time, device=device)
+        ends = (lengths[:, None] > times).sum(0).cumsum(0)
+        starts = F.pad(ends, (1, 0))[:-1]
+        padded = starts + torch.arange(batch, device=device)[:, None]
+        position = torch.arange(positions, device=device)
+        at = torch.searchsorted(ends, position, right=True)
+        packed = (position - starts[at]) * time + at if positions else position
+        return Packing(batch, time, padded.clamp(max=max(0, positions - 1)).flatten(), packed)
+
+    def pad(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) of (N, ...): past a length stands what is another row's."""
+        return values.index_select(0, self.to_padded).view(self.batch, self.time, *values.shape[1:])
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        return values.flatten(0, 1).index_select(0, self.to_packed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What forward and backward share: the tensors as an engine takes them, and its options."""
+
+    sizes: choice.Sizes
+    packing: Packing | None
+    lengths: Optional
+    reset: Optional
+    weight_hh: torch.Tensor
+    h0: Optional
+    c0: Optional
+    weight_hr: Optional
+    mask: Optional
+    norm_ih: Optional
+    norm_hh: Optional
+    norm_c: Optional
+    norm_b: Optional
+    seed: Optional
+    options: dict[str, Any]  # of both directions of an engine
+
+    @property
+    def engine(self) -> Any:
+        return choice.load(choice.engine_of(self.sizes))
+
+    def recurrent(self) -> tuple[Optional, ...]:
+        """What an engine takes of the recurrent part, from h0 to seed."""
+        return (
+            self.h0, self.c0, self.weight_hr, self.mask, self.norm_hh, self.norm_c, self.norm_b, self.lengths,
+            self.reset, self.seed,
+        )  # fmt: skip
+
+    def padded(self, values: Optional) -> Optional:
+        return values if values is None or self.packing is None else self.packing.pad(values)
+
+    def packed(self, values: Optional) -> Optional:
+        return values if values is None or self.packing is None else self.packing.pack(values)
+
+    def present(self) -> Optional:
+        """Which positions count, (B, T, 1); None where all do."""
+        if self.lengths is None:
+            return None
+        return (torch.arange(self.sizes.time, device=self.lengths.device) < self.lengths[:, None]).unsqueeze(2)
+
+
+def contiguous(tensor: Optional) -> Optional:
+    return None if tensor is None else tensor.contiguous()
+
+
+def wide(tensor: Optional) -> Optional:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def call_of(
+    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...],
+    h0: Optional, c0: Optional, weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional,
+    reset: Optional, seed: Optional, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool,
+    weight_dropout: float, packed: bool,
+) -> Call:  # fmt: skip
+    check(operator, x, weight_ih, weight_hh, biases, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
+    packing = None
+    if packed:
+        assert lengths is not None
+        packing = Packing.of(operator, lengths, x.shape[0])
+        batch, time = packing.batch, packing.time
+    else:
+        batch, time, _ = x.shape
+    rows, width = weight_hh.shape
+    if weight_dropout > 0:
+        assert seed is not None
+        weight_hh = dropped(weight_hh, seed, *dropout(weight_dropout), STREAM_WEIGHT)
+    given = (weight_hr, mask, norms[0])
+    sizes = choice.Sizes(
+        cell, batch, time, rows // GATES[CELLS[cell]], width, x.dtype, weight_hr is not None,
+        zoneout_h == zoneout_c == 0 and all(tensor is None for tensor in given), choice.shared_memory(x.device),
+    )  # fmt: skip
+    options = {
+        "cell": cell, "reverse": reverse, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "training": training,
+        "dtype": x.dtype,
+    }  # fmt: skip
+    norm_ih, norm_hh, norm_c, norm_b = map(wide, norms)
+    return Call(
+        sizes, packing, contiguous(lengths), contiguous(reset), weight_hh.contiguous(), contiguous(h0),
+        contiguous(c0), contiguous(weight_hr), contiguous(mask), norm_ih, norm_hh, norm_c, norm_b, seed, options,
+    )  # fmt: skip
+
+
+def dropout(p: float) -> tuple[int, float]:
+    """The word from which an element is kept, and what it is multiplied by."""
+    return threshold(p), 1 / (1 - p) if p < 1 else 1.0
+
+
+def check(
+    operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...],
+    h0: Optional, c0: Optional, weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional,
+    reset: Optional, cell: int, packed: bool,
+) -> None:  # fmt: skip
+    """What a raw call could get wrong about the sizes by which the kernels read."""
+    gates = GATES[CELLS[cell]] if 0 <= cell < len(CELLS) else 0
+    fits = gates > 0 and x.dim() == (2 if packed or operator == "recurrence_step" else 3)
+    fits = fits and weight_ih.dim() == weight_hh.dim() == 2 and weight_ih.shape[1] == x.shape[-1]
+    fits = fits and weight_ih.shape[0] == weight_hh.shape[0] > 0 and weight_hh.shape[0] % gates == 0
+    fits = fits and x.dtype != torch.float64
+    fits = fits and (not packed or (lengths is not None and lengths.dim() == 1 and reset is None))
+    if fits:
+        batch = lengths.shape[0] if packed and lengths is not None else x.shape[0]
+        rows, width = weight_hh.shape
+        units = rows // gates
+        fits = width == units if weight_hr is None else weight_hr.shape == (width, units) and CELLS[cell] == "lstm"
+        states = ((h0, (batch, width)), (c0, (batch, units)), (mask, (batch, width)))
+        vectors = [(v, (rows,)) for v in (*biases, *norms[:2])] + [(v, (units,)) for v in norms[2:]]
+        for tensor, shape in (*states, *vectors, (lengths, (batch,)), (reset, tuple(x.shape[:2]))):
+            fits = fits and (tensor is None or tuple(tensor.shape) == shape)
+        floating = (weight_ih, weight_hh, weight_hr, h0, c0, mask)
+        fits = fits and all(tensor is None or tensor.dtype == x.dtype for tensor in floating)
+    if not fits:
+        raise RuntimeError(
+            f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
+            f"weight_ih {tuple(weight_ih.shape)} {weight_ih.dtype}, weight_hh {tuple(weight_hh.shape)}, cell {cell}"
+        )
