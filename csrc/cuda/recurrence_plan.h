@@ -10,7 +10,8 @@
 // counter in global memory. What a step costs is modelled in `step_time`; the plan of least time is taken. Predicted for the bar GR2 (LSTM,
 // float16, B = 16, H = 768, H100), forward: 96 blocks of 8 units, 1.1 us for the barrier and the latency of L2, 0.45 us for 2.4 MiB out of
 // it, 0.2 us for products, 0.2 us for sums over warps, 0.1 us for the cell: 2.0 us a step, where cuDNN takes 1.96. Backward: 48 blocks of
-// 16 units, 2.6 us. From one row to 16, float16, H = 256, 512, 1024, 1536: 0.9 to 1.2, 1.5 to 1.7, 1.9 to 2.5, 3.1 to 4.5 us.
+// 16 units, 2.6 us. From one row to 16, forward, float16, H = 256, 512, 1024,
+// 1536: 0.9 to 1.1, 1.4 to 1.7, 1.8 to 2.5, 3.0 to 4.4 us; of 128 rows 1.1, 2.1, 11 and 27 us. A100, 16 rows: 1.7, 2.0, 3.6, 5.8 us.
 // Not measured: no number here has met a GPU.
 #pragma once
 #include <cstdint>

@@ -2,6 +2,9 @@
 the definition in float64."""
 
 import dataclasses
+import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from s2s_kernels.ops.random import keep_mask
 from s2s_kernels.ops.recurrence import cuda_kernels, reference
 from s2s_kernels.ops.recurrence.autograd import CELLS, STREAM_C, STREAM_H
 from s2s_kernels.testing import Draw
+from s2s_kernels.testing.compilation import SHARED, cuda_tool
 from tests.csrc.emulated_recurrence import FIELDS, FLAGS, Layout, build, emulated
 
 SOURCES = Path(__file__).parents[1] / "csrc"
@@ -334,3 +338,31 @@ def test_the_thread_sanitizer(flag, tmp_path):
     run = subprocess.run([program, "2", "3", "20", "8"], check=False, capture_output=True, text=True)
     assert ("data race" in run.stderr) == bool(flag), run.stderr[:4000]
     assert (run.returncode == 0) == (not flag) and run.stdout.count("\n") == 2
+
+
+OPERANDS = ("bfloat16", "float16", "tf32", "float32")
+THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(cuda_tool("cuobjdump") is None, reason="cuobjdump is not installed")
+@pytest.mark.parametrize("operand", OPERANDS if THOROUGH else OPERANDS[:1])
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_compiles_without_spills_and_onto_tensor_cores(arch, operand, tmp_path):
+    """Of one operand, or of all under S2S_HYPOTHESIS=thorough."""
+    cubin = tmp_path / "kernels.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", cubin]
+    subprocess.run([*command, f"-DOPERAND={operand}", SOURCES / "recurrence_kernels.cu"], check=True)
+
+    def told(flag):
+        return subprocess.run([cuda_tool("cuobjdump"), flag, cubin], capture_output=True, text=True, check=True).stdout
+
+    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told("-res-usage"))
+    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s+Function : |\Z)", told("-sass"), re.DOTALL))
+    assert len(used) == 4 and code.keys() == {name for name, *_ in used}
+    for name, registers, stack, shared, local in used:
+        assert int(registers) <= 255 and int(stack) == int(local) == 0 and int(shared) <= SHARED[int(arch.rstrip("a"))]
+        words = set(re.findall(r"\b(HMMA|FFMA|LDGSTS|LDL|STL)\b", code[name]))
+        if arch == "80" and "Lb1E" in name:  # no clusters there: nothing but a trap
+            continue
+        assert {"LDGSTS", "FFMA" if operand == "float32" else "HMMA"} <= words and not words & {"LDL", "STL"}, name
