@@ -53,12 +53,12 @@ test: $(STAMPS)/build $(STAMPS)/test
 	S2S_BACKEND=reference $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
 	S2S_BACKEND=cpu $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
 
-# Wider than what the tests run: many rows, several warps, four blocks.
+# Wider than what the tests run: several tiles of rows, passes and warps, four blocks, an odd number of steps.
 RACES := build/emulated/races
 tsan:
 	@mkdir -p $(dir $(RACES))
 	$(CXX) -std=c++20 -O1 -g -pthread -ffp-contract=off -fsanitize=thread -Wno-tsan -Itests/csrc tests/csrc/recurrence_races.cpp -o $(RACES)
-	TSAN_OPTIONS=halt_on_error=1 $(RACES) 35 6 61 16
+	TSAN_OPTIONS=halt_on_error=1 $(RACES) 70 5 61 16
 
 lint: $(STAMPS)/build $(STAMPS)/lint
 	$(PYTHON) -m ruff check .

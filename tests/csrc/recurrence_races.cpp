@@ -28,7 +28,7 @@ int main(int count, char** arguments) {
     int team = static_cast<int>(H + units - 1) / units;
     while (cluster && (team & (team - 1))) ++team;
     const auto plan_for = [&](int tiles, bool backward) {
-      RecurrencePlan plan{cluster, units, team, 1, columns, tiles, 1, 0, 0, 0};
+      RecurrencePlan plan{cluster, units, team, 1, 2 * columns, tiles, 2, 0, 0, 0};
       complete_plan(plan, shape_of(call, backward));
       return plan;
     };

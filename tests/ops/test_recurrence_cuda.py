@@ -128,16 +128,21 @@ def states_before(case, hidden, h0, lengths, reset):
     return before
 
 
-def engine(case, arguments, gradients):
+def moved(tensors, device):
+    return tuple(tensor if tensor is None else tensor.to(device) for tensor in tensors)
+
+
+def engine(case, arguments, gradients, device="cpu"):
     """What the engine returns, and the gradients that the driver makes of it."""
-    _, weight, bias, h0, c0, _, mask, *_, lengths, reset, seed = arguments
-    output, h_n, c_n, gates, extra, hidden, normed = cuda_kernels.forward(*arguments, **case.options(), save=True)
-    grads = cuda_kernels.backward(
-        gradients["output"], gradients["h"], gradients.get("c"), weight, h0, c0, None, mask, None, None, None, lengths,
-        reset, seed, output, gates, extra, hidden, normed, **case.options(),
-    )  # fmt: skip
-    grad_inputs, grad_recurrent, grad_h0, grad_c0 = grads[:4]
-    assert grads[4:] == (None, None, None) and (grad_recurrent is grad_inputs) == (case.cell != GRU)
+    _, weight, bias, h0, c0, _, mask, *_, lengths, reset, _ = arguments
+    there = moved(arguments, device)
+    results = cuda_kernels.forward(*there, **case.options(), save=True)
+    gradients = moved((gradients["output"], gradients["h"], gradients.get("c")), device)
+    saved = (results[0], *results[3:])
+    grads = cuda_kernels.backward(*gradients, there[1], *there[3:], *saved, **case.options())
+    assert grads[4:] == (None, None, None) and (grads[1] is grads[0]) == (case.cell != GRU)
+    output, h_n, c_n, _, _, hidden, _ = moved(results, "cpu")
+    grad_inputs, grad_recurrent, grad_h0, grad_c0 = moved(grads[:4], "cpu")
     results = {"output": output, "h": h_n, "c": c_n, "grad inputs": grad_inputs}
     before = states_before(case, output if hidden is None else hidden, h0, lengths, reset)
     product = before if mask is None else before * mask.unsqueeze(1)
@@ -154,14 +159,14 @@ def engine(case, arguments, gradients):
     return {name: result for name, result in results.items() if result is not None}
 
 
-def check(case):
+def check(case, device="cpu"):
     arguments, gradients = case.arguments(), case.gradients()
     exact = defined(case, arguments, gradients, torch.float64)
     eager = defined(case, arguments, gradients, case.dtype)
     if case.kind == TF32:
         torch.set_float32_matmul_precision("high")
     try:
-        found = engine(case, arguments, gradients)
+        found = engine(case, arguments, gradients, device)
     finally:
         torch.set_float32_matmul_precision("highest")
     eps = 2.0**-10 if case.kind == TF32 else torch.finfo(case.dtype).eps
@@ -232,6 +237,40 @@ CASES = [
 def test_equals_the_definition(case):
     with emulated(case.layout):
         check(case)
+
+
+LARGE = [
+    Case(f"{CELLS[cell]}-{str(kind).removeprefix('torch.')}-{hidden}", cell, kind, 37, 33, hidden, reset=True)
+    for cell in (LSTM, GRU, RELU)
+    for kind in (F16, F32, TF32)
+    for hidden in (256, 517, 768, 1024)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
+def test_equals_the_definition_on_a_gpu(case):
+    shape = {"cell": case.cell, "dtype": case.dtype, "device": torch.device("cuda", torch.cuda.current_device())}
+    reason = cuda_kernels.gap(case.batch, case.hidden, **shape)
+    if reason is not None:
+        pytest.skip(reason)
+    check(case, shape["device"])
+
+
+@pytest.mark.gpu
+def test_a_graph_holds_a_call():
+    case = Case("", kind=BF16, batch=5, time=9, hidden=100, lengths=(9, 0, 3, 4, 9), reset=True)
+    arguments = moved(case.arguments(), "cuda")
+    reason = cuda_kernels.gap(5, 100, cell=LSTM, dtype=BF16, device=arguments[0].device)
+    if reason is not None:
+        pytest.skip(reason)
+    eager = cuda_kernels.forward(*arguments, **case.options(), save=False)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda_kernels.forward(*arguments, **case.options(), save=False)[0]
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured, eager)
 
 
 @pytest.mark.parametrize("cell", [LSTM, GRU, TANH])

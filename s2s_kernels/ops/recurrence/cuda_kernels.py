@@ -66,7 +66,8 @@ def _plan(
 def plan_of(
     batch: int, hidden: int, cell: int, dtype: torch.dtype, backward: bool, device: torch.device
 ) -> tuple[int, ...]:
-    index = -1 if device.index is None else device.index
+    # Where there is no GPU, emulated kernels have no use for the index.
+    index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
     return _plan(kernels, max(batch, 1), hidden, cell, operand(dtype), backward, index, machine_of(device))
 
 
