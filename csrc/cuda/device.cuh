@@ -62,11 +62,16 @@ __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline void warp_sync() { __syncwarp(); }
 
 // Clusters exist from compute capability 9.0 on; no kernel that uses them is launched below it.
-__device__ inline void cluster_sync() {
+__device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #else
   __trap();
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 __device__ inline unsigned cluster_rank() {
@@ -108,7 +113,7 @@ __device__ inline Words load_coherent(const void* from) {
   return w;
 }
 
-// Copies from global to shared memory in the background; visible to this thread after copies_wait<n>, which leaves n groups in flight.
+// Copies from global to shared memory in the background; visible to this thread after copies_wait.
 __device__ inline void copy_word(float* to, const float* from) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
@@ -117,11 +122,7 @@ __device__ inline void copy_words(float* to, const float* from) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
-__device__ inline void copies_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int InFlight>
-__device__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(InFlight) : "memory");
-}
+__device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // d (16, 8) += a (16, K) b (K, 8), K = 16 of 16-bit values or 8 of tf32, by the whole warp; PTX ISA, "matrix fragments for mma".
 __device__ inline void multiply(bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

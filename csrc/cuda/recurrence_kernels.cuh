@@ -23,7 +23,8 @@ class RecurrenceBlock {
     if constexpr (cluster) {
       rows_ = shared<unsigned char>(layout_.exchange);
       for (int i = threadIdx.x; i < 2 * exchanged / 16; i += blockDim.x) reinterpret_cast<Words*>(rows_)[i] = Words{};
-      device::cluster_sync();  // before others store here
+      device::cluster_arrive();  // before others store here
+      device::cluster_wait();
     } else {
       counter_ = reinterpret_cast<unsigned*>(a.workspace + team * counter_bytes);
       rows_ = a.workspace + a.plan.teams * counter_bytes + team * 2 * exchanged;
@@ -48,8 +49,9 @@ class RecurrenceBlock {
     reinterpret_cast<Element*>(exchanged_rows(parity) + row * row_bytes_)[gate * a_.shape.gate_stride() + first + unit] =
         as_operand<operand>(value);
   }
-  // Every block's values of this parity are there for all when this returns.
-  __device__ void meet(int parity, int segments) {
+  // Every block's values of this parity are there for all when this returns; meanwhile() is what needn't wait for them.
+  template <class Meanwhile>
+  __device__ void meet(int parity, int segments, const Meanwhile& meanwhile) {
     if constexpr (cluster) {
       device::block_sync();
       const int each = 16 / static_cast<int>(sizeof(Element)), vectors = (units > 0 ? units + each - 1 : 0) / each;
@@ -60,20 +62,27 @@ class RecurrenceBlock {
             reinterpret_cast<Words*>(exchanged_rows(parity) + row * row_bytes_) + (gate * a_.shape.gate_stride() + first) / each + vector;
         device::store_in_block(here, peer < own ? peer : peer + 1, *here);
       }
-#ifndef S2S_FORGET_THE_STEPS_BARRIER
-      device::cluster_sync();
+#ifdef S2S_FORGET_THE_STEPS_BARRIER
+      meanwhile();
+#else
+      device::cluster_arrive();
+      meanwhile();
+      device::cluster_wait();
 #endif
     } else {
       device::block_sync();
-#ifndef S2S_FORGET_THE_STEPS_BARRIER
+#ifdef S2S_FORGET_THE_STEPS_BARRIER
+      meanwhile();
+#else
       target_ += a_.plan.team;
+      if (threadIdx.x == 0) device::arrive(counter_);
+      meanwhile();
       if (threadIdx.x == 0) {
-        device::arrive(counter_);
         while (static_cast<int>(device::arrived(counter_) - target_) < 0) {
         }
       }
-      device::block_sync();
 #endif
+      device::block_sync();
     }
   }
 
@@ -105,7 +114,7 @@ class RecurrenceBlock {
   }
   __device__ bool has_before(int row, int step, const float* initial) const { return !starts(row, step) && (step > 0 || initial); }
 
-  // Starts to copy what a step reads, for all rows, into one of two buffers.
+  // Starts to copy what a step reads, for all rows.
   __device__ void feed(int step) const {
     const int each = a_.wide_copies ? 4 : 1, pieces = (units > 0 ? units : 0) / each, feeds = a_.shape.feeds, count = rows * feeds * pieces;
     for (int i = threadIdx.x; step >= 0 && i < count; i += blockDim.x) {
@@ -120,14 +129,13 @@ class RecurrenceBlock {
       else
         source = step > 0 ? from.data + position(row, step - 1) * from.width : from.initial + (first_row + row) * from.width;
       if (each == 4)
-        device::copy_words(fed(step, row, slot, unit), reinterpret_cast<const float*>(source + first + unit));
+        device::copy_words(fed(row, slot, unit), reinterpret_cast<const float*>(source + first + unit));
       else
-        device::copy_word(fed(step, row, slot, unit), source + first + unit);
+        device::copy_word(fed(row, slot, unit), source + first + unit);
     }
-    device::copies_group();
   }
-  __device__ float* fed(int step, int row, int slot, int unit) const {
-    return shared<float>(layout_.feeds) + (((step % 2) * a_.plan.rows + row) * a_.shape.feeds + slot) * a_.plan.units + unit;
+  __device__ float* fed(int row, int slot, int unit) const {
+    return shared<float>(layout_.feeds) + (row * a_.shape.feeds + slot) * a_.plan.units + unit;
   }
 
   // The product's sum for one of the block's rows of the weights, over the warps that share K, in a fixed order.
@@ -235,13 +243,11 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
       }
       hand_on(row, unit, 0, h, c);
     }
-    block.feed(steps > 0 ? 0 : -1);
-    block.meet(0, 1);
+    block.meet(0, 1, [&] { block.feed(0); });
     for (int step = 0; step < steps; ++step) {
-      block.feed(step + 1 < steps ? step + 1 : -1);
       for (int first = 0; first < block.rows; first += columns) {
         product.run(step % 2, first);
-        device::copies_wait<1>();
+        device::copies_wait();
         device::block_sync();
         const int here = block.rows - first < columns ? block.rows - first : columns;
         for (int i = threadIdx.x; i < here * U; i += blockDim.x) {
@@ -253,7 +259,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
           for (int g = 0; g < 4; ++g) {
             gate[g] = recurrent[g] = 0.f;
             if (g >= G) continue;
-            gate[g] = *block.fed(step, row, g, unit);
+            gate[g] = *block.fed(row, g, unit);
             recurrent[g] = block.summed(g * U + unit, column);
             if (a.bias_hh) recurrent[g] += a.bias_hh[g * H + block.first + unit];
           }
@@ -282,7 +288,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
         }
         if (first + columns < block.rows) device::block_sync();  // the sums' memory is the next pass's
       }
-      block.meet((step + 1) % 2, 1);
+      block.meet((step + 1) % 2, 1, [&] { block.feed(step + 1); });
     }
   }
 }
@@ -316,30 +322,29 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
     }
     block.feed(steps - 1);
     for (int step = steps - 1; step >= 0; --step, turn ^= 1) {
-      block.feed(step - 1);
-      device::copies_wait<1>();
+      device::copies_wait();
       device::block_sync();
       for (int i = threadIdx.x; i < block.rows * U; i += blockDim.x) {
         const int row = i / U, unit = i % U, at = block.first + unit;
         if (unit >= block.units || step >= block.lengths[row]) continue;
         const int64_t position = block.position(row, step);
-        float dh = *block.state(0, row, unit) + *block.fed(step, row, 0, unit), dc = *block.state(1, row, unit);
+        float dh = *block.state(0, row, unit) + *block.fed(row, 0, unit), dc = *block.state(1, row, unit);
         float gate[4], recurrent_n = 0.f;
 #pragma unroll
-        for (int g = 0; g < 4; ++g) gate[g] = g < G ? *block.fed(step, row, 1 + g, unit) : 0.f;
+        for (int g = 0; g < 4; ++g) gate[g] = g < G ? *block.fed(row, 1 + g, unit) : 0.f;
         const float share_h = new_share(a, stream_h, position, at), share_c = new_share(a, stream_c, position, at);
         float direct = (1.f - share_h) * dh;  // what reaches h of the step before without the product
         dh *= share_h;
         if (a.cell == Cell::lstm) {
-          const float c_before = block.has_before(row, step, a.c0) ? *block.fed(step, row, 5, unit) : 0.f;
+          const float c_before = block.has_before(row, step, a.c0) ? *block.fed(row, 5, unit) : 0.f;
           const float kept = (1.f - share_c) * dc;
           dc *= share_c;
           lstm_gradient(gate, c_before, dh, dc);
           dc += kept;
         } else if (a.cell == Cell::gru) {
-          const float h_before = block.has_before(row, step, a.h0) ? *block.fed(step, row, 5, unit) : 0.f;
+          const float h_before = block.has_before(row, step, a.h0) ? *block.fed(row, 5, unit) : 0.f;
           direct += dh * gate[1];
-          recurrent_n = gru_gradient(gate, *block.fed(step, row, 4, unit), h_before, dh);
+          recurrent_n = gru_gradient(gate, *block.fed(row, 4, unit), h_before, dh);
         } else {
           rnn_gradient(gate, dh, a.cell == Cell::rnn_relu);
         }
@@ -355,7 +360,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
           block.exchange(turn, row, g, unit, recurrent);
         }
       }
-      block.meet(turn, G);
+      block.meet(turn, G, [&] { block.feed(step - 1); });
       for (int first = 0; first < block.rows; first += columns) {
         product.run(turn, first);
         device::block_sync();

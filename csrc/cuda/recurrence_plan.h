@@ -102,7 +102,7 @@ struct RecurrenceLayout {
     weights = take(warps * rest * s.tiles() * warp * 32);
     exchange = take(p.cluster ? 2 * exchanged : 0);
     partial = take(p.warps_k * p.warps_m * s.tiles() * tile_m * partial_row * 4);
-    feeds = take(2 * p.rows * s.feeds * p.units * 4);
+    feeds = take(p.rows * s.feeds * p.units * 4);
     state = take(2 * p.rows * p.units * 4);
     lengths = take(p.rows * 4);
     bytes = at;

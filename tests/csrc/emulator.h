@@ -1,12 +1,12 @@
 // Runs a kernel's source on the host: one operating-system thread per CUDA thread, a barrier for __syncthreads, warps and clusters.
 // For tests only. Data races of the kernel are data races here, so -fsanitize=thread finds a missing barrier.
 #pragma once
-#include <pthread.h>
-
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -24,16 +24,30 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// Waits without spinning: dozens of threads share a core here.
+// In two halves, as a cluster's. Waits without spinning: dozens of threads share a core here.
 class Barrier {
  public:
-  explicit Barrier(unsigned size) { pthread_barrier_init(&barrier_, nullptr, size); }
-  Barrier(const Barrier&) = delete;
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  void wait() { pthread_barrier_wait(&barrier_); }
+  explicit Barrier(unsigned size) : size_(size) {}
+  void wait() { wait(arrive()); }
+  unsigned arrive() {
+    const std::lock_guard lock(mutex_);
+    const unsigned phase = phase_;
+    if (++arrived_ == size_) {
+      arrived_ = 0, ++phase_;
+      passed_.notify_all();
+    }
+    return phase;
+  }
+  void wait(unsigned phase) {
+    std::unique_lock lock(mutex_);
+    passed_.wait(lock, [&] { return phase_ != phase; });
+  }
 
  private:
-  pthread_barrier_t barrier_;
+  const unsigned size_;
+  unsigned arrived_ = 0, phase_ = 0;
+  std::mutex mutex_;
+  std::condition_variable passed_;
 };
 
 struct Cluster;
@@ -73,7 +87,7 @@ struct Cluster {
 };
 
 inline thread_local Block* block = nullptr;
-inline thread_local unsigned turn = 0;
+inline thread_local unsigned turn = 0, phase = 0;
 
 }  // namespace emulator
 
@@ -106,7 +120,8 @@ T* shared_memory() {
 }
 inline void block_sync() { emulator::block->barrier.wait(); }
 inline void warp_sync() { emulator::block->warps[threadIdx.x / 32]->barrier.wait(); }
-inline void cluster_sync() { emulator::block->cluster->barrier.wait(); }
+inline void cluster_arrive() { emulator::phase = emulator::block->cluster->barrier.arrive(); }
+inline void cluster_wait() { emulator::block->cluster->barrier.wait(emulator::phase); }
 inline unsigned cluster_rank() { return emulator::block->rank; }
 inline void store_in_block(Words* here, unsigned rank, const Words& value) {
   emulator::block->cluster->blocks[rank]->shared[here - emulator::block->shared.data()] = value;
@@ -121,9 +136,7 @@ inline Words load_coherent(const void* from) { return *static_cast<const Words*>
 
 inline void copy_word(float* to, const float* from) { *to = *from; }
 inline void copy_words(float* to, const float* from) { *reinterpret_cast<Words*>(to) = *reinterpret_cast<const Words*>(from); }
-inline void copies_group() {}
-template <int InFlight>
-void copies_wait() {}
+inline void copies_wait() {}
 
 // d (16, 8) += a (16, K) b (K, 8): value(word, place) is one of the Each values that a register holds.
 template <int Each, class Value>
