@@ -57,6 +57,7 @@ void check_plan(const RecurrencePlan& p, const RecurrenceCall& call, bool backwa
   const int rows = (backward ? 1 : shape.gates) * p.units;
   STD_TORCH_CHECK(p.units > 0 && p.team > 0 && p.teams > 0 && p.rows > 0 && p.warps_m > 0 && p.warps_k > 0, op, ": plan must be positive");
   STD_TORCH_CHECK(p.units * p.team >= call.hidden && p.warps_m * shape.tiles() * tile_m >= rows, op, ": plan doesn't hold all units");
+  STD_TORCH_CHECK(!p.cluster || p.units * shape.element_bytes() % 16 == 0, op, ": plan must share out whole vectors in a cluster");
   STD_TORCH_CHECK(p.warps_m * p.warps_k * warp <= most_threads, op, ": plan has too many threads");
   STD_TORCH_CHECK(p.held == (shape.operand == Operand::float32 ? 0
                              : backward                        ? held_backward

@@ -197,17 +197,6 @@ class BlockProduct {
   const WarpProduct<operand, cluster, tiles, held> product_;
 };
 
-// An element of W_hh as an operand.
-template <Operand operand>
-__device__ typename OperandType<operand>::Element weight_at(const void* weight, int64_t at) {
-  using Element = typename OperandType<operand>::Element;
-  const Element value = static_cast<const Element*>(weight)[at];
-  if constexpr (operand == Operand::tf32)
-    return as_operand<operand>(value);
-  else
-    return value;
-}
-
 // Shared memory: RecurrenceLayout. Blocks: teams * team, in clusters of a team or all resident at once; threads: the plan's warps.
 template <Operand operand, bool cluster, int held>
 __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __grid_constant__ RecurrenceForward a) {
@@ -216,9 +205,9 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
   const int H = a.hidden, U = a.plan.units, G = a.shape.gates;
   // The block's rows of the weights are gate by gate, units * G of them.
   const BlockProduct<operand, cluster, 2, held> product(a, block, [&](int row, int k) {
-    const int gate = row / U, unit = row % U;
-    if (gate >= G || unit >= block.units || k >= H) return Element{};
-    return weight_at<operand>(a.weight_hh, (static_cast<int64_t>(gate) * H + block.first + unit) * H + k);
+    const int gate = row / U, unit = row % U, count = gate < G && unit < block.units ? H - k : 0;
+    const auto* const rows = static_cast<const Element*>(a.weight_hh) + (static_cast<int64_t>(gate) * H + block.first + unit) * H;
+    return WeightRun<Element>{rows + k, 1, count};
   });
 
   for (int64_t begin = static_cast<int64_t>(block.team) * a.plan.rows; begin < a.batch;
@@ -300,9 +289,9 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
   const int H = a.hidden, U = a.plan.units, G = a.shape.gates, stride = a.shape.gate_stride();
   // The block's rows of W_hh^T are its units.
   const BlockProduct<operand, cluster, 1, held> product(a, block, [&](int unit, int k) {
-    const int gate = k / stride, from = k % stride;
-    if (gate >= G || from >= H || unit >= block.units) return Element{};
-    return weight_at<operand>(a.weight_hh, (static_cast<int64_t>(gate) * H + from) * H + block.first + unit);
+    const int gate = k / stride, from = k % stride, count = gate < G && unit < block.units ? H - from : 0;
+    const auto* const columns = static_cast<const Element*>(a.weight_hh) + block.first + unit;
+    return WeightRun<Element>{columns + (static_cast<int64_t>(gate) * H + from) * H, H, count};
   });
 
   int turn = 0;  // goes on from rows to rows: others may still read what the last step before exchanged

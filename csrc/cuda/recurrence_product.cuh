@@ -32,6 +32,14 @@ __device__ typename OperandType<operand>::Element as_operand(float value) {
     return device::rounded<Element>(value);
 }
 
+// Up to 16 bytes of a row of the weights, from some k on: `count` elements, and zeros after them.
+template <class Element>
+struct WeightRun {
+  const Element* data;
+  int64_t step;
+  int count;
+};
+
 // Of what other blocks write: out of shared memory, or out of L2.
 template <bool cluster>
 __device__ device::Words exchanged(const unsigned char* from) {
@@ -49,7 +57,7 @@ class WarpProduct {
   static constexpr bool exact = operand == Operand::float32;
 
  public:
-  // weight(row, k): an element of the block's rows of the weights, 0 where there is none. rest: the warp's own part of shared memory.
+  // weight(row, k): a WeightRun of the block's rows of the weights. rest: the warp's own part of shared memory.
   template <class Weight>
   __device__ WarpProduct(const Weight& weight, int first_row, int first_block, int blocks, Words* rest)
       : first_block_(first_block), blocks_(blocks), rest_(rest) {
@@ -93,15 +101,18 @@ class WarpProduct {
 
   template <class Weight>
   __device__ static Words fragment(const Weight& weight, int row, int block) {
+    const WeightRun<Element> run = weight(row + lane() / 4, (block * 16 + lane() % 4 * 4) * each);
     Words words;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const int k = (block * 16 + lane() % 4 * 4 + w) * each;
-      if constexpr (each == 2)
-        words.at[w] = device::bits_of(weight(row + lane() / 4, k)) | static_cast<uint32_t>(device::bits_of(weight(row + lane() / 4, k + 1)))
-                                                                         << 16;
-      else
-        words.at[w] = device::bits_of(weight(row + lane() / 4, k));
+      words.at[w] = 0;
+#pragma unroll
+      for (int e = w * each; e < (w + 1) * each; ++e) {
+        if (e >= run.count) continue;
+        Element value = run.data[e * run.step];
+        if constexpr (operand == Operand::tf32) value = as_operand<operand>(value);
+        words.at[w] |= static_cast<uint32_t>(device::bits_of(value)) << (e % each * 16);
+      }
     }
     return words;
   }

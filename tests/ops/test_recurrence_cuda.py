@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_recurrence import FIELDS, FLAGS, Layout, build, emulated
 
 from s2s_kernels.ops.random import keep_mask
 from s2s_kernels.ops.recurrence import cuda_kernels, reference
 from s2s_kernels.ops.recurrence.autograd import CELLS, STREAM_C, STREAM_H
 from s2s_kernels.testing import Draw
 from s2s_kernels.testing.compilation import SHARED, cuda_tool
-from tests.csrc.emulated_recurrence import FIELDS, FLAGS, Layout, build, emulated
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 LSTM, GRU, TANH, RELU = range(4)
@@ -146,10 +146,10 @@ def engine(case, arguments, gradients, device="cpu"):
     results = {"output": output, "h": h_n, "c": c_n, "grad inputs": grad_inputs}
     before = states_before(case, output if hidden is None else hidden, h0, lengths, reset)
     product = before if mask is None else before * mask.unsqueeze(1)
-    results["grad weight_hh"] = torch.einsum("btg,bth->gh", grad_recurrent, product)
+    results["grad weight_hh"] = torch.einsum("btg,bth->gh", grad_recurrent.double(), product.double())
     if bias is not None:
         n = 2 * case.hidden
-        results["grad bias_hh"] = torch.cat([grad_inputs[..., :n], grad_recurrent[..., n:]], dim=2).sum((0, 1))
+        results["grad bias_hh"] = torch.cat([grad_inputs[..., :n], grad_recurrent[..., n:]], dim=2).double().sum((0, 1))
     if mask is not None:
         results["grad recurrent_mask"] = torch.einsum("btg,gh,bth->bh", grad_recurrent, weight.float(), before)
     if h0 is not None:

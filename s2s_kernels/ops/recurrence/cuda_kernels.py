@@ -117,6 +117,10 @@ def _indices(lengths: Optional) -> Optional:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
+def _whole(tensor: Optional) -> Optional:
+    return None if tensor is None else tensor.contiguous()
+
+
 def forward(
     inputs: torch.Tensor, weight_hh: torch.Tensor, bias_hh: Optional, h0: Optional, c0: Optional, weight_hr: Optional,
     recurrent_mask: Optional, norm_hh: Optional, norm_c: Optional, norm_b: Optional, lengths: Optional, reset: Optional,
@@ -144,8 +148,8 @@ def forward(
     if batch > 0:
         plan = plan_of(batch, hidden, cell, dtype, False, inputs.device)
         kernels.recurrence_persistent_forward(
-            inputs, weight_hh, _wide(bias_hh), _wide(h0), _wide(c0), _wide(recurrent_mask), _indices(lengths), reset,
-            seed, _workspace(plan, inputs), output, h_n, c_n, gates, extra, exact,
+            inputs, weight_hh, _wide(bias_hh), _wide(h0), _wide(c0), _wide(recurrent_mask), _indices(lengths),
+            _whole(reset), _whole(seed), _workspace(plan, inputs), output, h_n, c_n, gates, extra, exact,
             [batch, time, hidden, cell, operand(dtype), reverse, training], zoneout_h, zoneout_c, plan,
         )  # fmt: skip
     return output, h_n.to(dtype), None if c_n is None else c_n.to(dtype), gates, extra, exact, None
@@ -175,7 +179,8 @@ def backward(
         grad = torch.zeros_like(states) if grad_output is None else _wide(grad_output)
         kernels.recurrence_persistent_backward(
             grad, _wide(grad_h), _wide(grad_c), weight_hh, _wide(h0), _wide(c0), _wide(recurrent_mask),
-            _indices(lengths), reset, seed, states, gates, extra, _workspace(plan, states), grad_inputs, grad_recurrent,
+            _indices(lengths), _whole(reset), _whole(seed), states, gates, extra, _workspace(plan, states),
+            grad_inputs, grad_recurrent,
             grad_h0, grad_c0, [batch, time, units, cell, operand(dtype), reverse, training], zoneout_h, zoneout_c, plan,
         )  # fmt: skip
     return grad_inputs, grad_inputs if grad_recurrent is None else grad_recurrent, grad_h0, grad_c0, None, None, None
