@@ -143,7 +143,9 @@ class RecurrenceBlock {
     const int block = a_.plan.warps_m * a_.shape.tiles() * tile_m * partial_row;
     const float* from = shared<float>(layout_.partial) + weight_row * partial_row + column;
     float sum = from[0];
-    for (int i = 1; i < a_.plan.warps_k; ++i) sum += from[i * block];
+#pragma unroll
+    for (int i = 1; i < most_threads / warp; ++i)  // unrolled, so that no load waits for another
+      if (i < a_.plan.warps_k) sum += from[i * block];
     return sum;
   }
   __device__ float* partial(int warp_k, int warp_m) const {
