@@ -6,7 +6,7 @@
 #include "../cpu/tensor.h"
 #include "recurrence_launch.h"
 
-namespace s2s {
+namespace s2s::persistent {
 namespace {
 
 constexpr const char* op = "recurrence_persistent";
@@ -151,13 +151,13 @@ void backward(Tensor grad_output, OptionalTensor grad_h, OptionalTensor grad_c, 
 }
 
 }  // namespace
-}  // namespace s2s
+}  // namespace s2s::persistent
 
 STABLE_TORCH_LIBRARY_IMPL(s2s, CompositeExplicitAutograd, m) {
-  m.impl("recurrence_persistent_plan", TORCH_BOX(&s2s::plan));
-  m.impl("recurrence_persistent_resident", TORCH_BOX(&s2s::resident));
+  m.impl("recurrence_persistent_plan", TORCH_BOX(&s2s::persistent::plan));
+  m.impl("recurrence_persistent_resident", TORCH_BOX(&s2s::persistent::resident));
 }
 STABLE_TORCH_LIBRARY_IMPL(s2s, CUDA, m) {
-  m.impl("recurrence_persistent_forward", TORCH_BOX(&s2s::forward));
-  m.impl("recurrence_persistent_backward", TORCH_BOX(&s2s::backward));
+  m.impl("recurrence_persistent_forward", TORCH_BOX(&s2s::persistent::forward));
+  m.impl("recurrence_persistent_backward", TORCH_BOX(&s2s::persistent::backward));
 }

@@ -4,7 +4,7 @@
 #include "recurrence_kernels.cuh"
 #include "recurrence_launch.h"
 
-namespace s2s {
+namespace s2s::persistent {
 namespace {
 
 template <class Arguments>
@@ -116,4 +116,4 @@ const char* resident_teams(const RecurrencePlan& plan, Operand operand, bool bac
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-}  // namespace s2s
+}  // namespace s2s::persistent

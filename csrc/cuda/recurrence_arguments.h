@@ -7,7 +7,7 @@
 
 #include "recurrence_plan.h"
 
-namespace s2s {
+namespace s2s::persistent {
 
 #include "../cpu/philox_word.h"
 
@@ -133,4 +133,4 @@ inline RecurrenceBackward backward_arguments(const RecurrencePlan& plan, const R
   return a;
 }
 
-}  // namespace s2s
+}  // namespace s2s::persistent

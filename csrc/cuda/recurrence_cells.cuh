@@ -3,7 +3,7 @@
 #include "device.cuh"
 #include "recurrence_arguments.h"
 
-namespace s2s {
+namespace s2s::persistent {
 
 __device__ inline float sigmoid(float x) { return device::reciprocal(1.f + expf(-x)); }
 
@@ -70,4 +70,4 @@ __device__ inline void rnn_gradient(float (&gate)[4], float dh, bool relu) {
   gate[0] = relu ? (h <= 0.f ? 0.f : dh) : dh * (1.f - h * h);
 }
 
-}  // namespace s2s
+}  // namespace s2s::persistent

@@ -3,7 +3,7 @@
 #include "recurrence_cells.cuh"
 #include "recurrence_product.cuh"
 
-namespace s2s {
+namespace s2s::persistent {
 
 // A block's place in its team, and what it does with others: the exchange of rows, and the barrier of a step.
 template <Operand operand, bool cluster>
@@ -373,4 +373,4 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
   }
 }
 
-}  // namespace s2s
+}  // namespace s2s::persistent

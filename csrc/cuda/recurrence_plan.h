@@ -10,8 +10,8 @@
 // counter in global memory. What a step costs is modelled in `step_time`; the plan of least time is taken. Predicted for the bar GR2 (LSTM,
 // float16, B = 16, H = 768, H100), forward: 96 blocks of 8 units, 1.1 us for the barrier and the latency of L2, 0.45 us for 2.4 MiB out of
 // it, 0.2 us for products, 0.2 us for sums over warps, 0.1 us for the cell: 2.0 us a step, where cuDNN takes 1.96. Backward: 48 blocks of
-// 16 units, 2.6 us. From one row to 16, forward, float16, H = 256, 512, 1024,
-// 1536: 0.9 to 1.1, 1.4 to 1.7, 1.8 to 2.5, 3.0 to 4.4 us; of 128 rows 1.1, 2.1, 11 and 27 us. A100, 16 rows: 1.7, 2.0, 3.6, 5.8 us.
+// 16 units, 2.6 us. Other sizes, forward, float16, H = 256, 512, 1024, 1536: with 16 rows 1.1, 1.7, 2.5, 4.4 us (A100: 1.7, 2.0, 3.6, 5.8),
+// with one row 0.9, 1.4, 1.8, 3.0, with 128 rows 1.1, 2.1, 11, 27: the grid's blocks all read all rows, which is dear where these are many.
 // Not measured: no number here has met a GPU.
 #pragma once
 #include <cstdint>
@@ -25,7 +25,7 @@
 #define S2S_EVERYWHERE inline
 #endif
 
-namespace s2s {
+namespace s2s::persistent {
 
 // What products read: a 16-bit type, float32 rounded to tf32 for the tensor cores, or float32 itself for the multipliers.
 enum class Operand : int { bfloat16, float16, tf32, float32 };
@@ -185,5 +185,5 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
   return found;
 }
 
-}  // namespace s2s
+}  // namespace s2s::persistent
 #undef S2S_EVERYWHERE

@@ -7,7 +7,7 @@
 #include "device.cuh"
 #include "recurrence_plan.h"
 
-namespace s2s {
+namespace s2s::persistent {
 
 template <Operand operand>
 struct OperandType {
@@ -194,4 +194,4 @@ class WarpProduct {
   Words held_[held_blocks > 0 ? held_blocks : 1][tiles][2];
 };
 
-}  // namespace s2s
+}  // namespace s2s::persistent

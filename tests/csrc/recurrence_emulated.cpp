@@ -3,7 +3,7 @@
 
 namespace {
 
-using namespace s2s;
+using namespace s2s::persistent;
 
 bool fits(const RecurrencePlan& p, const RecurrenceShape& shape) {
   return p.held == (shape.operand == Operand::float32 ? 0 : held_here) && p.shared_bytes == RecurrenceLayout(p, shape).bytes;

@@ -2,7 +2,7 @@
 #pragma once
 #include "../../csrc/cuda/recurrence_kernels.cuh"
 
-namespace s2s {
+namespace s2s::persistent {
 
 // Few K-blocks are kept in registers here, so that small sizes reach shared memory too.
 constexpr int held_here = 1;
@@ -33,4 +33,4 @@ void run_backward(const RecurrenceBackward& a) {
   run(a, recurrence_backward<operand, false, held>, recurrence_backward<operand, true, held>);
 }
 
-}  // namespace s2s
+}  // namespace s2s::persistent

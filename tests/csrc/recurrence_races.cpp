@@ -6,7 +6,7 @@
 
 #include "recurrence_emulated.h"
 
-using namespace s2s;
+using namespace s2s::persistent;
 
 int main(int count, char** arguments) {
   if (count != 5) return 2;
