@@ -14,10 +14,11 @@ endif
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CLANG_FORMATTED := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp)
 
-.PHONY: help build test lint format bench gpu clean
+.PHONY: help build test tsan lint format bench gpu clean
 help:
 	@echo "make bench   build, measure on this machine in under 10 minutes, end with a report page"
 	@echo "make test    build and run every test"
+	@echo "make tsan    run the CUDA recurrences on the host under the thread sanitizer"
 	@echo "make build   build the extension in place"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the files"
@@ -51,6 +52,13 @@ test: $(STAMPS)/build $(STAMPS)/test
 	$(PYTHON) $(PYTEST)
 	S2S_BACKEND=reference $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
 	S2S_BACKEND=cpu $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
+
+# Wider than what the tests run: several tiles of rows, passes and warps, four blocks, an odd number of steps.
+RACES := build/emulated/races
+tsan:
+	@mkdir -p $(dir $(RACES))
+	$(CXX) -std=c++20 -O1 -g -pthread -ffp-contract=off -fsanitize=thread -Wno-tsan -Itests/csrc tests/csrc/recurrence_races.cpp -o $(RACES)
+	TSAN_OPTIONS=halt_on_error=1 $(RACES) 70 5 61 16
 
 lint: $(STAMPS)/build $(STAMPS)/lint
 	$(PYTHON) -m ruff check .

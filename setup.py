@@ -4,12 +4,13 @@ and `_machine` (pybind11, no torch: built for one Python version, and not needed
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 STABLE = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Werror=psabi"]
@@ -31,13 +32,24 @@ def with_cuda() -> bool:
     return asked == "1" or (asked != "0" and shutil.which("nvcc") is not None and torch.version.cuda is not None)
 
 
+def cuda_flags() -> list[str]:
+    """Machine code for the architectures that the kernels are checked for, and PTX for those between and after: of
+    each that this nvcc knows."""
+    nvcc = shutil.which("nvcc") or str(Path(CUDA_HOME or "/usr/local/cuda", "bin", "nvcc"))
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    binaries = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in known]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in binaries]
+    flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in binaries if not arch.endswith("a")]
+    return ["-O3", "-std=c++17", *flags]
+
+
 def operators() -> CppExtension:
     files = ["csrc/operators.cpp", *sources("cpu", "cpp")]
     if with_cuda():
         return CUDAExtension(
             "s2s_kernels._C",
             files + sources("cuda", "cpp") + sources("cuda", "cu"),
-            extra_compile_args={"cxx": [*HOST, "-DS2S_CUDA"], "nvcc": ["-O3", "-std=c++17", *STABLE]},
+            extra_compile_args={"cxx": [*HOST, "-DS2S_CUDA", "-DUSE_CUDA"], "nvcc": cuda_flags()},
             py_limited_api=True,
         )
     return CppExtension("s2s_kernels._C", files, extra_compile_args=HOST, py_limited_api=True)

@@ -29,6 +29,21 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "Tensor? lengths, Tensor? reset, Tensor output, Tensor[] saved, int cell, int directions, bool bias, bool projected, bool normed, "
       "float zoneout_h, float zoneout_c, bool time_first, bool packed, int[] needs) -> Tensor[]");
 
+#if defined(S2S_CUDA)
+  // The parts of a recurrence that go through time, on a GPU: no operators of their own, s2s_kernels/ops/recurrence calls them.
+  m.def("recurrence_persistent_plan(int[] size, bool backward, int[] machine) -> int[]");
+  m.def("recurrence_persistent_resident(int[] plan, int operand, bool backward, int device) -> int");
+  m.def(
+      "recurrence_persistent_forward(Tensor inputs, Tensor weight_hh, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? recurrent_mask, "
+      "Tensor? lengths, Tensor? reset, Tensor? seed, Tensor(a!) workspace, Tensor(b!) output, Tensor(c!) h_n, Tensor(d!)? c_n, "
+      "Tensor(e!)? gates, Tensor(f!)? extra, Tensor(g!)? hidden, int[] size, float zoneout_h, float zoneout_c, int[] plan) -> ()");
+  m.def(
+      "recurrence_persistent_backward(Tensor grad_output, Tensor? grad_h, Tensor? grad_c, Tensor weight_hh, Tensor? h0, Tensor? c0, "
+      "Tensor? recurrent_mask, Tensor? lengths, Tensor? reset, Tensor? seed, Tensor states, Tensor? gates, Tensor? extra, Tensor(a!) "
+      "workspace, Tensor(b!) grad_inputs, Tensor(c!)? grad_recurrent, Tensor(d!) grad_h0, Tensor(e!)? grad_c0, int[] size, float "
+      "zoneout_h, float zoneout_c, int[] plan) -> ()");
+#endif
+
   // convolution
   m.def(
       "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? lengths, Tensor? initial_state, Tensor? "

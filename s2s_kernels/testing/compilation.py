@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,10 +60,19 @@ def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
-def inspect(compiled: Any, products: bool) -> dict[str, Any]:
-    import triton
+def cuda_tool(name: str) -> Path | None:
+    """A tool of the CUDA toolkit, or the one inside triton; triton isn't imported."""
+    found = shutil.which(name)
+    if found is None:
+        triton = importlib.util.find_spec("triton")
+        for folder in triton.submodule_search_locations or () if triton else ():
+            found = shutil.which(name, path=Path(folder) / "backends" / "nvidia" / "bin")
+    return None if found is None else Path(found)
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+def inspect(compiled: Any, products: bool) -> dict[str, Any]:
+    tool = cuda_tool("cuobjdump")
+    assert tool is not None
 
     def told(flag: str) -> str:
         return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout

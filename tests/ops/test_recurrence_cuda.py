@@ -1,0 +1,407 @@
+"""The persistent CUDA recurrences without a GPU: their source on the host, behind the engine's two functions, against
+the definition in float64."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulated_recurrence import FIELDS, FLAGS, Layout, build, emulated
+
+from s2s_kernels.ops.random import keep_mask
+from s2s_kernels.ops.recurrence import cuda_kernels, reference
+from s2s_kernels.ops.recurrence.autograd import CELLS, STREAM_C, STREAM_H
+from s2s_kernels.testing import Draw
+from s2s_kernels.testing.compilation import SHARED, cuda_tool
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+LSTM, GRU, TANH, RELU = range(4)
+BF16, F16, F32, TF32 = torch.bfloat16, torch.float16, torch.float32, "tf32"
+GRID, CLUSTER = Layout(), Layout(cluster=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    try:
+        return build()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    cell: int = LSTM
+    kind: Any = F32
+    batch: int = 3
+    time: int = 4
+    hidden: int = 11
+    layout: Layout = GRID
+    lengths: tuple[int, ...] | None = None
+    index: torch.dtype = torch.int64
+    reset: bool = False
+    reverse: bool = False
+    state: bool = True
+    bias: bool = True
+    mask: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    training: bool = False
+    wanted: tuple[str, ...] = ("output", "h", "c")  # of which there is a gradient
+
+    @property
+    def dtype(self):
+        return F32 if self.kind == TF32 else self.kind
+
+    def arguments(self):
+        """The engine's tensors, in the order of its parameters; absent positions hold NaN."""
+        draw, rows = Draw(self.dtype), reference.GATES[CELLS[self.cell]] * self.hidden
+        inputs = draw(self.batch, self.time, rows, dtype=F32)
+        weight = draw(rows, self.hidden, scale=0.7 * (self.hidden + 1) ** -0.5)
+        bias = draw(rows, scale=0.5, dtype=F32) if self.bias and self.cell == GRU else None
+        h0 = draw(self.batch, self.hidden) if self.state else None
+        c0 = draw(self.batch, self.hidden) if self.state and self.cell == LSTM else None
+        mask = 2 * draw.mask(self.batch, self.hidden).to(self.dtype) if self.mask else None
+        lengths = reset = None
+        if self.lengths is not None:
+            lengths = torch.tensor(self.lengths, dtype=self.index)
+            inputs[torch.arange(self.time) >= lengths.unsqueeze(1)] = torch.nan
+        if self.reset:
+            reset = draw.mask(self.batch, self.time, p=0.4)
+        seed = torch.tensor([123456789012345, -5]) if self.training else None
+        return inputs, weight, bias, h0, c0, None, mask, None, None, None, lengths, reset, seed
+
+    def options(self):
+        h, c = self.zoneout
+        options = {"cell": self.cell, "reverse": self.reverse, "zoneout_h": h, "zoneout_c": c}
+        return {**options, "training": self.training, "dtype": self.dtype}
+
+    def gradients(self):
+        draw = Draw(self.dtype, seed=1)
+        sizes = {"output": (self.batch, self.time, self.hidden), "h": (self.batch, self.hidden)}
+        sizes |= {"c": (self.batch, self.hidden)} if self.cell == LSTM else {}
+        return {name: draw(*size) if name in self.wanted else None for name, size in sizes.items()}
+
+
+def defined(case, arguments, gradients, dtype):
+    """Results and gradients by the definition, whose input product has the identity as its weights."""
+    inputs, weight, bias, h0, c0, _, mask, *_, lengths, reset, seed = arguments
+
+    def leaf(tensor):
+        return None if tensor is None else tensor.to(dtype).clone().requires_grad_()
+
+    leaves = {"inputs": leaf(inputs), "weight_hh": leaf(weight), "bias_hh": leaf(bias), "h0": leaf(h0), "c0": leaf(c0)}
+    leaves["recurrent_mask"] = leaf(mask)
+    update = [None, None]
+    for place, (p, stream) in enumerate(zip(case.zoneout, (STREAM_H, STREAM_C), strict=True)):
+        if case.training and p > 0:
+            update[place] = keep_mask(seed, (case.batch, case.time, case.hidden), p, stream)
+    identity = torch.eye(inputs.shape[2], dtype=dtype)
+    results = reference.recurrence(
+        CELLS[case.cell], leaves["inputs"], identity, leaves["weight_hh"], None, leaves["bias_hh"], leaves["h0"],
+        leaves["c0"], lengths=lengths, reset=reset, reverse=case.reverse, recurrent_mask=leaves["recurrent_mask"],
+        zoneout=case.zoneout, update=tuple(update),
+    )  # fmt: skip
+    named = {name: result for name, result in zip(("output", "h", "c"), results, strict=True) if result is not None}
+    loss = sum((named[name].to(dtype) * grad.to(dtype)).sum() for name, grad in gradients.items() if grad is not None)
+    given = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+    found = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
+    wanted = {f"grad {name}": grad for name, grad in zip(given, found, strict=True) if grad is not None}
+    return {name: tensor.detach() for name, tensor in {**named, **wanted}.items()}
+
+
+def states_before(case, hidden, h0, lengths, reset):
+    """h before each position, (B, T, H): what the recurrent product multiplied, without the mask."""
+    before = torch.zeros_like(hidden)
+    for row in range(case.batch):
+        length = case.time if lengths is None else min(max(int(lengths[row]), 0), case.time)
+        state = torch.zeros(case.hidden) if h0 is None else h0[row].to(hidden.dtype)
+        for t in reversed(range(length)) if case.reverse else range(length):
+            flag = t + 1 if case.reverse else t
+            if reset is not None and flag < length and reset[row, flag]:
+                state = torch.zeros_like(state)
+            before[row, t], state = state, hidden[row, t]
+    return before
+
+
+def moved(tensors, device):
+    return tuple(tensor if tensor is None else tensor.to(device) for tensor in tensors)
+
+
+def engine(case, arguments, gradients, device="cpu"):
+    """What the engine returns, and the gradients that the driver makes of it."""
+    _, weight, bias, h0, c0, _, mask, *_, lengths, reset, _ = arguments
+    there = moved(arguments, device)
+    results = cuda_kernels.forward(*there, **case.options(), save=True)
+    gradients = moved((gradients["output"], gradients["h"], gradients.get("c")), device)
+    saved = (results[0], *results[3:])
+    grads = cuda_kernels.backward(*gradients, there[1], *there[3:], *saved, **case.options())
+    assert grads[4:] == (None, None, None) and (grads[1] is grads[0]) == (case.cell != GRU)
+    output, h_n, c_n, _, _, hidden, _ = moved(results, "cpu")
+    grad_inputs, grad_recurrent, grad_h0, grad_c0 = moved(grads[:4], "cpu")
+    results = {"output": output, "h": h_n, "c": c_n, "grad inputs": grad_inputs}
+    before = states_before(case, output if hidden is None else hidden, h0, lengths, reset)
+    product = before if mask is None else before * mask.unsqueeze(1)
+    results["grad weight_hh"] = torch.einsum("btg,bth->gh", grad_recurrent.double(), product.double())
+    if bias is not None:
+        n = 2 * case.hidden
+        results["grad bias_hh"] = torch.cat([grad_inputs[..., :n], grad_recurrent[..., n:]], dim=2).double().sum((0, 1))
+    if mask is not None:
+        results["grad recurrent_mask"] = torch.einsum("btg,gh,bth->bh", grad_recurrent, weight.float(), before)
+    if h0 is not None:
+        results["grad h0"] = grad_h0
+    if c0 is not None:
+        results["grad c0"] = grad_c0
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def check(case, device="cpu"):
+    arguments, gradients = case.arguments(), case.gradients()
+    exact = defined(case, arguments, gradients, torch.float64)
+    eager = defined(case, arguments, gradients, case.dtype)
+    if case.kind == TF32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        found = engine(case, arguments, gradients, device)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    eps = 2.0**-10 if case.kind == TF32 else torch.finfo(case.dtype).eps
+    for name, wanted in exact.items():
+        result = found[name].double()
+        assert result.shape == wanted.shape and found[name].is_contiguous(), name
+        if wanted.numel() == 0:
+            continue
+        rounding = (eager[name].double() - wanted).abs().max()
+        error = (result - wanted).abs().max()
+        assert error <= 2 * rounding + 4 * eps * max(1, wanted.abs().max()), (name, error, rounding)
+    return found
+
+
+RAGGED = tuple(range(4)) * 8 + (3, 3, 1)
+CASES = [
+    *(
+        Case(f"{CELLS[cell]}-{str(kind).removeprefix('torch.')}-{name}", cell, kind, layout=layout)
+        for cell in (LSTM, GRU, TANH, RELU)
+        for kind in (BF16, F16, F32, TF32)
+        for name, layout in (("grid", GRID), ("cluster", CLUSTER))
+    ),
+    *(
+        Case(f"{CELLS[cell]}-{name}", cell, kind, layout=layout, **options)
+        for cell in (LSTM, GRU, TANH, RELU)
+        for name, kind, layout, options in (
+            ("lengths", F32, GRID, {"lengths": (2, 0, 4)}),
+            ("lengths-reverse", BF16, CLUSTER, {"lengths": (1, 4, 3), "index": torch.int32, "reverse": True}),
+            ("reset", F32, CLUSTER, {"reset": True}),
+            ("reset-reverse", F32, GRID, {"reset": True, "reverse": True, "lengths": (4, 2, 3)}),
+            ("mask", F32, GRID, {"mask": True, "reset": True}),
+            ("zoneout", F32, GRID, {"zoneout": (0.3, 0.4 * (cell == LSTM)), "training": True, "lengths": (3, 4, 1)}),
+            ("zoneout-eval", BF16, CLUSTER, {"zoneout": (0.3, 0.4 * (cell == LSTM)), "reset": True}),
+            ("bare", F32, GRID, {"state": False, "bias": False, "wanted": ("output",)}),
+            ("state-alone", F32, GRID, {"wanted": ("h",)}),
+        )
+    ),
+    Case("all-zoned", zoneout=(1.0, 1.0), training=True),
+    Case("cell-alone", wanted=("c",), zoneout=(0.0, 0.5), training=True),
+    Case(
+        "everything", GRU, BF16, lengths=(4, 1, 3), reset=True, reverse=True, mask=True, zoneout=(0.2, 0.0),
+        training=True,
+    ),
+    # How the work is laid over blocks.
+    Case("one-unit", hidden=1, layout=Layout(units=1)),
+    Case("odd-units", hidden=13, layout=Layout(units=5)),
+    Case("whole-vectors", hidden=24, layout=Layout(units=4)),
+    Case("one-block", GRU, hidden=7, layout=Layout(units=8)),
+    Case("warps-share-k", kind=BF16, hidden=70, batch=2, time=3, layout=Layout(units=40, warps_k=2)),
+    Case("warps-share-k-unevenly", hidden=33, time=3, layout=Layout(units=16, warps_k=2)),
+    Case("rows-of-warps", GRU, F16, hidden=33, time=3, layout=Layout(cluster=True, units=40)),
+    Case("passes", batch=35, hidden=9, time=3, layout=Layout(units=8, rows=48), lengths=RAGGED),
+    Case("tiles-in-turn", batch=35, hidden=9, time=3, layout=Layout(units=16), lengths=RAGGED),
+    Case("tiles-in-turn-cluster", batch=35, hidden=9, time=3, layout=Layout(cluster=True), reset=True),
+    Case("teams", kind=BF16, batch=35, hidden=9, time=3, layout=Layout(teams=2), mask=True),
+    Case("teams-of-clusters", TANH, batch=35, hidden=9, time=3, layout=Layout(cluster=True, teams=2)),
+    Case("four-of-a-cluster", kind=BF16, hidden=27, time=3, layout=Layout(cluster=True)),
+    Case("idle-block", kind=F16, hidden=20, time=3, layout=Layout(cluster=True)),
+    Case("no-time", time=0),
+    Case("one-step", time=1, layout=CLUSTER),
+    Case("no-rows", batch=0, lengths=()),
+    Case("nothing-present", lengths=(0, 0, 0)),
+    Case("clamped", lengths=(-3, 9, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_definition(case):
+    with emulated(case.layout):
+        check(case)
+
+
+LARGE = [
+    Case(f"{CELLS[cell]}-{str(kind).removeprefix('torch.')}-{hidden}", cell, kind, 37, 33, hidden, reset=True)
+    for cell in (LSTM, GRU, RELU)
+    for kind in (F16, F32, TF32)
+    for hidden in (256, 517, 768, 1024)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
+def test_equals_the_definition_on_a_gpu(case):
+    shape = {"cell": case.cell, "dtype": case.dtype, "device": torch.device("cuda", torch.cuda.current_device())}
+    reason = cuda_kernels.gap(case.batch, case.hidden, **shape)
+    if reason is not None:
+        pytest.skip(reason)
+    check(case, shape["device"])
+
+
+@pytest.mark.gpu
+def test_a_graph_holds_a_call():
+    case = Case("", kind=BF16, batch=5, time=9, hidden=100, lengths=(9, 0, 3, 4, 9), reset=True)
+    arguments = moved(case.arguments(), "cuda")
+    reason = cuda_kernels.gap(5, 100, cell=LSTM, dtype=BF16, device=arguments[0].device)
+    if reason is not None:
+        pytest.skip(reason)
+    eager = cuda_kernels.forward(*arguments, **case.options(), save=False)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda_kernels.forward(*arguments, **case.options(), save=False)[0]
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("cell", [LSTM, GRU, TANH])
+@pytest.mark.parametrize("layout", [Layout(warps_k=2, units=16), Layout(cluster=True, warps_k=2, units=16)])
+def test_the_same_bits_on_every_run(cell, layout):
+    case = Case("", cell, BF16, batch=5, hidden=37, layout=layout, lengths=(4, 2, 0, 1, 3))
+    with emulated(layout):
+        first, second = (engine(case, case.arguments(), case.gradients()) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_absent_positions_are_zero():
+    case = Case("", GRU, F16, lengths=(2, 0, 4), layout=CLUSTER)
+    with emulated(case.layout):
+        found = engine(case, case.arguments(), case.gradients())
+    absent = torch.arange(case.time) >= torch.tensor(case.lengths).unsqueeze(1)
+    assert not found["output"][absent].any() and not found["grad inputs"][absent].any()
+
+
+def test_nothing_is_saved_unless_asked_for():
+    case = Case("", kind=BF16)
+    with emulated(GRID):
+        assert cuda_kernels.forward(*case.arguments(), **case.options(), save=False)[3:] == (None,) * 4
+
+
+@pytest.mark.parametrize("machine", [(8, 24 << 10, True), (8, 24 << 10, False), (2, 99 << 10, False)])
+@pytest.mark.parametrize("cell", [LSTM, GRU, RELU])
+def test_plans_of_small_machines(cell, machine):
+    """The layouts that are chosen, not those of the other tests."""
+    case = Case("", cell, BF16, batch=18, time=2, hidden=40)
+    with emulated(machine=machine):
+        check(case)
+
+
+H100, A100 = (132, 227 << 10, True), (108, 163 << 10, False)
+
+
+@pytest.mark.parametrize("machine", [H100, A100, (4, 99 << 10, True)])
+@pytest.mark.parametrize("operand", range(4))
+def test_plans_stay_within_the_machine(machine, operand):
+    sms, limit, clusters = machine
+    found = 0
+    with emulated() as emulator:
+        for hidden in (1, 33, 256, 512, 770, 1024, 1536, 2048):
+            for batch in (1, 16, 128, 1000):
+                for cell, backward in ((LSTM, False), (GRU, True), (TANH, False)):
+                    size = (batch, 0, hidden, cell, operand, 0, 0)
+                    plan = dict(zip(FIELDS, emulator.planned(size, backward, machine), strict=False))
+                    if not plan:
+                        continue
+                    found += 1
+                    assert plan["team"] * plan["teams"] <= sms and plan["shared_bytes"] <= limit
+                    assert plan["units"] * plan["team"] >= hidden and plan["warps_m"] * plan["warps_k"] <= 8
+                    assert not plan["cluster"] or (clusters and plan["team"] in (1, 2, 4, 8, 16))
+    assert found > 20
+
+
+def test_the_predicted_step():
+    """What the plan's comment says of the bar GR2."""
+    with emulated() as emulator:
+        for backward, blocks, microseconds in ((False, 96, 2.0), (True, 48, 2.6)):
+            size = (16, 1024, 768, LSTM, 1, 0, 0)
+            plan = emulator.planned(size, backward, H100)
+            assert plan[FIELDS.index("team")] == blocks
+            assert round(emulator.modelled_step(size, backward, plan, True), 1) == microseconds
+
+
+def test_gap():
+    def told(batch=16, hidden=768, cell=LSTM, dtype=BF16, machine=H100, **options):
+        with emulated(machine=machine):
+            return cuda_kernels.gap(batch, hidden, cell=cell, dtype=dtype, device=torch.device("cpu"), **options)
+
+    assert told() is None and told(dtype=F32) is None and told(batch=0, hidden=1) is None
+    assert "float64" in told(dtype=torch.float64)
+    assert "project" in told(projected=True)
+    assert "normalise" in told(normed=True)
+    assert "4 gates of 4096 units" in told(hidden=4096)
+    assert "3 gates of 2048 units" in told(hidden=2048, cell=GRU, dtype=F32)
+    assert told(hidden=1024, machine=A100) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gap_without_the_kernels():
+    assert "weren't built" in cuda_kernels.gap(1, 8, cell=LSTM, dtype=F32, device=torch.device("cpu"))
+
+
+def test_an_uncovered_call_is_refused():
+    case = Case("")
+    arguments = list(case.arguments())
+    arguments[5] = torch.zeros(5, 11)
+    with emulated(GRID), pytest.raises(NotImplementedError, match="project"):
+        cuda_kernels.forward(*arguments, **case.options(), save=False)
+
+
+@pytest.mark.parametrize("flag", ["", "-DS2S_FORGET_THE_STEPS_BARRIER"])
+def test_the_thread_sanitizer(flag, tmp_path):
+    """Silent, and not blind: without its barrier the kernel is caught."""
+    program = tmp_path / "races"
+    command = ["g++", *FLAGS, "-O1", "-g", "-fsanitize=thread", "-Wno-tsan", *flag.split()]
+    probe = subprocess.run([*command, "-x", "c++", "-", "-o", program], input="int main() {}", text=True, check=False)
+    if probe.returncode or subprocess.run([program], check=False, capture_output=True).returncode:
+        pytest.skip("this g++ has no working thread sanitizer")
+    subprocess.run([*command, SOURCES / "recurrence_races.cpp", "-o", program], check=True)
+    run = subprocess.run([program, "2", "3", "20", "8"], check=False, capture_output=True, text=True)
+    assert ("data race" in run.stderr) == bool(flag), run.stderr[:4000]
+    assert (run.returncode == 0) == (not flag) and run.stdout.count("\n") == 2
+
+
+OPERANDS = ("bfloat16", "float16", "tf32", "float32")
+THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(cuda_tool("cuobjdump") is None, reason="cuobjdump is not installed")
+@pytest.mark.parametrize("operand", OPERANDS if THOROUGH else OPERANDS[:1])
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_compiles_without_spills_and_onto_tensor_cores(arch, operand, tmp_path):
+    """Of one operand, or of all under S2S_HYPOTHESIS=thorough."""
+    cubin = tmp_path / "kernels.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", cubin]
+    subprocess.run([*command, f"-DOPERAND={operand}", SOURCES / "recurrence_kernels.cu"], check=True)
+
+    def told(flag):
+        return subprocess.run([cuda_tool("cuobjdump"), flag, cubin], capture_output=True, text=True, check=True).stdout
+
+    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told("-res-usage"))
+    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s+Function : |\Z)", told("-sass"), re.DOTALL))
+    assert len(used) == 4 and code.keys() == {name for name, *_ in used}
+    for name, registers, stack, shared, local in used:
+        assert int(registers) <= 255 and int(stack) == int(local) == 0 and int(shared) <= SHARED[int(arch.rstrip("a"))]
+        words = set(re.findall(r"\b(HMMA|FFMA|LDGSTS|LDL|STL)\b", code[name]))
+        if arch == "80" and "Lb1E" in name:  # no clusters there: nothing but a trap
+            continue
+        assert {"LDGSTS", "FFMA" if operand == "float32" else "HMMA"} <= words and not words & {"LDL", "STL"}, name
