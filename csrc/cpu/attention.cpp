@@ -235,7 +235,8 @@ void decode(const AttentionCall<S>& p) {
 template <class S>
 void forward(const AttentionCall<S>& p) {
   if (p.batch * p.heads * p.time == 0) return;
-  if (p.time == 1 && p.key_stride[3] == 1 && p.value_stride[3] == 1) return decode(p);
+  // Backward makes scores again in the order of AttentionForward, to the bit.
+  if (p.time == 1 && !p.peaks && p.key_stride[3] == 1 && p.value_stride[3] == 1) return decode(p);
   // A head's queries are dealt to several tasks only where there are too few heads: each task packs its keys itself.
   const int64_t heads = p.batch * p.kv_heads, threads = thread_count();
   const int64_t wanted = threads == 1 || heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads;
@@ -392,18 +393,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   const int64_t heads = over_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
   const int64_t blocks = (p.source + attention_block - 1) / attention_block, tasks = std::max<int64_t>(1, batches * heads);
   g.parts = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, blocks / 4));
-  const bool converts = needs.bias && bias_type != scalar_type_of<T>;
-  Workspace bias_sums(converts ? Workspace::bytes<T>(grad_bias.numel()) : 0);
+  // Chains of this many terms are no worse than torch's sums, which are pairwise over such chains.
+  constexpr int64_t short_sum = 32;
+  const int64_t terms = (over_batch ? p.batch : 1) * (over_heads ? p.heads : 1) * (needs.bias && p.bias_stride[2] == 0 ? p.time : 1);
+  const bool is_long = needs.bias && sizeof(T) < sizeof(double) && terms > short_sum;
+  const bool converts = needs.bias && (is_long || bias_type != scalar_type_of<T>);
+  const int64_t bias_count = grad_bias.numel();
+  Workspace bias_sums(!converts ? 0 : is_long ? Workspace::bytes<double>(bias_count) : Workspace::bytes<T>(bias_count));
   if (needs.bias) {
     for (int i = 0; i < 4; ++i) g.bias_stride[i] = grad_bias.size(i) == 1 ? 0 : grad_bias.stride(i);
-    g.bias = converts ? bias_sums.take<T>(grad_bias.numel()) : mutable_data<T>(grad_bias);
-    parallel(grad_bias.numel(), 1 << 16, [&](int64_t begin, int64_t end) { std::fill(g.bias + begin, g.bias + end, T(0)); });
+    const auto clear = [&](auto* sums) {
+      parallel(bias_count, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, 0); });
+    };
+    if (is_long)
+      clear(g.long_bias = bias_sums.take<double>(bias_count));
+    else
+      clear(g.bias = converts ? bias_sums.take<T>(bias_count) : mutable_data<T>(grad_bias));
   }
   const int64_t width = (p.width + 15) / 16 * 16;
   const bool dealt = needs.query && g.parts > 1;
-  Workspace sums(Workspace::bytes<T>(dealt ? g.parts * rows * width : 0) + Workspace::bytes<T>(g.parts * p.batch * p.heads));
+  Workspace sums(Workspace::bytes<T>(dealt ? g.parts * rows * width : 0) +
+                 (needs.slopes ? Workspace::bytes<double>(g.parts * p.batch * p.heads) + Workspace::bytes<double>(g.parts * rows * 2) : 0));
   if (dealt) g.query_parts = sums.take<T>(g.parts * rows * width);
-  if (needs.slopes) g.slopes = sums.take<T>(g.parts * p.batch * p.heads);
+  if (needs.slopes) {
+    g.slopes = sums.take<double>(g.parts * p.batch * p.heads);
+    g.slope_rows = sums.take<double>(g.parts * rows * 2);
+  }
   const auto run = S2S_SELECT(AttentionBackward<S>::run);
   Scratch scratch(S2S_SELECT(AttentionBackward<S>::bytes)(p, g));
   parallel(batches * heads * g.parts, 1, [&](int64_t begin, int64_t end) {
@@ -418,11 +433,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
     const auto add = S2S_SELECT(AttentionBackward<S>::add_parts);
     parallel(rows, 64, [&](int64_t begin, int64_t end) { add(p, g, begin, end); });
   }
-  if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), grad_bias);
+  if (converts && is_long)
+    convert_bias(p.bias_type, g.long_bias, bias_count, grad_bias);
+  else if (converts)
+    convert_bias(p.bias_type, g.bias, bias_count, grad_bias);
   if (needs.slopes) {
     const int64_t per_head = grad_slopes.dim() == 2 ? 1 : p.batch, n = grad_slopes.numel();
+    const auto finish = S2S_SELECT(AttentionBackward<S>::finish_slope);
+    parallel(p.batch * p.heads, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, p.time)), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) finish(p, g, at / p.heads, at % p.heads);
+    });
     if (p.batch)
-      S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+      S2S_SELECT(add_up<double, S>)(g.slopes, n, per_head, 0, n, mutable_data<S>(grad_slopes));
     else
       std::memset(mutable_data<S>(grad_slopes), 0, static_cast<size_t>(n) * sizeof(S));
   }
