@@ -183,6 +183,9 @@ AttentionCall<S> checked_call(const char* op, const Arguments& a, std::vector<At
     spans.push_back({0, queries, p.time, 0, keys, p.source, a.bottom_right ? keys - queries : 0});
   }
   p.spans = spans.data();
+  p.least_time = p.time, p.least_source = p.source;
+  for (const AttentionSpan& span : spans)
+    p.least_time = std::min(p.least_time, span.queries), p.least_source = std::min(p.least_source, span.keys);
   return p;
 }
 
@@ -209,26 +212,29 @@ void out_strides(const Tensor& out, AttentionCall<S>& p) {
   std::copy(stride, stride + 3, p.out_stride);
 }
 
+// The batch elements of `which`, of one query each.
 template <class S>
-void decode(const AttentionCall<S>& p) {
+void decode(const AttentionCall<S>& p, const std::vector<int64_t>& which) {
   using T = compute_t<S>;
   const int64_t chunks = std::max<int64_t>(1, (p.source + attention_decode_chunk - 1) / attention_decode_chunk);
   const int64_t size = S2S_SELECT(AttentionDecode<S>::part_size)(p), group = p.heads / p.kv_heads;
   Scratch scratch(S2S_SELECT(AttentionDecode<S>::bytes)(p));
-  Workspace workspace(Workspace::bytes<T>(chunks * p.batch * p.heads * size));
-  T* const parts = workspace.take<T>(chunks * p.batch * p.heads * size);
+  const int64_t elements = static_cast<int64_t>(which.size());
+  const auto element = [&](int64_t at) { return which[static_cast<size_t>(at)]; };
+  Workspace workspace(Workspace::bytes<T>(chunks * elements * p.heads * size));
+  T* const parts = workspace.take<T>(chunks * elements * p.heads * size);
   const auto run = S2S_SELECT(AttentionDecode<S>::run);
   const auto combine = S2S_SELECT(AttentionDecode<S>::combine);
-  const int64_t stride = p.batch * p.heads * size;
-  parallel(p.batch * p.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t stride = elements * p.heads * size;
+  parallel(elements * p.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
     char* const own = scratch.take();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks;
-      run(p, head / p.kv_heads, head % p.kv_heads, chunk, parts + chunk * stride + head * group * size, own);
+      run(p, element(head / p.kv_heads), head % p.kv_heads, chunk, parts + chunk * stride + head * group * size, own);
     }
   });
-  parallel(p.batch * p.heads, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) combine(p, at / p.heads, at % p.heads, chunks, parts + at * size, stride);
+  parallel(elements * p.heads, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) combine(p, element(at / p.heads), at % p.heads, chunks, parts + at * size, stride);
   });
 }
 
@@ -236,7 +242,12 @@ template <class S>
 void forward(const AttentionCall<S>& p) {
   if (p.batch * p.heads * p.time == 0) return;
   // Backward makes scores again in the order of AttentionForward, to the bit.
-  if (p.time == 1 && !p.peaks && p.key_stride[3] == 1 && p.value_stride[3] == 1) return decode(p);
+  const bool may_decode = !p.peaks && p.key_stride[3] == 1 && p.value_stride[3] == 1;
+  std::vector<int64_t> decoded;
+  for (int64_t b = 0; may_decode && b < p.batch; ++b)
+    if (p.spans[b].query_rows == 1) decoded.push_back(b);
+  if (!decoded.empty()) decode(p, decoded);
+  if (p.time == 1 && may_decode) return;
   // A head's queries are dealt to several tasks only where there are too few heads: each task packs its keys itself.
   const int64_t heads = p.batch * p.kv_heads, threads = thread_count();
   const int64_t wanted = threads == 1 || heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads;
@@ -250,6 +261,7 @@ void forward(const AttentionCall<S>& p) {
     char* const own = scratch.take();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / per_head, at = task % per_head * piece;
+      if (may_decode && p.spans[head / p.kv_heads].query_rows == 1) continue;
       run(p, head / p.kv_heads, head % p.kv_heads, at, std::min(p.time, at + piece), own);
     }
   });

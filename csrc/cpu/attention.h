@@ -20,6 +20,7 @@ struct AttentionSpan {
 template <class S>
 struct AttentionCall {
   int64_t batch, heads, kv_heads, time, source, width, value_width;  // of packed sequences, time and source are the longest one's
+  int64_t least_time, least_source;                                  // the least queries and keys that are present of an element
   const AttentionSpan* spans;
   bool packed;  // all sequences lie one after another: (T of all, H, D), of stride 0 over the batch
   const S *query, *key, *value;

@@ -52,7 +52,7 @@ struct AttentionBackward {
     typename Tiled::Memory tiled;
   };
   // Whether forward was on the tile unit.
-  static bool tiled(const AttentionCall<S>& p) { return TiledForward<S>::pays(p); }
+  static bool tiled(const AttentionCall<S>& p, int64_t b) { return TiledForward<S>::pays(p, p.spans[b]); }
 
   static int64_t part_blocks(const AttentionCall<S>& p, int64_t parts) {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
@@ -79,7 +79,7 @@ struct AttentionBackward {
     m.slope_sums = pieces.take<double>(lanes<T>);
     m.flags = pieces.take<uint8_t>(max(p.time, attention_block));
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
-    if (tiled(p)) m.tiled = Tiled::memory(p, pieces);
+    if (TiledForward<S>::may_pay(p)) m.tiled = Tiled::memory(p, pieces);
     return m;
   }
 
@@ -209,7 +209,7 @@ struct AttentionBackward {
       if (in_place) query_sums = grad_query;
     }
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
-    if (tiled(p)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
+    if (tiled(p, b)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
     ScoreRow<T> row = score_row_of(p, b, h);
     for (int64_t c = 0; c < lanes<T>; ++c) m.slope_sums[c] = 0;
     if (g.slope_rows) std::memset(slope_row(p, g, b, h, part, 0), 0, static_cast<size_t>(span.queries) * 2 * sizeof(double));
@@ -227,7 +227,7 @@ struct AttentionBackward {
       row.valid = n;
 #if defined(S2S_TILE_UNIT)
       if constexpr (TiledForward<S>::possible) {
-        if (tiled(p)) {
+        if (tiled(p, b)) {
           Tiled::pack_keys(p, m.tiled, n, keys, values);
           tiled_chunks<EXTRA>(p, g, m, b, h, at, begin, end, peaks, shares, row, query_sums, ahead);
           if (g.key) Tiled::turn_back(m.tiled, n, p.width, m.tiled.key_totals, key_sums + local * width);
