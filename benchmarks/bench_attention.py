@@ -119,6 +119,64 @@ def padded(batch: int = 8, time: int = 256) -> Case:
     return Case(row, time, batch * time, build, amount, ("ours", "sdpa mask"), quick=True)
 
 
+def packed(time: int, causal: bool, batch: int = 8, quick: bool = False) -> Case:
+    """Sequences of unequal length, half of T on average, one after another; against padded ones under a mask (their
+    inputs padded beforehand, the result's rows picked out), a loop over sequences, and nested tensors, which have no
+    causal mask on a CPU."""
+    count, width = 8, 64
+    names = ("ours", "sdpa mask", "sdpa loop", *([] if causal else ["sdpa nested"]))
+
+    def lengths_of(time: int) -> torch.Tensor:
+        share = torch.rand(batch, generator=torch.Generator().manual_seed(11))
+        return (share * time).long() + 1
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        lengths = lengths_of(time)
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        bounds = starts.tolist()
+        query, key, value = leaves = [inputs.noise(bounds[-1], count, width) for _ in range(3)]
+        present = torch.arange(time) < lengths[:, None]
+        rows, starts = present.flatten().nonzero()[:, 0].to(inputs.device), starts.to(inputs.device)
+        keep = present.to(inputs.device)[:, None, None]
+        if causal:
+            keep = keep & torch.ones(time, time, dtype=torch.bool, device=inputs.device).tril()
+        padded = []
+        for leaf in leaves:
+            whole = leaf.new_zeros(batch * time, count, width).index_copy(0, rows, leaf.detach())
+            padded.append(whole.unflatten(0, (batch, time)).transpose(1, 2).contiguous().requires_grad_())
+        inputs.touched.extend(padded)
+
+        def under_a_mask() -> torch.Tensor:
+            q, k, v = padded
+            out = sdpa(q, k, v, attn_mask=keep)
+            return out.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+
+        def one_by_one() -> torch.Tensor:
+            parts = zip(*(leaf.transpose(0, 1)[None].split(lengths.tolist(), 2) for leaf in leaves), strict=True)
+            outs = [sdpa(q, k, v, is_causal=causal) for q, k, v in parts]
+            return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+        def nested() -> torch.Tensor:
+            q, k, v = (torch.nested.nested_tensor_from_jagged(x, starts).transpose(1, 2) for x in leaves)
+            return sdpa(q, k, v).transpose(1, 2).values()
+
+        functions: dict[str, Callable[[], torch.Tensor]] = {
+            "ours": lambda: s2s.attention_packed(query, key, value, starts, starts, causal=causal),
+            "sdpa mask": under_a_mask,
+            "sdpa loop": one_by_one,
+            "sdpa nested": nested,
+        }
+        return {name: Entrant(functions[name], padded if name == "sdpa mask" else leaves) for name in names}
+
+    def amount(t: int) -> work.Work:
+        lengths = lengths_of(t).double()
+        pairs = (lengths * (lengths + 1) / 2 if causal else lengths**2).sum().item()
+        return work.simple(4 * count * width * pairs, 4 * lengths.sum().item() * count * width)
+
+    row = f"packed {'causal ' if causal else ''}attention B{batch} H{count} D{width}"
+    return Case(row, time, int(lengths_of(time).sum()), build, amount, names, quick=quick)
+
+
 def banded(time: int = 2048, window: int = 256) -> Case:
     """A causal window, against a band mask."""
     batch, count, width = 1, 8, 64
@@ -276,6 +334,9 @@ def cases(grid: Grid) -> list[Case]:
         *dense(grid, 1, True, quick=(32, 128, 512, 2048)),
         *dense(grid, 1, False, quick=(1024,)),
         padded(),
+        packed(64, causal=False, batch=32),
+        packed(256, causal=False, quick=True),
+        packed(1024, causal=True),
         banded(),
         dropped(256, quick=True),
         dropped(1024, quick=False),

@@ -1,11 +1,14 @@
 """Argument validation, in one wording for every operator: "operator: argument must be ..., got ..."."""
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 
+# S2S_DEBUG=1, read at import: what can't be looked at without waiting is asserted on the device.
+DEBUG = os.environ.get("S2S_DEBUG") == "1"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,11 +78,22 @@ def readable(value: torch.Tensor) -> bool:
     )
 
 
+def assure(condition: Callable[[], torch.Tensor], message: str) -> None:
+    """Under S2S_DEBUG=1, asserts on the device what isn't `readable`: a failure ends the process's use of a GPU, and
+    raises RuntimeError on a CPU.
+
+    Args:
+        condition: makes a boolean tensor, all of which must be True; called under S2S_DEBUG=1 only.
+    """
+    if DEBUG and not torch._C._are_functorch_transforms_active():
+        torch._assert_async(condition().all(), message)
+
+
 def lengths(
     operator: str, name: str, value: Any, reference: torch.Tensor, batch: int, maximum: int, limit: str = "T"
 ) -> torch.Tensor | None:
     """Checks lengths (B,), int32 or int64, on the CPU or beside the data, in [0, maximum] where they can be read (None
-    passes).
+    passes); where they can't, they are asserted under S2S_DEBUG=1.
 
     Returns:
         them as int64 on the device of `reference`.
@@ -93,7 +107,9 @@ def lengths(
         wrong_value(operator, name, f"(B,) = ({batch},)", tuple(value.shape))
     if value.device.type != "cpu" and value.device != reference.device:
         wrong_value(operator, name, f"on the CPU or on {reference.device}", value.device)
-    if batch and readable(value):
+    if not readable(value):
+        assure(lambda: (value >= 0) & (value <= maximum), f"{operator}: {name} must be in [0, {limit}]")
+    elif batch:
         smallest, largest = (int(v) for v in torch.aminmax(value))
         if smallest < 0 or largest > maximum:
             wrong_value(operator, name, f"in [0, {limit}] = [0, {maximum}]", f"values in [{smallest}, {largest}]")

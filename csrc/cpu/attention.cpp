@@ -183,6 +183,9 @@ AttentionCall<S> checked_call(const char* op, const Arguments& a, std::vector<At
     spans.push_back({0, queries, p.time, 0, keys, p.source, a.bottom_right ? keys - queries : 0});
   }
   p.spans = spans.data();
+  p.least_time = p.time, p.least_source = p.source;
+  for (const AttentionSpan& span : spans)
+    p.least_time = std::min(p.least_time, span.queries), p.least_source = std::min(p.least_source, span.keys);
   return p;
 }
 
@@ -209,33 +212,42 @@ void out_strides(const Tensor& out, AttentionCall<S>& p) {
   std::copy(stride, stride + 3, p.out_stride);
 }
 
+// The batch elements of `which`, of one query each.
 template <class S>
-void decode(const AttentionCall<S>& p) {
+void decode(const AttentionCall<S>& p, const std::vector<int64_t>& which) {
   using T = compute_t<S>;
   const int64_t chunks = std::max<int64_t>(1, (p.source + attention_decode_chunk - 1) / attention_decode_chunk);
   const int64_t size = S2S_SELECT(AttentionDecode<S>::part_size)(p), group = p.heads / p.kv_heads;
   Scratch scratch(S2S_SELECT(AttentionDecode<S>::bytes)(p));
-  Workspace workspace(Workspace::bytes<T>(chunks * p.batch * p.heads * size));
-  T* const parts = workspace.take<T>(chunks * p.batch * p.heads * size);
+  const int64_t elements = static_cast<int64_t>(which.size());
+  const auto element = [&](int64_t at) { return which[static_cast<size_t>(at)]; };
+  Workspace workspace(Workspace::bytes<T>(chunks * elements * p.heads * size));
+  T* const parts = workspace.take<T>(chunks * elements * p.heads * size);
   const auto run = S2S_SELECT(AttentionDecode<S>::run);
   const auto combine = S2S_SELECT(AttentionDecode<S>::combine);
-  const int64_t stride = p.batch * p.heads * size;
-  parallel(p.batch * p.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t stride = elements * p.heads * size;
+  parallel(elements * p.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
     char* const own = scratch.take();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks;
-      run(p, head / p.kv_heads, head % p.kv_heads, chunk, parts + chunk * stride + head * group * size, own);
+      run(p, element(head / p.kv_heads), head % p.kv_heads, chunk, parts + chunk * stride + head * group * size, own);
     }
   });
-  parallel(p.batch * p.heads, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) combine(p, at / p.heads, at % p.heads, chunks, parts + at * size, stride);
+  parallel(elements * p.heads, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) combine(p, element(at / p.heads), at % p.heads, chunks, parts + at * size, stride);
   });
 }
 
 template <class S>
 void forward(const AttentionCall<S>& p) {
   if (p.batch * p.heads * p.time == 0) return;
-  if (p.time == 1 && p.key_stride[3] == 1 && p.value_stride[3] == 1) return decode(p);
+  // Backward makes scores again in the order of AttentionForward, to the bit.
+  const bool may_decode = !p.peaks && p.key_stride[3] == 1 && p.value_stride[3] == 1;
+  std::vector<int64_t> decoded;
+  for (int64_t b = 0; may_decode && b < p.batch; ++b)
+    if (p.spans[b].query_rows == 1) decoded.push_back(b);
+  if (!decoded.empty()) decode(p, decoded);
+  if (p.time == 1 && may_decode) return;
   // A head's queries are dealt to several tasks only where there are too few heads: each task packs its keys itself.
   const int64_t heads = p.batch * p.kv_heads, threads = thread_count();
   const int64_t wanted = threads == 1 || heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads;
@@ -249,6 +261,7 @@ void forward(const AttentionCall<S>& p) {
     char* const own = scratch.take();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / per_head, at = task % per_head * piece;
+      if (may_decode && p.spans[head / p.kv_heads].query_rows == 1) continue;
       run(p, head / p.kv_heads, head % p.kv_heads, at, std::min(p.time, at + piece), own);
     }
   });
@@ -392,18 +405,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
   const int64_t heads = over_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
   const int64_t blocks = (p.source + attention_block - 1) / attention_block, tasks = std::max<int64_t>(1, batches * heads);
   g.parts = std::max<int64_t>(1, std::min((32 + tasks - 1) / tasks, blocks / 4));
-  const bool converts = needs.bias && bias_type != scalar_type_of<T>;
-  Workspace bias_sums(converts ? Workspace::bytes<T>(grad_bias.numel()) : 0);
+  // Chains of this many terms are no worse than torch's sums, which are pairwise over such chains.
+  constexpr int64_t short_sum = 32;
+  const int64_t terms = (over_batch ? p.batch : 1) * (over_heads ? p.heads : 1) * (needs.bias && p.bias_stride[2] == 0 ? p.time : 1);
+  const bool is_long = needs.bias && sizeof(T) < sizeof(double) && terms > short_sum;
+  const bool converts = needs.bias && (is_long || bias_type != scalar_type_of<T>);
+  const int64_t bias_count = grad_bias.numel();
+  Workspace bias_sums(!converts ? 0 : is_long ? Workspace::bytes<double>(bias_count) : Workspace::bytes<T>(bias_count));
   if (needs.bias) {
     for (int i = 0; i < 4; ++i) g.bias_stride[i] = grad_bias.size(i) == 1 ? 0 : grad_bias.stride(i);
-    g.bias = converts ? bias_sums.take<T>(grad_bias.numel()) : mutable_data<T>(grad_bias);
-    parallel(grad_bias.numel(), 1 << 16, [&](int64_t begin, int64_t end) { std::fill(g.bias + begin, g.bias + end, T(0)); });
+    const auto clear = [&](auto* sums) {
+      parallel(bias_count, 1 << 16, [&](int64_t begin, int64_t end) { std::fill(sums + begin, sums + end, 0); });
+    };
+    if (is_long)
+      clear(g.long_bias = bias_sums.take<double>(bias_count));
+    else
+      clear(g.bias = converts ? bias_sums.take<T>(bias_count) : mutable_data<T>(grad_bias));
   }
   const int64_t width = (p.width + 15) / 16 * 16;
   const bool dealt = needs.query && g.parts > 1;
-  Workspace sums(Workspace::bytes<T>(dealt ? g.parts * rows * width : 0) + Workspace::bytes<T>(g.parts * p.batch * p.heads));
+  Workspace sums(Workspace::bytes<T>(dealt ? g.parts * rows * width : 0) +
+                 (needs.slopes ? Workspace::bytes<double>(g.parts * p.batch * p.heads) + Workspace::bytes<double>(g.parts * rows * 2) : 0));
   if (dealt) g.query_parts = sums.take<T>(g.parts * rows * width);
-  if (needs.slopes) g.slopes = sums.take<T>(g.parts * p.batch * p.heads);
+  if (needs.slopes) {
+    g.slopes = sums.take<double>(g.parts * p.batch * p.heads);
+    g.slope_rows = sums.take<double>(g.parts * rows * 2);
+  }
   const auto run = S2S_SELECT(AttentionBackward<S>::run);
   Scratch scratch(S2S_SELECT(AttentionBackward<S>::bytes)(p, g));
   parallel(batches * heads * g.parts, 1, [&](int64_t begin, int64_t end) {
@@ -418,11 +445,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const char* op, cons
     const auto add = S2S_SELECT(AttentionBackward<S>::add_parts);
     parallel(rows, 64, [&](int64_t begin, int64_t end) { add(p, g, begin, end); });
   }
-  if (converts) convert_bias(p.bias_type, g.bias, grad_bias.numel(), grad_bias);
+  if (converts && is_long)
+    convert_bias(p.bias_type, g.long_bias, bias_count, grad_bias);
+  else if (converts)
+    convert_bias(p.bias_type, g.bias, bias_count, grad_bias);
   if (needs.slopes) {
     const int64_t per_head = grad_slopes.dim() == 2 ? 1 : p.batch, n = grad_slopes.numel();
+    const auto finish = S2S_SELECT(AttentionBackward<S>::finish_slope);
+    parallel(p.batch * p.heads, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, p.time)), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) finish(p, g, at / p.heads, at % p.heads);
+    });
     if (p.batch)
-      S2S_SELECT(add_up<T, S>)(g.slopes, n, g.parts * per_head, 0, n, mutable_data<S>(grad_slopes));
+      S2S_SELECT(add_up<double, S>)(g.slopes, n, per_head, 0, n, mutable_data<S>(grad_slopes));
     else
       std::memset(mutable_data<S>(grad_slopes), 0, static_cast<size_t>(n) * sizeof(S));
   }

@@ -20,6 +20,7 @@ struct AttentionSpan {
 template <class S>
 struct AttentionCall {
   int64_t batch, heads, kv_heads, time, source, width, value_width;  // of packed sequences, time and source are the longest one's
+  int64_t least_time, least_source;                                  // the least queries and keys that are present of an element
   const AttentionSpan* spans;
   bool packed;  // all sequences lie one after another: (T of all, H, D), of stride 0 over the batch
   const S *query, *key, *value;
@@ -61,9 +62,13 @@ struct AttentionGradients {
   S *query, *key, *value;
   int64_t query_stride[2], key_stride[2], value_stride[2];  // of the batch and the heads
   int64_t query_row, key_row, value_row;
-  compute_t<S>* bias;  // sums, starting at 0, with bias's sizes and strides of 0 where it is broadcast
+  // Sums, starting at 0, with bias's sizes and strides of 0 where it is broadcast. Those of many terms are doubles, since a chain of floats
+  // is less exact than eager torch's pairwise sums; the other pointer is null.
+  compute_t<S>* bias;
+  double* long_bias;
   int64_t bias_stride[4];
-  compute_t<S>* slopes;  // (parts, B, H)
+  double* slopes;      // (parts, B, H)
+  double* slope_rows;  // (parts, all rows of lse, 2), beside slopes: a row's sums of gradients of scores, and of weights times distances
   // The keys are dealt to parts, which share no result but the gradient of queries: of that each has sums of its own.
   int64_t parts;
   compute_t<S>* query_parts;  // (parts, all rows of lse, D rounded up to whole vectors); null if there is but one part

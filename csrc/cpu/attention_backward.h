@@ -3,6 +3,40 @@
 // gradients of its keys and values; sums over queries run in the order of the loops. (Dao et al. 2022; delta_i = dO_i . O_i less the
 // gradient of lse.)
 
+// A vector as doubles.
+template <class T>
+struct LongVec {
+  static constexpr int parts = sizeof(double) / sizeof(T);
+  Vec<double> part[parts];
+};
+S2S_INLINE LongVec<double> lengthen(Vec<double> v) { return {{v}}; }
+S2S_INLINE LongVec<float> lengthen(Vec<float> v) {
+  typedef float Half __attribute__((vector_size(S2S_VECTOR_BYTES / 2)));
+  struct Halves {
+    Half low, high;
+  };
+  const Halves halves = bit_cast<Halves>(v);
+  return {{__builtin_convertvector(halves.low, Vec<double>), __builtin_convertvector(halves.high, Vec<double>)}};
+}
+
+// to[i] += v[i] for each lane.
+template <class T>
+S2S_INLINE void add_long(double* to, LongVec<T> v) {
+  for (int i = 0; i < LongVec<T>::parts; ++i) store(to + i * lanes<double>, load(to + i * lanes<double>) + v.part[i]);
+}
+
+template <class T>
+S2S_INLINE void add_long_product(LongVec<T>& sum, Vec<T> a, Vec<T> b) {
+  const LongVec<T> left = lengthen(a), right = lengthen(b);
+  for (int i = 0; i < LongVec<T>::parts; ++i) sum.part[i] = fma(left.part[i], right.part[i], sum.part[i]);
+}
+
+template <class T>
+S2S_INLINE T total_of(LongVec<T> v) {
+  for (int i = 1; i < LongVec<T>::parts; ++i) v.part[0] = v.part[0] + v.part[i];
+  return static_cast<T>(hsum(v.part[0]));
+}
+
 template <class S>
 struct AttentionBackward {
   using T = compute_t<S>;
@@ -12,12 +46,13 @@ struct AttentionBackward {
   struct Memory {
     T *query_copies, *grad_copies, *delta, *query_sums, *key_sums, *value_sums;
     T *key_copies, *value_copies, *keys_transposed, *values_transposed, *weights, *grads, *factors;
+    double* slope_sums;  // of a head, a lane each
     uint8_t* flags;
     ScoreExtras<S> extras;
     typename Tiled::Memory tiled;
   };
   // Whether forward was on the tile unit.
-  static bool tiled(const AttentionCall<S>& p) { return TiledForward<S>::pays(p); }
+  static bool tiled(const AttentionCall<S>& p, int64_t b) { return TiledForward<S>::pays(p, p.spans[b]); }
 
   static int64_t part_blocks(const AttentionCall<S>& p, int64_t parts) {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
@@ -41,9 +76,10 @@ struct AttentionBackward {
     m.weights = pieces.take<T>(queries_at_once * attention_block);
     m.grads = pieces.take<T>(queries_at_once * attention_block);
     m.factors = pieces.take<T>(attention_block);
+    m.slope_sums = pieces.take<double>(lanes<T>);
     m.flags = pieces.take<uint8_t>(max(p.time, attention_block));
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
-    if (tiled(p)) m.tiled = Tiled::memory(p, pieces);
+    if (TiledForward<S>::may_pay(p)) m.tiled = Tiled::memory(p, pieces);
     return m;
   }
 
@@ -95,7 +131,7 @@ struct AttentionBackward {
           finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
       }
       if (finite && (!g.key || all_finite(count, width, key_sums, width))) break;
-      wanted.bias = nullptr;  // has been added to, and was right: hidden keys have no part in it
+      wanted.bias = nullptr, wanted.long_bias = nullptr;  // have been added to, and were right: hidden keys have no part in them
     }
     for (int64_t j = 0; j < count; ++j) {
       const int64_t at = span.key_begin + part_begin + j;
@@ -105,6 +141,23 @@ struct AttentionBackward {
       if (g.value && !values_in_place)
         write_row(p.value_width, value_sums + j * value_width, g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
     }
+  }
+
+  // The gradient of the slope of query head h of batch element b. A row's gradients of scores sum up to that of its lse, but for the error
+  // of its delta: that one is taken from every weight's gradient, and would be multiplied by the distances, which are large.
+  static void finish_slope(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t h) {
+    double total = 0;
+    for (int64_t part = 0; part < g.parts; ++part) total += g.slopes[(part * p.batch + b) * p.heads + h];
+    for (int64_t i = 0; i < p.spans[b].queries; ++i) {
+      if (p.shares[p.first_row(b, h) + i] == T(0)) continue;
+      double grad = -static_cast<double>(grad_of_lse(p, g, b, h, i)), distance = 0;
+      for (int64_t part = 0; part < g.parts; ++part) {
+        const double* const sums = slope_row(p, g, b, h, part, i);
+        grad += sums[0], distance += sums[1];
+      }
+      total += grad * distance;
+    }
+    g.slopes[b * p.heads + h] = total;
   }
 
   // The parts of the gradient of queries added up, for rows [begin, end) of all.
@@ -156,9 +209,10 @@ struct AttentionBackward {
       if (in_place) query_sums = grad_query;
     }
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
-    if (tiled(p)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
+    if (tiled(p, b)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
     ScoreRow<T> row = score_row_of(p, b, h);
-    Vec<T> slope_sum = {};
+    for (int64_t c = 0; c < lanes<T>; ++c) m.slope_sums[c] = 0;
+    if (g.slope_rows) std::memset(slope_row(p, g, b, h, part, 0), 0, static_cast<size_t>(span.queries) * 2 * sizeof(double));
     const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
     for (int64_t at = part_begin; at < min(part_end, span.keys); at += attention_block) {
@@ -173,9 +227,9 @@ struct AttentionBackward {
       row.valid = n;
 #if defined(S2S_TILE_UNIT)
       if constexpr (TiledForward<S>::possible) {
-        if (tiled(p)) {
+        if (tiled(p, b)) {
           Tiled::pack_keys(p, m.tiled, n, keys, values);
-          tiled_chunks<EXTRA>(p, g, m, b, h, at, begin, end, peaks, shares, row, query_sums, slope_sum, ahead);
+          tiled_chunks<EXTRA>(p, g, m, b, h, at, begin, end, peaks, shares, row, query_sums, ahead);
           if (g.key) Tiled::turn_back(m.tiled, n, p.width, m.tiled.key_totals, key_sums + local * width);
           if (g.value) Tiled::turn_back(m.tiled, n, p.value_width, m.tiled.value_totals, value_sums + local * value_width);
           continue;
@@ -186,13 +240,24 @@ struct AttentionBackward {
       transpose_rows(n, p.value_width, values, m.values_transposed);
       for (int64_t i = begin; i < end; i += queries_at_once)
         block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
-                     key_sums + local * width, value_sums + local * value_width, slope_sum, ahead);
+                     key_sums + local * width, value_sums + local * value_width, ahead);
     }
-    if (g.slopes) g.slopes[(part * p.batch + b) * p.heads + h] = hsum(slope_sum);
+    if (g.slopes) {
+      double& total = g.slopes[(part * p.batch + b) * p.heads + h] = 0;
+      for (int64_t c = 0; c < lanes<T>; ++c) total += m.slope_sums[c];
+    }
     if (!g.query) return true;
     if (!g.query_parts && !in_place)
       for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query + i * g.query_row);
     return all_finite(span.query_rows, width, query_sums, width);
+  }
+
+  static double* slope_row(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t h, int64_t part, int64_t i) {
+    return g.slope_rows + 2 * (part * p.all_rows() + p.first_row(b, h) + i);
+  }
+  static T grad_of_lse(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t h, int64_t i) {
+    const int64_t* const stride = g.grad_lse_stride;
+    return g.grad_lse ? g.grad_lse[b * stride[0] + h * stride[1] + (p.spans[b].query_begin + i) * stride[2]] : T(0);
   }
 
   // The incoming gradient, with nothing in the rows that see no key, and delta.
@@ -205,19 +270,22 @@ struct AttentionBackward {
     const O* const out = all_out + b * p.out_stride[0] + h * p.out_stride[1] + span.query_begin * p.out_stride[2];
     bool dead = false;
     for (int64_t i = 0; i < span.queries; ++i) {
-      Vec<T> sum = {};
+      // In double: a row's delta is taken from every weight's gradient, so that its error doesn't average out.
+      LongVec<T> sum = {};
       const O* const row = out + i * p.out_stride[2];
       int64_t c = 0;
-      for (; c + lanes<T> <= p.value_width; c += lanes<T>) sum = fma(load(grads.data + i * grads.row + c), load(row + c), sum);
-      if (c < p.value_width) sum = fma(load(grads.data + i * grads.row + c), load_partial(row + c, p.value_width - c), sum);
-      T delta = hsum(sum);
+      for (; c + lanes<T> <= p.value_width; c += lanes<T>) add_long_product<T>(sum, load(grads.data + i * grads.row + c), load(row + c));
+      if (c < p.value_width) add_long_product<T>(sum, load(grads.data + i * grads.row + c), load_partial(row + c, p.value_width - c));
+      T delta = total_of(sum);
       if (delta * T(0) != T(0)) (shares[i] == T(0) ? dead : spoilt) = true;
-      const T grad_lse =
-          g.grad_lse ? g.grad_lse[b * g.grad_lse_stride[0] + h * g.grad_lse_stride[1] + (span.query_begin + i) * g.grad_lse_stride[2]]
-                     : T(0);
+      const T grad_lse = grad_of_lse(p, g, b, h, i);
       // A bias that is the same for all keys moves nothing but lse.
-      if (g.bias && !g.bias_stride[3] && part == 0 && shares[i] != T(0))
-        g.bias[b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2]] += delta * T(0) + grad_lse;
+      if (!g.bias_stride[3] && part == 0 && shares[i] != T(0)) {
+        const int64_t place = b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2];
+        const T grad = delta * T(0) + grad_lse;
+        if (g.bias) g.bias[place] += grad;
+        if (g.long_bias) g.long_bias[place] += static_cast<double>(grad);
+      }
       delta -= grad_lse;
       m.delta[i] = delta;
     }
@@ -233,7 +301,7 @@ struct AttentionBackward {
   template <bool EXTRA>
   static void block(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
                     int64_t first, int64_t n, const Rows<T>& queries, const Rows<T>& grads, const Rows<T>& keys, const T* peaks,
-                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, Vec<T>& slope_sum, Ahead& ahead) {
+                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
     Hull hulls[groups_at_once];
@@ -251,7 +319,7 @@ struct AttentionBackward {
       attention_product<T>(rows, columns,
                            {p.value_width, grads.data + i * grads.row, grads.row, 1, m.values_transposed + hull.begin, attention_block,
                             slopes + hull.begin, attention_block, false});
-      differentiate_rows<EXTRA, false>(p, g, m, b, h, at, i, rows, hull, peaks, shares, row, weights, slopes, slope_sum);
+      differentiate_rows<EXTRA, false>(p, g, m, b, h, at, i, rows, hull, peaks, shares, row, weights, slopes);
       if (g.query)
         attention_product<T>(rows, width,
                              {min(hull.end, row.valid) - hull.begin, slopes + hull.begin, attention_block, 1,
@@ -280,8 +348,7 @@ struct AttentionBackward {
   // The queries [begin, end) with the block of keys from `at` on, on the tile unit.
   template <bool EXTRA>
   static void tiled_chunks(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
-                           int64_t begin, int64_t end, const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, Vec<T>& slope_sum,
-                           Ahead& ahead) {
+                           int64_t begin, int64_t end, const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, Ahead& ahead) {
     using Chunk = typename Tiled::Chunk;
     const AttentionSpan& span = p.spans[b];
     const auto chunk_at = [&](int64_t turn, int64_t first) {
@@ -313,7 +380,7 @@ struct AttentionBackward {
             const int64_t place = i * attention_block;
             if (i < now.rows)
               differentiate_rows<EXTRA, true>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks, shares, row, weights + place,
-                                              slopes + place, slope_sum);
+                                              slopes + place);
             else
               for (int64_t c = 0; c < attention_block; ++c) weights[place + c] = slopes[place + c] = T(0);
           }
@@ -335,7 +402,7 @@ struct AttentionBackward {
   template <bool EXTRA, bool TILED>
   S2S_INLINE void differentiate_rows(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h,
                                      int64_t at, int64_t i, int64_t rows, const Hull& hull, const T* peaks, const T* shares,
-                                     ScoreRow<T>& row, T* weights, T* slopes, Vec<T>& slope_sum) {
+                                     ScoreRow<T>& row, T* weights, T* slopes) {
     const AttentionSpan& span = p.spans[b];
     for (int64_t r = 0; r < rows; ++r) {
       row.begin = max(hull.begin, first_key(span, p.left, i + r) - at);
@@ -345,31 +412,38 @@ struct AttentionBackward {
         m.extras.point(p, b, h, i + r, at, row);
       }
       differentiate<EXTRA, TILED>(p, g, m, b, h, i + r, at, row, hull, peaks[i + r], shares[i + r], m.delta[i + r],
-                                  weights + r * attention_block, slopes + r * attention_block, slope_sum);
+                                  weights + r * attention_block, slopes + r * attention_block);
     }
   }
 
   // One row: products become weights (after dropout), and the gradient of the weights that of the products.
   template <bool EXTRA, bool TILED>
   S2S_INLINE void differentiate(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t i,
-                                int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads,
-                                Vec<T>& slope_sum) {
+                                int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads) {
     for (int64_t c = 0; c < hull.begin; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     for (int64_t c = hull.end; c < row.valid; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
     if (p.dropout)
       dropout_factors<T>(p.seed0, p.seed1, 0, p.first_row(b, h) + i, at + hull.begin, hull.end - hull.begin, p.threshold,
                          static_cast<T>(p.kept), m.factors + hull.begin);
     const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
-    T* bias = nullptr;
-    if constexpr (EXTRA) {
-      if (g.bias && g.bias_stride[3])
-        bias = g.bias + b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
-      if (bias && g.bias_stride[2])
-        for (int64_t c = 0; c < attention_block; c += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(bias + 6 * g.bias_stride[2] + c, 1);
-    }
-    Vec<T> row_slope_sum = {};
     const T level = peak == -std::numeric_limits<T>::infinity() ? T(0) : peak;
+    // share is the largest weight too. Where few keys have most of it, gradients less delta are small differences, of which the rounding of
+    // forward's result makes too much; at least if there are no other blocks, delta can be made of the very gradients it is taken from.
+    const AttentionSpan& span = p.spans[b];
+    if (share >= T(0.125) && first_key(span, p.left, i) >= at && end_key(span, p.right, i) <= at + attention_block)
+      delta = delta * T(0) + weighted<EXTRA, TILED>(p, m, row, hull, level, share, weights, grads) - grad_of_lse(p, g, b, h, i);
+    T* bias = nullptr;
+    double* long_bias = nullptr;
+    if constexpr (EXTRA) {
+      const int64_t place = b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
+      if (g.bias && g.bias_stride[3]) bias = g.bias + place, prefetch_row(bias, g.bias_stride[2]);
+      if (g.long_bias && g.bias_stride[3]) long_bias = g.long_bias + place, prefetch_row(long_bias, g.bias_stride[2]);
+    }
+    // A key that has all the weight, be it the only one that is seen, moves nothing but lse: the difference would be made of rounding
+    // errors.
+    const bool alone = share == T(1);
+    const T alone_grad = alone ? delta * T(0) + grad_of_lse(p, g, b, h, i) : T(0);
+    Vec<T> slope_sum = {}, grad_sum = {}, distance_sum = {};
     for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
       Vec<T> slowed;
       const Vec<T> s = score<T, EXTRA, TILED>(row, c, load(weights + c), slowed);
@@ -382,6 +456,7 @@ struct AttentionBackward {
         store(weights + c, weight);
       }
       grad = select(s == hidden, Vec<T>{}, weight * (grad - delta));
+      if (alone) grad = select(weight == T(1), broadcast(alone_grad), grad);
       if constexpr (EXTRA) {
         if (bias) {
           if (c + lanes<T> <= row.valid)
@@ -389,12 +464,46 @@ struct AttentionBackward {
           else if (c < row.valid)
             store_partial(bias + c, load_partial(bias + c, row.valid - c) + grad, row.valid - c);
         }
-        if (g.slopes) row_slope_sum = row_slope_sum - grad * vabs(iota<T>() + (row.distance + static_cast<T>(c)));
+        if (long_bias) {
+          if (c + lanes<T> <= row.valid)
+            add_long(long_bias + c, lengthen(grad));
+          else
+            for (int64_t lane = 0; c + lane < row.valid; ++lane) long_bias[c + lane] += static_cast<double>(grad[lane]);
+        }
+        if (g.slopes) {
+          const Vec<T> distance = vabs(iota<T>() + (row.distance + static_cast<T>(c)));
+          slope_sum = fma(-grad, distance, slope_sum);
+          grad_sum = grad_sum + grad;
+          distance_sum = fma(weight, distance, distance_sum);
+        }
         if (row.capped) grad = select(s == hidden, Vec<T>{}, grad * (T(1) - slowed * slowed));
       }
       store(grads + c, grad * row.scale);
     }
-    slope_sum = slope_sum + row_slope_sum;
+    if (EXTRA && g.slopes) {
+      add_long(m.slope_sums, lengthen(slope_sum));
+      double* const sums = slope_row(p, g, b, h, at / (part_blocks(p, g.parts) * attention_block), i);
+      sums[0] += static_cast<double>(hsum(grad_sum)), sums[1] += static_cast<double>(hsum(distance_sum));
+    }
+  }
+  // Of one row, the sum of weights (after dropout) times their gradients.
+  template <bool EXTRA, bool TILED>
+  static __attribute__((noinline)) T weighted(const AttentionCall<S>& p, const Memory& m, const ScoreRow<T>& row, const Hull& hull, T level,
+                                              T share, const T* products, const T* grads) {
+    const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
+    LongVec<T> sum = {};
+    for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
+      Vec<T> slowed;
+      const Vec<T> s = score<T, EXTRA, TILED>(row, c, load(products + c), slowed);
+      const Vec<T> grad = p.dropout ? load(grads + c) * load(m.factors + c) : load(grads + c);
+      add_long_product<T>(sum, vexp_weight(s - level) * share, select(s == hidden, Vec<T>{}, grad));
+    }
+    return total_of(sum);
+  }
+  template <class B>
+  S2S_INLINE void prefetch_row(const B* row, int64_t stride) {
+    for (int64_t c = 0; stride && c < attention_block; c += 64 / static_cast<int64_t>(sizeof(B)))
+      __builtin_prefetch(row + 6 * stride + c, 1);
   }
 };
 

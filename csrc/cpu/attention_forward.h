@@ -20,7 +20,7 @@ struct AttentionForward {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
     Memory m;
-    m.transposed = pieces.take<T>(Tiled::pays(p) ? 0 : blocks * attention_block * p.width);
+    m.transposed = pieces.take<T>(Tiled::always_pays(p) ? 0 : blocks * attention_block * p.width);
     m.value_copies = pieces.take<T>(blocks * attention_block * value_width);
     m.query_copies = pieces.take<T>(queries_at_once * width);
     m.key_copies = pieces.take<T>(attention_block * width);
@@ -33,7 +33,7 @@ struct AttentionForward {
     m.bad_values = pieces.take<uint8_t>(blocks * attention_block);
     m.spoilt = pieces.take<uint8_t>(queries_at_once);
     m.extras = {pieces.take<T>(attention_block), pieces.take<uint8_t>(attention_block)};
-    if (Tiled::pays(p)) m.tiled = Tiled::memory(p, pieces);
+    if (Tiled::may_pay(p)) m.tiled = Tiled::memory(p, pieces);
     return m;
   }
 
@@ -46,6 +46,7 @@ struct AttentionForward {
   // Queries [query_begin, query_end) of the heads that read key head kv.
   static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t query_begin, int64_t query_end, char* scratch) {
     const AttentionSpan& span = p.spans[b];
+    const bool tiled = Tiled::pays(p, span);
     query_end = min(query_end, span.query_rows);
     if (query_begin >= query_end) return;
     Pieces pieces{scratch};
@@ -63,7 +64,7 @@ struct AttentionForward {
     for (int64_t at = block_begin * attention_block; at < min(span.keys, block_end * attention_block); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at);
       const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies);
-      if (Tiled::pays(p))
+      if (tiled)
         Tiled::pack_keys(p, m.tiled, at / attention_block, n, keys);
       else
         transpose_rows(n, p.width, keys, m.transposed + at * p.width);
@@ -77,7 +78,7 @@ struct AttentionForward {
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
       ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
     }
-    ahead.begin(group * (present - query_begin) / (Tiled::pays(p) ? tiled_rows : attention_rows) * (block_end - block_begin));
+    ahead.begin(group * (present - query_begin) / (tiled ? tiled_rows : attention_rows) * (block_end - block_begin));
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
         const int64_t n = min(queries_at_once, query_end - i), some = max(int64_t{0}, min(n, present - i));
@@ -102,7 +103,7 @@ struct AttentionForward {
       const int64_t n = min(attention_block, span.keys - at);
       m.values[k] = prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3],
                                  m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
-      if (Tiled::pays(p)) Tiled::pack_values(p, m.tiled, k, n, m.values[k]);
+      if (Tiled::pays(p, span)) Tiled::pack_values(p, m.tiled, k, n, m.values[k]);
     }
   }
 
@@ -116,9 +117,10 @@ struct AttentionForward {
     std::memset(m.spoilt, 0, static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) m.peaks[i] = -std::numeric_limits<T>::infinity();
     const bool extra = !plain<S> || p.softcap > 0 || p.bias || p.mask || p.slopes;
-    const auto run = Tiled::pays(p) ? extra ? &Tiled::template queries<true, Memory> : &Tiled::template queries<!plain<S>, Memory>
-                     : extra        ? &queries_of<true>
-                                    : &queries_of<!plain<S>>;
+    const auto run = Tiled::pays(p, p.spans[b])
+                         ? extra ? &Tiled::template queries<true, Memory> : &Tiled::template queries<!plain<S>, Memory>
+                     : extra ? &queries_of<true>
+                             : &queries_of<!plain<S>>;
     run(p, m, b, h, first, n, queries, block_begin, block_end, ahead);
   }
 
@@ -128,6 +130,8 @@ struct AttentionForward {
     const AttentionSpan& span = p.spans[b];
     const int64_t value_width = whole_vectors<T>(p.value_width);
     ScoreRow<T> row = score_row_of(p, b, h);
+    // Where heads are this narrow, each weight's error is that of a few roundings, and a long chain of sums would be most of the result's.
+    const int64_t chain = value_width == lanes<T> ? 16 : attention_block;
     for (int64_t k = block_begin; k < block_end; ++k) {
       const int64_t at = k * attention_block;
       row.valid = min(attention_block, span.keys - at);
@@ -149,10 +153,11 @@ struct AttentionForward {
           }
           weigh<EXTRA>(p, m, row, hull, p.first_row(b, h) + i, at, g + r, m.scores + r * attention_block, m.values[k].bad);
         }
-        attention_product<T>(
-            rows, value_width,
-            {min(hull.end, row.valid) - hull.begin, m.scores + hull.begin, attention_block, 1,
-             m.values[k].data + hull.begin * m.values[k].row, m.values[k].row, m.out + g * value_width, value_width, true});
+        const int64_t end = min(hull.end, row.valid);
+        for (int64_t c = hull.begin; c < end; c += chain)
+          attention_product<T>(rows, value_width,
+                               {min(chain, end - c), m.scores + c, attention_block, 1, m.values[k].data + c * m.values[k].row,
+                                m.values[k].row, m.out + g * value_width, value_width, true});
       }
     }
   }

@@ -5,7 +5,9 @@ template <class S, class T = compute_t<S>>
 struct TiledForward {
   static constexpr bool possible = false;
   struct Memory {};
-  static bool pays(const AttentionCall<S>&) { return false; }
+  static bool pays(const AttentionCall<S>&, const AttentionSpan&) { return false; }
+  static bool may_pay(const AttentionCall<S>&) { return false; }
+  static bool always_pays(const AttentionCall<S>&) { return false; }
   static Memory memory(const AttentionCall<S>&, Pieces&) { return {}; }
   static void pack_keys(const AttentionCall<S>&, const Memory&, int64_t, int64_t, const Rows<T>&) {}
   static void pack_values(const AttentionCall<S>&, const Memory&, int64_t, int64_t, const Rows<T>&) {}
@@ -23,11 +25,15 @@ struct TiledForward<S, float> {
     float *keys, *values, *queries, *weights, *scores, *sums, *factors;
   };
 
-  // Whether there are rows enough to make up for packing keys and values; backward, which packs more, follows forward.
-  static bool pays(const AttentionCall<S>& p) {
+  // Whether there are rows enough to make up for packing keys and values; backward, which packs more, follows forward. An element's own
+  // lengths decide.
+  static bool pays(const AttentionCall<S>& p, const AttentionSpan& span) { return pays(p, span.queries, span.keys); }
+  static bool may_pay(const AttentionCall<S>& p) { return pays(p, p.time, p.source); }
+  static bool always_pays(const AttentionCall<S>& p) { return pays(p, p.least_time, p.least_source); }
+  static bool pays(const AttentionCall<S>& p, int64_t queries, int64_t keys) {
     if (!p.kv_heads) return false;
-    const int64_t rows = p.time * (p.heads / p.kv_heads), least = !p.peaks ? 96 : p.right < p.source ? 256 : 128;
-    return p.width >= 32 && p.value_width >= 32 && rows >= least && p.source >= 32;
+    const int64_t rows = queries * (p.heads / p.kv_heads), least = !p.peaks ? 96 : p.right < p.source ? 256 : 128;
+    return p.width >= 32 && p.value_width >= 32 && rows >= least && keys >= 32;
   }
   static int64_t columns(const AttentionCall<S>& p) { return split_columns(p.value_width) * 16; }
 

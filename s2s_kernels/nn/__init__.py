@@ -6,13 +6,14 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .convolution import CausalConv1d, GatedCausalConv1d, TCNBlock, TCNStack, WaveNetStack
 from .positions import LearnedPositions, RotaryPositions, SinusoidalPositions
 from .recurrence import GRU, LSTM, RNN
-from .state import ConvStackState, ConvState, KVCache
+from .state import AttentionKeys, ConvStackState, ConvState, KVCache
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
     "AdditiveAttention",
+    "AttentionKeys",
     "AttentionPool",
     "CausalConv1d",
     "ConvStackState",

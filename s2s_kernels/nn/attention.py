@@ -10,7 +10,7 @@ from torch import nn
 from .. import checks
 from ..ops.attention import attention
 from .layer import Layer
-from .state import KVCache
+from .state import AttentionKeys, KVCache
 
 
 class MultiheadAttention(Layer):
@@ -19,7 +19,8 @@ class MultiheadAttention(Layer):
 
     Three things differ. A row whose keys are all masked attends to nothing, and its attention is 0, where torch's is
     NaN. Returned weights are those before dropout. And this is no subclass of torch's layer: `isinstance` tells them
-    apart. Besides, forward takes a `KVCache`, for decoding step by step.
+    apart. Besides, forward takes a `KVCache`, for decoding step by step, and `prepare` projects the keys and values of
+    an encoder's memory once for all steps.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -77,8 +78,8 @@ class MultiheadAttention(Layer):
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | AttentionKeys,
+        value: torch.Tensor | None = None,
         key_padding_mask: torch.Tensor | None = None,
         need_weights: bool = True,
         attn_mask: torch.Tensor | None = None,
@@ -92,7 +93,7 @@ class MultiheadAttention(Layer):
 
         Args:
             query: (T, B, E), or (B, T, E) under batch_first, or (T, E) of a single sequence.
-            key, value: (S, B, kdim), (S, B, vdim), laid out as query.
+            key, value: (S, B, kdim), (S, B, vdim), laid out as query; or what `prepare` returned, and None.
             key_padding_mask: (B, S), or (S,) of a single sequence: True hides a key, a floating one is added to the
                 scores.
             need_weights: also return the weights, of B T S elements: an additional product; leave it out in training.
@@ -114,19 +115,31 @@ class MultiheadAttention(Layer):
         whole = cache is None and lengths is None
         if whole and isinstance(query, torch.Tensor) and query.is_nested and query is key and key is value:
             return self._forward_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
-        batched = self._checked(query, key, value, key_padding_mask, attn_mask)
+        if isinstance(key, AttentionKeys):
+            self._check_prepared(query, key, value, key_padding_mask, attn_mask, cache, lengths)
+            batched, key_padding_mask = key.batched, key.key_padding_mask
+        else:
+            batched = self._checked(query, key, value, key_padding_mask, attn_mask)
         if not whole:
-            self._check_cache(query, key, key_padding_mask, attn_mask, cache, lengths)
+            self._check_cache(query, key, key_padding_mask, attn_mask, cache, lengths)  # type: ignore[arg-type]
         elif is_causal and attn_mask is None:
             checks.wrong_value("MultiheadAttention", "attn_mask", "given beside is_causal", None)
-        if not batched:
-            self_attention, same = query is key, key is value
-            query = query[None]
-            key = query if self_attention else key[None]
-            value = key if same else value[None]
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         batch_second = batched and not self.batch_first
-        q, k, v = (self._heads(x, batch_second) for x in self._project(query, key, value))  # (B, H, T or S, D)
+        if isinstance(key, AttentionKeys):
+            q = self._heads(self._project_query(query if batched else query[None]), batch_second)
+            k, v = key.key, key.value
+        else:
+            assert value is not None
+            if not batched:
+                self_attention, same = query is key, key is value
+                query = query[None]
+                key = query if self_attention else key[None]
+                value = key if same else value[None]
+                key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            # (B, H, T or S, D)
+            q, k, v = (self._heads(x, batch_second) for x in self._project(query, key, value))
+            if cache is None:
+                k, v = self._with_more_keys(k, v)
         mask = bias = None
         if cache is not None:
             k, v, held = cache.append(k, v, lengths)
@@ -137,13 +150,7 @@ class MultiheadAttention(Layer):
             causal = is_causal and key_padding_mask is None and not need_weights
             attn_mask = None if causal else attn_mask
             mask, bias = _restrictions(attn_mask, key_padding_mask, q.shape[0], self.num_heads)
-            if self.bias_k is not None and self.bias_v is not None:
-                k = torch.cat([k, self._repeated(self.bias_k, k)], 2)
-                v = torch.cat([v, self._repeated(self.bias_v, v)], 2)
-                mask, bias = _one_more_key(mask, bias)
-            if self.add_zero_attn:
-                k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-                mask, bias = _one_more_key(mask, bias)
+            mask, bias = _seen_by_all(mask, bias, self._more_keys)
             options = {"mask": mask, "bias": bias, "causal": causal}
         options["dropout_p"] = self.dropout if self.training else 0.0
         weights = None
@@ -159,6 +166,31 @@ class MultiheadAttention(Layer):
         if not batched:
             result, weights = result[0], None if weights is None else weights[0]
         return result, weights
+
+    def prepare(
+        self, key: torch.Tensor, value: torch.Tensor | None = None, key_padding_mask: torch.Tensor | None = None
+    ) -> AttentionKeys:
+        """Projects keys and values once, for queries that come step by step (an encoder's memory, in a decoder): pass
+        the result as `key`, without a value.
+
+        Args:
+            key, value, key_padding_mask: as forward's; the keys if value is None.
+
+        Returns:
+            an object that the parameters' later changes don't reach; gradients reach key, value and parameters as
+            usual.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; the message names it.
+        """
+        value = key if value is None else value
+        batched = self._check_keys(key, value, key_padding_mask)
+        if not batched:
+            key, value = key[None], value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        batch_second = batched and not self.batch_first
+        k, v = (self._heads(x, batch_second) for x in self._project_keys(key, value))
+        return AttentionKeys(*self._with_more_keys(k, v), key_padding_mask, batched)
 
     def _forward_nested(
         self,
@@ -198,47 +230,73 @@ class MultiheadAttention(Layer):
             merged = merged + key_padding_mask.view(batch, 1, 1, time)
         return merged, 2
 
+    def _check_keys(self, key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None) -> bool:
+        """Whether the keys have a batch dimension."""
+        refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
+        for name, x, size in (("key", key, self.kdim), ("value", value, self.vdim)):
+            _check_rows(name, x, size)
+        if key.shape[:-1] != value.shape[:-1]:
+            refuse("value", f"of as many positions as key, {tuple(key.shape[:-1])}", tuple(value.shape[:-1]))
+        batched = key.dim() == 3
+        if key_padding_mask is not None:
+            _check_mask("key_padding_mask", key_padding_mask)
+            wanted = tuple(key.shape[:-1]) if self.batch_first or not batched else (key.shape[1], key.shape[0])
+            if tuple(key_padding_mask.shape) != wanted:
+                refuse("key_padding_mask", f"of shape {wanted}", tuple(key_padding_mask.shape))
+        return batched
+
+    def _check_queries(
+        self, query: torch.Tensor, batched: bool, batch: int, source: int, attn_mask: torch.Tensor | None
+    ) -> None:
+        """Queries and attn_mask against `source` keys of each of `batch` rows."""
+        refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
+        _check_rows("query", query, self.embed_dim)
+        if query.dim() != (3 if batched else 2):
+            refuse("key", f"with {query.dim()} dimensions like query", 3 if batched else 2)
+        of_batch, of_time = (0, 1) if self.batch_first and batched else (1, 0)
+        if batched and query.shape[of_batch] != batch:
+            refuse("key", f"of batch size {query.shape[of_batch]}", batch)
+        if attn_mask is not None:
+            _check_mask("attn_mask", attn_mask)
+            time = query.shape[of_time]
+            wanted = (time, source) if attn_mask.dim() == 2 else (batch * self.num_heads, time, source)
+            if tuple(attn_mask.shape) != wanted:
+                refuse("attn_mask", f"of shape (T, S) or (B H, T, S), here {wanted}", tuple(attn_mask.shape))
+
     def _checked(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        value: torch.Tensor,
+        value: Any,
         key_padding_mask: torch.Tensor | None,
         attn_mask: torch.Tensor | None,
     ) -> bool:
         """Whether the input has a batch dimension."""
-        refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
-        for name, x, size in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if not isinstance(x, torch.Tensor) or x.is_nested:
-                checks.wrong_type("MultiheadAttention", name, "a tensor that isn't nested", type(x).__name__)
-            if x.dim() not in (2, 3) or x.dim() != query.dim():
-                refuse(name, "(T, B, E), (B, T, E) or (T, E), like the others", tuple(x.shape))
-            if x.shape[-1] != size:
-                refuse(name, f"of width {size}", tuple(x.shape))
-        if key.shape[:-1] != value.shape[:-1]:
-            refuse("value", f"of as many positions as key, {tuple(key.shape[:-1])}", tuple(value.shape[:-1]))
-        batched = query.dim() == 3
+        _check_rows("query", query, self.embed_dim)
+        batched = self._check_keys(key, value, key_padding_mask)
         of_batch, of_time = (0, 1) if self.batch_first and batched else (1, 0)
-        if batched and query.shape[of_batch] != key.shape[of_batch]:
-            refuse("key", f"of batch size {query.shape[of_batch]}", tuple(key.shape))
-        batch = query.shape[of_batch] if batched else 1
-        time, source = query.shape[of_time], key.shape[of_time]
-        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-                checks.wrong_type("MultiheadAttention", name, "boolean or floating", mask.dtype)
-        if key_padding_mask is not None:
-            wanted: tuple[int, ...] = (batch, source) if batched else (source,)
-            if tuple(key_padding_mask.shape) != wanted:
-                refuse("key_padding_mask", f"of shape {wanted}", tuple(key_padding_mask.shape))
-        if attn_mask is not None:
-            wanted = (time, source) if attn_mask.dim() == 2 else (batch * self.num_heads, time, source)
-            if tuple(attn_mask.shape) != wanted:
-                refuse("attn_mask", f"of shape (T, S) or (B H, T, S), here {wanted}", tuple(attn_mask.shape))
+        self._check_queries(query, batched, key.shape[of_batch] if batched else 1, key.shape[of_time], attn_mask)
         return batched
+
+    def _check_prepared(
+        self,
+        query: torch.Tensor,
+        keys: AttentionKeys,
+        value: Any,
+        key_padding_mask: Any,
+        attn_mask: torch.Tensor | None,
+        cache: Any,
+        lengths: Any,
+    ) -> None:
+        named = {"value": value, "key_padding_mask": key_padding_mask, "cache": cache, "lengths": lengths}
+        for name, given in named.items():
+            if given is not None:
+                checks.wrong_value("MultiheadAttention", name, "None beside prepared keys", type(given).__name__)
+        batch, heads, keys_in_all, width = keys.key.shape
+        if (heads, width) != (self.num_heads, self.head_dim):
+            wanted = f"prepared by a layer of {self.num_heads} heads of width {self.head_dim}"
+            checks.wrong_value("MultiheadAttention", "key", wanted, tuple(keys.key.shape))
+        self._check_queries(query, keys.batched, batch, keys_in_all - self._more_keys, attn_mask)
 
     def _check_cache(
         self,
@@ -266,23 +324,40 @@ class MultiheadAttention(Layer):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, in one product where they come from the same tensor."""
-        width, bias = self.embed_dim, self.in_proj_bias
+        if self._qkv_same_embed_dim and query is key and key is value:
+            assert self.in_proj_weight is not None
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self.embed_dim, -1)  # type: ignore[return-value]
+        return self._project_query(query), *self._project_keys(key, value)
+
+    def _project_query(self, query: torch.Tensor) -> torch.Tensor:
+        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
+        assert weight is not None
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
+        return F.linear(query, weight[: self.embed_dim], bias)
+
+    def _project_keys(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        width = self.embed_dim
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[width:]
+        weights = (self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
-            weight = self.in_proj_weight
-            assert weight is not None
-            if query is key and key is value:
-                return F.linear(query, weight, bias).split(width, -1)  # type: ignore[return-value]
-            of_query, rest = weight[:width], weight[width:]
-            bias_query, bias_rest = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(query, of_query, bias_query)
+            assert self.in_proj_weight is not None
             if key is value:
-                return q, *F.linear(key, rest, bias_rest).split(width, -1)
-            weights = (rest[:width], rest[width:])
-        else:
-            q = F.linear(query, self.q_proj_weight, None if bias is None else bias[:width])
-            weights = (self.k_proj_weight, self.v_proj_weight)
-        bias_key, bias_value = (None, None) if bias is None else (bias[width : 2 * width], bias[2 * width :])
-        return q, F.linear(key, weights[0], bias_key), F.linear(value, weights[1], bias_value)
+                return F.linear(key, self.in_proj_weight[width:], bias).split(width, -1)  # type: ignore[return-value]
+            weights = (self.in_proj_weight[width : 2 * width], self.in_proj_weight[2 * width :])
+        of_key, of_value = (None, None) if bias is None else (bias[:width], bias[width:])
+        return F.linear(key, weights[0], of_key), F.linear(value, weights[1], of_value)
+
+    @property
+    def _more_keys(self) -> int:
+        """How many keys the layer adds behind those given."""
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _with_more_keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (torch.cat([x, self._repeated(bias, x)], 2) for x, bias in ((k, self.bias_k), (v, self.bias_v)))
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return k, v
 
     def _heads(self, x: torch.Tensor, batch_second: bool) -> torch.Tensor:
         """(B, T, E), or (T, B, E), seen as (B, H, T, D)."""
@@ -323,14 +398,31 @@ def _held_before(held: torch.Tensor, new: torch.Tensor | None, time: int, source
     return key <= query[:, None] + before[:, None, None, None]
 
 
-def _one_more_key(
-    mask: torch.Tensor | None, bias: torch.Tensor | None
+def _seen_by_all(
+    mask: torch.Tensor | None, bias: torch.Tensor | None, count: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The restrictions with a key at the end that every row sees."""
+    """The restrictions with `count` keys at the end that every row sees."""
+    if count == 0:
+        return mask, bias
     return (
-        None if mask is None else F.pad(mask, (0, 1), value=True),
-        None if bias is None else F.pad(bias, (0, 1)),
+        None if mask is None else F.pad(mask, (0, count), value=True),
+        None if bias is None else F.pad(bias, (0, count)),
     )
+
+
+def _check_rows(name: str, x: Any, size: int) -> None:
+    if not isinstance(x, torch.Tensor) or x.is_nested:
+        checks.wrong_type("MultiheadAttention", name, "a tensor that isn't nested", type(x).__name__)
+    if x.dim() not in (2, 3):
+        wanted = "(T, B, E), (B, T, E) or (T, E), like the others"
+        checks.wrong_value("MultiheadAttention", name, wanted, tuple(x.shape))
+    if x.shape[-1] != size:
+        checks.wrong_value("MultiheadAttention", name, f"of width {size}", tuple(x.shape))
+
+
+def _check_mask(name: str, mask: torch.Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        checks.wrong_type("MultiheadAttention", name, "boolean or floating", mask.dtype)
 
 
 def attention_weights(

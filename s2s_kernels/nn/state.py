@@ -1,5 +1,6 @@
 """What generation carries from one step to the next."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class KVCache:
         Raises:
             TypeError, ValueError: an argument is not as above, or a row would be longer than S; the cache is as it was.
                 What can't be read without waiting (on a GPU, in a compiled graph) isn't refused: lengths are clamped,
-                and that there is room is asserted on the device.
+                and that there is room is asserted on the device under S2S_DEBUG=1.
             NotImplementedError: a gradient is to be recorded.
         """
         name, (batch, heads, capacity, width) = "KVCache.append", self.key.shape
@@ -121,7 +122,7 @@ class KVCache:
     def _check_space(self, name: str, total: torch.Tensor, batch: int) -> None:
         capacity = self.key.shape[2]
         if not checks.readable(total):
-            torch._assert_async((total <= capacity).all(), f"{name}: the cache is full")
+            checks.assure(lambda: total <= capacity, f"{name}: the cache is full")
         elif batch and (longest := int(total.max())) > capacity:
             checks.wrong_value(
                 name, "key", f"of positions for which there is room in S = {capacity}", f"{longest} in all"
@@ -131,6 +132,29 @@ class KVCache:
         other = object.__new__(type(self))
         other.key, other.value, other.lengths = key, value, lengths
         return other
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionKeys:
+    """Keys and values of `nn.MultiheadAttention`, projected once by its `prepare` for queries that come step by step,
+    and passed as `key`. Later changes of parameters don't reach them.
+
+    Attributes:
+        key, value: (B, H, S, D), with the learned key and the one of zeros of a layer that adds them.
+        key_padding_mask: (B, S) without those, as given to `prepare`, or None.
+        batched: whether they were given with a batch dimension.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_padding_mask: torch.Tensor | None
+    batched: bool
+
+    def reorder(self, index: torch.Tensor) -> "AttentionKeys":
+        """The same for the rows `index` (int64) of the batch: beams reordered, duplicated or dropped."""
+        key, value = (x.index_select(0, index) for x in (self.key, self.value))
+        mask = self.key_padding_mask
+        return AttentionKeys(key, value, None if mask is None else mask.index_select(0, index), self.batched)
 
 
 class ConvState:

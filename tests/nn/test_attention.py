@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import s2s_kernels as s2s
 from s2s_kernels.testing import Draw
@@ -326,6 +327,83 @@ def test_what_a_cache_refuses(options, arguments, error, argument):
     assert not cache.lengths.any()
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="no_grad"):
         s2s.nn.MultiheadAttention(8, 2, batch_first=True)(**inputs, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_first": True},
+        {"kdim": 5, "vdim": 3, "bias": False},
+        {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("padding", [None, "bool", "float"])
+def test_prepared_keys_equal_the_keys_themselves(options, padding):
+    layer = s2s.nn.MultiheadAttention(8, 2, **options, dtype=torch.float64)
+    query, key, value = draw_inputs(layer, 3, 5, 6)
+    mask = None if padding is None else draw_mask(padding, 3, 6)
+    attn_mask = draw_mask("bool", 5, 6)
+    leaves = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), *layer.parameters()]
+    expected = layer(query, key, value, mask, attn_mask=attn_mask)
+    memory = layer.prepare(key, value, mask)
+    found = layer(query, memory, attn_mask=attn_mask)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(x[0].square().sum(), leaves, allow_unused=True) for x in (found, expected)]
+    torch.testing.assert_close(*grads)
+    time = 1 if layer.batch_first else 0
+    steps = [layer(step, memory, need_weights=False)[0] for step in query.split(1, time)]
+    torch.testing.assert_close(torch.cat(steps, time), layer(query, key, value, mask)[0])
+    beams = torch.tensor([2, 0, 0, 1])
+    of_batch = 1 - time
+    moved = layer(query.index_select(of_batch, beams), memory.reorder(beams))[0]
+    torch.testing.assert_close(moved, layer(query, memory)[0].index_select(of_batch, beams))
+
+
+def test_prepared_keys_of_a_single_sequence():
+    layer = s2s.nn.MultiheadAttention(8, 2)
+    query, key = torch.randn(5, 8), torch.randn(6, 8)
+    hidden = torch.arange(6) > 3
+    torch.testing.assert_close(
+        layer(query, layer.prepare(key, key_padding_mask=hidden)), layer(query, key, key, hidden)
+    )
+
+
+def test_prepared_keys_compile_once_for_every_length():
+    torch._dynamo.reset()
+    layer = s2s.nn.MultiheadAttention(8, 2, batch_first=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda x, memory: layer(x, memory, need_weights=False)[0], fullgraph=True, backend=counter)
+    query, key = torch.randn(2, 1, 8), torch.randn(2, 9, 8)
+    with torch.no_grad():
+        for length in (9, 8, 5, 4):
+            hidden = torch.arange(length).expand(2, length) > 2
+            memory = layer.prepare(key[:, :length], key_padding_mask=hidden)
+            torch.testing.assert_close(step(query, memory), layer(query, memory, need_weights=False)[0])
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    "arguments, argument",
+    [
+        ({"value": torch.zeros(2, 6, 8)}, "value"),
+        ({"key_padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, "key_padding_mask"),
+        ({"cache": s2s.nn.KVCache(2, 2, 8, 4)}, "cache"),
+        ({"lengths": torch.tensor([1, 1])}, "lengths"),
+        ({"query": torch.zeros(3, 1, 8)}, "key"),
+        ({"query": torch.zeros(1, 8)}, "key"),
+        ({"query": torch.zeros(2, 1, 7)}, "query"),
+        ({"attn_mask": torch.zeros(1, 7)}, "attn_mask"),
+        ({"key": s2s.nn.MultiheadAttention(8, 4, batch_first=True).prepare(torch.zeros(2, 6, 8))}, "key"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_what_prepared_keys_refuse(arguments, argument):
+    layer = s2s.nn.MultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+        layer(**({"query": torch.zeros(2, 1, 8), "key": layer.prepare(torch.zeros(2, 6, 8))} | arguments))
+    with pytest.raises(ValueError, match=r"\bkey_padding_mask\b"):
+        layer.prepare(torch.zeros(2, 6, 8), key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
 
 
 @given(

@@ -3,13 +3,17 @@ the edge cases."""
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import s2s_kernels as s2s
+from s2s_kernels import checks
 from s2s_kernels.nn import KVCache
 from s2s_kernels.testing import Draw
 
@@ -164,11 +168,31 @@ def test_compiles_once_for_every_length():
         found = torch.cat([step(cache, *(x[:, :, t : t + 1] for x in (query, key, value))) for t in range(6)], 2)
     assert counter.frame_count == 1
     torch.testing.assert_close(found, whole(query, key, value))
-    with pytest.raises(RuntimeError, match="the cache is full"), torch.no_grad():
-        step(cache, *(x[:, :, :1] for x in (query, key, value)))
     append, cache = torch.compile(KVCache.append, fullgraph=True, backend="eager"), KVCache(2, 2, 6, 8)
     append(cache, key[:, :, :3], value[:, :, :3], torch.tensor([9, -1]))  # clamped where nothing can be read
     assert cache.lengths.tolist() == [3, 0] and not cache.key[1].any()
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_the_environment_sets_debug(value):
+    command = f"from s2s_kernels import checks; assert checks.DEBUG is {value == '1'}"
+    subprocess.run([sys.executable, "-c", command], env=os.environ | {"S2S_DEBUG": value}, check=True)
+
+
+def test_a_compiled_step_asserts_under_debug(monkeypatch):
+    monkeypatch.setattr(checks, "DEBUG", True)
+    torch._dynamo.reset()
+    append = torch.compile(KVCache.append, fullgraph=True, backend="aot_eager")
+    _, key, value = sequences(2, 3)
+    for lengths, message in ((None, "the cache is full"), (torch.tensor([4, 0]), "lengths must be in"), (None, None)):
+        cache = KVCache(2, 2, 5, 8)
+        cache.lengths.fill_(3 if message == "the cache is full" else 0)
+        if message is None:
+            append(cache, key, value, lengths)
+            assert cache.lengths.tolist() == [3, 3]
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                append(cache, key, value, lengths)
 
 
 @pytest.mark.parametrize(

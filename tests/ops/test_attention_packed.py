@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import s2s_kernels as s2s
-from s2s_kernels import dispatch
+from s2s_kernels import checks, dispatch
 from s2s_kernels.testing import Draw
 
 needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
@@ -144,6 +145,44 @@ def test_same_bits_as_alone_on_any_number_of_threads(width):
     torch.testing.assert_close(results[0], expected, rtol=2e-4, atol=2e-5)
 
 
+@needs_extension
+@pytest.mark.parametrize("width", [40, 17])
+def test_each_sequence_is_served_by_its_own_length(width):
+    """A long sequence beside single queries and short ones, which other code serves: the bits are those of each alone,
+    and a call that records gradients gives what one that doesn't gives."""
+    times, sources = [300, 1, 5, 1, 90], [300, 700, 40, 3, 90]
+    leaves = drawn(times, sources, 4, 2, width, width, torch.float32)
+    options = {"causal": "bottom-right", "enable_gqa": True, "return_lse": True}
+    with torch.no_grad(), s2s.use_backend("cpu"):
+        out, lse = s2s.attention_packed(*leaves, starts(times), starts(sources), **options)
+        alone = [
+            s2s.attention_packed(*part, starts([t]), starts([n]), **options)
+            for *part, t, n in zip(
+                leaves[0].split(times), *(x.split(sources) for x in leaves[1:]), times, sources, strict=True
+            )
+        ]
+    assert torch.equal(out, torch.cat([a for a, _ in alone])) and torch.equal(lse, torch.cat([b for _, b in alone], 1))
+    recorded = s2s.attention_packed(*leaves, starts(times), starts(sources), **options)
+    torch.testing.assert_close((out, lse), recorded, rtol=1e-5, atol=2e-6)
+
+
+@needs_extension
+def test_memory_goes_with_the_rows_that_are_there():
+    """Neither a padded copy nor anything of the size of all pairs, at any time, in both directions."""
+    times = [1200, *[20] * 39]
+    leaves = drawn(times, times, 4, 4, 32, 32, torch.float32)
+    torch.use_deterministic_algorithms(False)  # filling buffers with NaN is no business of this test
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        s2s.attention_packed(*leaves, starts(times), starts(times), causal=True, dropout_p=0.1).sum().backward()
+    live = peak = 0
+    events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    padded, pairs = len(times) * max(times) * 4 * 32 * 4, 4 * max(times) ** 2 * 4
+    assert 0 < peak < min(padded, pairs) * 0.9
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_sequence_draws_the_dropout_of_attention(backend):
     query, key, value = drawn([70], [90], 2, 2)
@@ -153,6 +192,18 @@ def test_one_sequence_draws_the_dropout_of_attention(backend):
         torch.manual_seed(3)
         theirs = s2s.attention(*(x.transpose(0, 1)[None] for x in (query, key, value)), dropout_p=0.3)
     torch.testing.assert_close(ours, theirs[0].transpose(0, 1))
+
+
+@needs_extension
+@pytest.mark.parametrize("values", [[1, 3, 5], [0, 6, 5], [0, 2, 4]])
+def test_starts_that_cannot_be_read_are_asserted_under_debug(values, monkeypatch):
+    monkeypatch.setattr(checks, "DEBUG", True)
+    torch._dynamo.reset()
+    query = torch.zeros(5, 2, 3)
+    attend = torch.compile(s2s.attention_packed, fullgraph=True, backend="aot_eager")
+    attend(query, query, query, torch.tensor([0, 2, 5]), torch.tensor([0, 0, 5]))
+    with pytest.raises(RuntimeError, match="cu_seqlens_k must ascend"):
+        attend(query, query, query, torch.tensor([0, 2, 5]), torch.tensor(values))
 
 
 @needs_extension

@@ -122,6 +122,11 @@ def _starts(name: str, argument: str, starts: Any, query: torch.Tensor, batch: i
         values = starts.tolist()
         if values[0] != 0 or values[-1] != rows or any(a > b for a, b in itertools.pairwise(values)):
             checks.wrong_value(name, argument, f"ascending from 0 to the number of rows, {rows}", values)
+    else:
+        checks.assure(
+            lambda: torch.cat([starts[:1] == 0, starts[-1:] == rows, starts.diff() >= 0]),
+            f"{name}: {argument} must ascend from 0 to the number of rows",
+        )
     return starts.to(device=query.device, dtype=torch.int64)
 
 
