@@ -68,10 +68,13 @@ def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
     yield torch.bfloat16, "highest", arch == 80
     call(torch.float16, "lstm", 128 if arch > 80 else 64, engine="triton_sequence", reverse=True)
     yield torch.float16, "highest", arch == 100
-    call(torch.bfloat16, "lstm", 768, projected=256, **every)
+    call(torch.bfloat16, "rnn_relu", 64, engine="triton_sequence")
+    call(torch.bfloat16, "gru", 512, reverse=True)
     yield torch.bfloat16, "highest", arch == 90
+    call(torch.bfloat16, "lstm", 768, projected=256, **every)
+    yield torch.bfloat16, "highest", False
     call(torch.float32, "gru", 512, reverse=True)
-    yield torch.float32, "highest", arch == 90
+    yield torch.float32, "highest", False
     call(torch.float16, "lstm", 512)
     call(torch.float32, "gru", 100, **every)
     call(torch.bfloat16, "rnn_tanh", 300, reverse=True, **every)
@@ -83,7 +86,6 @@ def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
     call(torch.bfloat16, "lstm", 64, engine="triton_sequence", everything=True)
     call(torch.bfloat16, "lstm", 5, engine="triton_sequence")
     call(torch.bfloat16, "lstm", 100 if arch > 80 else 50, engine="triton_sequence")
-    call(torch.bfloat16, "rnn_relu", 64, engine="triton_sequence")
     yield torch.bfloat16, "highest", False
     torch.set_float32_matmul_precision("medium")
     call(torch.float32, "lstm", 32, engine="triton_sequence")

@@ -12,21 +12,19 @@ from .triton_sequence_kernels import backward_kernel, forward_kernel
 Optional = torch.Tensor | None
 
 
-def _tile(units: int, width: int, dtype: torch.dtype, zones: Zones, *options: Optional) -> dict[str, int]:
+def _tile(units: int, width: int, dtype: torch.dtype, zones: Zones, *options: Optional) -> dict[str, Any]:
     columns, depth, wide = power(units, 32, 1024), power(width, 32, 1024), dtype == torch.float32
     widest = max(columns, depth)
+    plain = not wide and not any(zones.kinds.values()) and all(option is None for option in options)
     # Loads ahead of their step take registers and shared memory, which options, wide tiles and units that fill no
     # vectors need themselves.
-    spare = (
-        units % 32 == width % 32 == 0
-        and widest <= 64
-        and not wide
-        and not any(zones.kinds.values())
-        and all(option is None for option in options)
-    )
+    ahead = plain and widest <= 64 and units % 32 == width % 32 == 0
     return {
         "ROWS": 16, "COLUMNS": columns, "DEPTH": depth, "num_warps": 8 if widest > 32 or wide else 4,
-        "num_stages": 2 if spare else 1,
+        "num_stages": 2 if ahead else 1,
+        # Left to itself the compiler may spill for a second program on a multiprocessor. Where the register file is
+        # full anyway it does better so.
+        "maxnreg": 255 if plain else None,
     }  # fmt: skip
 
 
