@@ -627,7 +627,7 @@ def test_packed_operators_and_steps_pass_opcheck():
     x, weight_ih, weight_hh, bias_ih, bias_hh = args
     data, rest = x.reshape(-1, 3)[:7], (None,) * 6
     tensors = (weight_ih, weight_hh, bias_ih, bias_hh, kwargs["h0"], kwargs["c0"])
-    options = (0, False, 0.0, 0.0, False, 0.0, True)
+    options = (0, False, 0.0, 0.0, False, 0.0, True, False)
     torch.library.opcheck(
         torch.ops.s2s.recurrence_forward.default, (data, *tensors, *rest, kwargs["lengths"], None, None, *options, 2)
     )

@@ -250,18 +250,18 @@ LARGE = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
 def test_equals_the_definition_on_a_gpu(case):
-    shape = {"cell": case.cell, "dtype": case.dtype, "device": torch.device("cuda", torch.cuda.current_device())}
-    reason = cuda_kernels.gap(case.batch, case.hidden, **shape)
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = cuda_kernels.gap(case.hidden, case.cell, case.dtype, device, False, False)
     if reason is not None:
         pytest.skip(reason)
-    check(case, shape["device"])
+    check(case, device)
 
 
 @pytest.mark.gpu
 def test_a_graph_holds_a_call():
     case = Case("", kind=BF16, batch=5, time=9, hidden=100, lengths=(9, 0, 3, 4, 9), reset=True)
     arguments = moved(case.arguments(), "cuda")
-    reason = cuda_kernels.gap(5, 100, cell=LSTM, dtype=BF16, device=arguments[0].device)
+    reason = cuda_kernels.gap(100, LSTM, BF16, arguments[0].device, False, False)
     if reason is not None:
         pytest.skip(reason)
     eager = cuda_kernels.forward(*arguments, **case.options(), save=False)[0]
@@ -339,11 +339,11 @@ def test_the_predicted_step():
 
 
 def test_gap():
-    def told(batch=16, hidden=768, cell=LSTM, dtype=BF16, machine=H100, **options):
+    def told(hidden=768, cell=LSTM, dtype=BF16, machine=H100, projected=False, normed=False):
         with emulated(machine=machine):
-            return cuda_kernels.gap(batch, hidden, cell=cell, dtype=dtype, device=torch.device("cpu"), **options)
+            return cuda_kernels.gap(hidden, cell, dtype, torch.device("cpu"), projected, normed)
 
-    assert told() is None and told(dtype=F32) is None and told(batch=0, hidden=1) is None
+    assert told() is None and told(dtype=F32) is None and told(hidden=1) is None
     assert "float64" in told(dtype=torch.float64)
     assert "project" in told(projected=True)
     assert "normalise" in told(normed=True)
@@ -354,7 +354,7 @@ def test_gap():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gap_without_the_kernels():
-    assert "weren't built" in cuda_kernels.gap(1, 8, cell=LSTM, dtype=F32, device=torch.device("cpu"))
+    assert "weren't built" in cuda_kernels.gap(8, LSTM, F32, torch.device("cpu"), False, False)
 
 
 def test_an_uncovered_call_is_refused():

@@ -88,6 +88,10 @@ def test_values_and_gradients(cell, sample, engine):
     judge(sample.build(Draw()), CASES[cell].function)
 
 
+PERSISTENT = (
+    "plain", "lengths", "lengths, reset", "reverse, reset, lengths", "poisoned", "zoneout in training",
+    "zoneout in training, recurrent mask", "no positions", "empty batch", "relu",
+)  # fmt: skip
 HALVES = ("projection", "everything", "poisoned", "tails", "relu")
 
 
@@ -182,7 +186,7 @@ def test_packed_raw_calls_are_checked():
         rest = (none,) * 7
         return torch.ops.s2s.recurrence_forward(
             x, *weights, h0, *rest, lengths, none, none, 1, False, 0.0, 0.0, False, 0.0,
-            True, 0,
+            True, False, 0,
         )  # fmt: skip
 
     assert forward(lengths)[0].shape == (5, 5)
@@ -301,7 +305,7 @@ def test_lengths_out_of_range_are_clamped_in_the_kernels(engine):
     def forward(lengths):
         rest = (none,) * 8
         return torch.ops.s2s.recurrence_forward(
-            x, *weights, *rest, lengths, none, none, 1, False, 0.0, 0.0, False, 0.0, False, 0
+            x, *weights, *rest, lengths, none, none, 1, False, 0.0, 0.0, False, 0.0, False, False, 0
         )
 
     for out, inside in zip(forward(torch.tensor([99, -5])), forward(torch.tensor([3, 0])), strict=True):
@@ -314,7 +318,7 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
     x, weights, h0 = draw(2, 3, 4), (draw(12, 4), draw(12, 4), draw(12), draw(12)), draw(2, 4)
     norms = (draw(12), draw(12), none, none)
     good = (x, *weights, h0, none, none, none, *norms, torch.tensor([3, 2]), none, none)
-    options = (1, False, 0.0, 0.0, False, 0.0, False)
+    options = (1, False, 0.0, 0.0, False, 0.0, False, False)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.s2s.recurrence_forward, (*good, *options, 1), test_utils=tests)
     output, h_n, *saved = torch.ops.s2s.recurrence_forward(*good, *options, 1)
@@ -338,15 +342,32 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
         torch.ops.s2s.recurrence_step(x, *step[1:])
 
 
+@interpreted
+@pytest.mark.parametrize("cell, sample", samples(PERSISTENT))
+def test_the_driver_with_the_cuda_engine(cell, sample, monkeypatch):
+    """Whose kernels are emulated too: what is between them and the operator."""
+    emulated_recurrence = pytest.importorskip("emulated_recurrence")
+    from s2s_kernels.ops.recurrence import choice, cuda_kernels
+
+    calls = []
+    monkeypatch.setattr(choice, "engine_of", lambda sizes: "cuda_kernels")
+    original = cuda_kernels.forward
+    monkeypatch.setattr(cuda_kernels, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
+    with emulated_recurrence.emulated():
+        judge(sample.build(Draw()), CASES[cell].function)
+    assert calls
+
+
 def test_the_choice_of_an_engine():
     pytest.importorskip("triton")
     from s2s_kernels.ops.recurrence.choice import Sizes, engine_of
 
-    def chosen(cell, hidden, dtype=torch.bfloat16, projected=False, plain=True, shared=227 << 10):
+    def chosen(cell, hidden, dtype=torch.bfloat16, projected=False, plain=True, shared=227 << 10, cuda=False):
         number = autograd.CELLS.index(cell)
         plain = plain and not projected
-        return engine_of(Sizes(number, 8, 99, hidden, hidden, dtype, projected, plain, shared))
+        return engine_of(Sizes(number, 8, 99, hidden, hidden, dtype, projected, plain, shared, cuda))
 
+    assert chosen("lstm", 128, cuda=True) == chosen("gru", 1000, cuda=True) == "cuda_kernels"
     assert chosen("lstm", 128) == chosen("gru", 100) == chosen("gru", 128, plain=False) == SEQUENCE
     assert chosen("lstm", 64, projected=True) == chosen("rnn_tanh", 5) == SEQUENCE
     assert chosen("lstm", 128, plain=False) == chosen("lstm", 129) == chosen("rnn_tanh", 256) == STEPS
@@ -370,6 +391,9 @@ def test_tensors_on_a_gpu_are_served_by_triton():
         x, weights = torch.randn(2, 8, 5, device="cuda"), [torch.randn(12, 5, device="cuda")]
         weights.append(torch.randn(12, 3, device="cuda"))
         assert s2s.explain(s2s.lstm, x, *weights).backend == "triton"
+        if not torch.cuda.is_available():  # kernels of a CPU build of torch aren't there
+            with dispatch.use_backend("cuda"), pytest.raises(NotImplementedError, match="CUDA"):
+                s2s.lstm(x, *weights)
         with pytest.raises(NotImplementedError, match="float32, bfloat16 and float16"):
             s2s.lstm(x.double(), *(weight.double() for weight in weights))
         output, h_n, c_n = s2s.lstm(x, *weights, lengths=torch.tensor([1, 2]))

@@ -1,5 +1,6 @@
 """Recurrent layers over a whole sequence: LSTM, GRU and the plain RNN, one layer and direction a call."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,15 +8,35 @@ import torch
 
 from ... import checks, dispatch
 from ..random import draw_seed
-from . import autograd
+from . import autograd, cuda_kernels
 from .reference import GATES
 
 __all__ = ["gru", "lstm", "rnn"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What decides which backend serves a call, whatever its batch and its time."""
+
+    cell: str
+    hidden: int
+    dtype: torch.dtype
+    device: torch.device
+    projected: bool
+    normed: bool
+
+
+def _not_in_cuda(asked: Asked) -> str | None:
+    return cuda_kernels.gap(
+        asked.hidden, autograd.CELLS.index(asked.cell), asked.dtype, asked.device, asked.projected, asked.normed
+    )
+
+
 # Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
 OPERATORS = {
-    name: dispatch.register(name, cpu=lambda dtype: None, triton=dispatch.not_in_triton)
+    name: dispatch.register(
+        name, cpu=lambda asked: None, triton=lambda asked: dispatch.not_in_triton(asked.dtype), cuda=_not_in_cuda
+    )
     for name in ("lstm", "gru", "rnn")
 }
 
@@ -287,8 +308,11 @@ def run(
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    options = (cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed)
-    backend = dispatch.choose(OPERATORS[name], x.device, x.dtype)
+    asked = Asked(cell, hidden, x.dtype, x.device, weight_hr is not None, norms[0] is not None)
+    backend = dispatch.choose(OPERATORS[name], x.device, asked)
+    options = (
+        cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed, backend == "cuda"
+    )  # fmt: skip
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
     return autograd.kernel(tensors, options)  # type: ignore[return-value]

@@ -13,7 +13,7 @@ STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
 
 # tensors: x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, four of layer_norm, lengths,
 # reset, seed. options: cell, reverse, zoneout of h, zoneout of c, whether in training, weight_dropout, whether x is
-# packed: (N, I), the present positions time by time, its rows sorted by lengths.
+# packed: (N, I), the present positions time by time, its rows sorted by lengths; whether the cuda backend runs.
 
 CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
 
@@ -33,7 +33,8 @@ if dispatch.extension_missing is None:
     @torch.library.register_fake("s2s::recurrence_forward")
     def _(
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh, norm_c, norm_b,
-        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed, save,
+        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed, cuda,
+        save,
     ):  # fmt: skip
         batch, positions = (lengths if packed else x).shape[0], x.shape[:-1]
         rows, width = weight_hh.shape
@@ -54,7 +55,7 @@ if dispatch.extension_missing is None:
     def _(
         grad_output, grad_h, grad_c, x, weight_ih, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_ih, norm_hh,
         norm_c, norm_b, lengths, reset, seed, gates, extra, hidden, normed, cell, reverse, zoneout_h, zoneout_c,
-        training, weight_dropout, packed, needs,
+        training, weight_dropout, packed, cuda, needs,
     ):  # fmt: skip
         batch, inputs, (rows, width) = (lengths if packed else x).shape[0], x.shape[-1], weight_hh.shape
         units = rows // reference.GATES[CELLS[cell]]
@@ -110,13 +111,13 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
     """The definition under the kernels' calling convention."""
     x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask = tensors[:9]
     layer_norm, (lengths, reset, seed) = tensors[9:13], tensors[13:]
-    cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed = options
+    cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed, cuda = options
     assert x is not None and weight_ih is not None and weight_hh is not None
     if packed:
         assert lengths is not None
         x, where = reference.padded(x, lengths)
         padded = (x, *tensors[1:])
-        output, *states = reference_of(padded, (*options[:-1], False))
+        output, *states = reference_of(padded, (*options[:-2], False, cuda))
         assert output is not None
         return output.transpose(0, 1).flatten(0, 1).index_select(0, where), *states
     (batch, time, _), hidden = x.shape, weight_ih.shape[0] // reference.GATES[cell]

@@ -1,8 +1,7 @@
 """Which engine runs the recurrent part of a call on CUDA tensors: by arithmetic, not by measurement so far.
 
 An engine is a module of this package with the `forward` and `backward` that device.py describes. Backward asks again: a
-call's own sizes and its device must decide, or engines that lay out alike what they save. "cuda_kernels" has its place
-in ENGINES once it exists.
+call's own sizes and its device must decide, or engines that lay out alike what they save.
 """
 
 import dataclasses
@@ -22,7 +21,8 @@ from .reference import GATES
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What the choice looks at: cell, a number of autograd.CELLS; B, T, H and P. plain: without a mask, zoneout,
-    projection and layer normalisation. shared: bytes of shared memory that a program can have."""
+    projection and layer normalisation. shared: bytes of shared memory that a program can have. cuda: whether the cuda
+    backend was chosen, by its own `gap`, for the call."""
 
     cell: int
     batch: int
@@ -33,6 +33,7 @@ class Sizes:
     projected: bool
     plain: bool
     shared: int
+    cuda: bool = False
 
 
 def _holds_weights(sizes: Sizes) -> bool:
@@ -54,6 +55,7 @@ def _holds_weights(sizes: Sizes) -> bool:
 
 # The first that serves a call does.
 ENGINES: tuple[tuple[str, Callable[[Sizes], bool]], ...] = (
+    ("cuda_kernels", lambda sizes: sizes.cuda),
     ("triton_sequence", _holds_weights),
     ("triton_steps", lambda sizes: True),
 )

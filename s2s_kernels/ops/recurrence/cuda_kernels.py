@@ -71,40 +71,34 @@ def plan_of(
     return _plan(kernels, max(batch, 1), hidden, cell, operand(dtype), backward, index, machine_of(device))
 
 
-def gap(
-    batch: int,
-    hidden: int,
-    *,
-    cell: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    projected: bool = False,
-    normed: bool = False,
-) -> str | None:
-    """What these kernels don't cover of a call, forward and backward; None where they serve it."""
+def gap(hidden: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool) -> str | None:
+    """What these kernels don't cover of a call, forward and backward; None where they serve it. Rows of the batch are
+    taken in tiles, so that neither B nor T matters."""
     if dtype not in (*OPERANDS, torch.float32):
         return f"the persistent kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if projected:
         return "the persistent kernels don't project h"
     if normed:
         return "the persistent kernels don't normalise"
-    reason = missing(device)
-    if reason is not None:
-        return reason
-    for backward in (False, True):
-        if not plan_of(batch, hidden, cell, dtype, backward, device):
-            what = f"{GATES[CELLS[cell]]} gates of {hidden} units"
-            return f"the recurrent weights ({what}) don't fit the registers and shared memory of this device"
-    return None
+    return missing(device) or _too_large(hidden, cell, dtype, device)
+
+
+def _too_large(hidden: int, cell: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    if all(plan_of(1, hidden, cell, dtype, backward, device) for backward in (False, True)):
+        return None
+    what = f"{GATES[CELLS[cell]]} gates of {hidden} units"
+    return f"the recurrent weights ({what}) don't fit the registers and shared memory of this device"
+
+
+# A traced call takes their answers for constants, as `torch.compiler.assume_constant_result` would have it, which
+# imports the compiler.
+missing._dynamo_marked_constant = _too_large._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(inputs: torch.Tensor, weight_hh: torch.Tensor, cell: int, dtype: torch.dtype, options: Tensors) -> None:
-    batch, hidden = inputs.shape[0], weight_hh.shape[0] // GATES[CELLS[cell]]
     weight_hr, norm_hh = options
-    reason = gap(
-        batch, hidden, cell=cell, dtype=dtype, device=inputs.device,
-        projected=weight_hr is not None, normed=norm_hh is not None,
-    )  # fmt: skip
+    hidden = weight_hh.shape[0] // GATES[CELLS[cell]]
+    reason = gap(hidden, cell, dtype, inputs.device, weight_hr is not None, norm_hh is not None)
     if reason is not None:
         raise NotImplementedError(reason)
 

@@ -45,12 +45,12 @@ def recurrence_forward(
     x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: Optional, bias_hh: Optional,
     h0: Optional, c0: Optional, weight_hr: Optional, recurrent_mask: Optional, norm_ih: Optional, norm_hh: Optional,
     norm_c: Optional, norm_b: Optional, lengths: Optional, reset: Optional, seed: Optional, cell: int, reverse: bool,
-    zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool, save: int,
+    zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool, cuda: bool, save: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
         "recurrence", x, weight_ih, weight_hh, (bias_ih, bias_hh), h0, c0, weight_hr, recurrent_mask,
         (norm_ih, norm_hh, norm_c, norm_b),
-        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed,
+        lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed, cuda,
     )  # fmt: skip
     inputs, bias_hh = product(x.flatten(0, -2), weight_ih.t()), wide(bias_hh)
     bias = wide(bias_ih)
@@ -77,12 +77,12 @@ def recurrence_backward(
     norm_ih: Optional, norm_hh: Optional, norm_c: Optional, norm_b: Optional, lengths: Optional, reset: Optional,
     seed: Optional, gates: Optional, extra: Optional, hidden: torch.Tensor, normed: Optional, cell: int,
     reverse: bool, zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool,
-    needs: int,
+    cuda: bool, needs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
         "recurrence_backward", x, weight_ih, weight_hh, (), h0, c0, weight_hr, recurrent_mask,
         (norm_ih, norm_hh, norm_c, norm_b), lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training,
-        weight_dropout, packed,
+        weight_dropout, packed, cuda,
     )  # fmt: skip
     gates, extra, normed, grad_output = map(call.padded, (gates, extra, normed, grad_output))
     states = call.padded(hidden)

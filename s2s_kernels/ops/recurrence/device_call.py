@@ -106,7 +106,7 @@ def call_of(
     operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...],
     h0: Optional, c0: Optional, weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional,
     reset: Optional, seed: Optional, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool,
-    weight_dropout: float, packed: bool,
+    weight_dropout: float, packed: bool, cuda: bool,
 ) -> Call:  # fmt: skip
     check(operator, x, weight_ih, weight_hh, biases, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
     packing = None
@@ -123,7 +123,7 @@ def call_of(
     given = (weight_hr, mask, norms[0])
     sizes = choice.Sizes(
         cell, batch, time, rows // GATES[CELLS[cell]], width, x.dtype, weight_hr is not None,
-        zoneout_h == zoneout_c == 0 and all(tensor is None for tensor in given), choice.shared_memory(x.device),
+        zoneout_h == zoneout_c == 0 and all(tensor is None for tensor in given), choice.shared_memory(x.device), cuda,
     )  # fmt: skip
     options = {
         "cell": cell, "reverse": reverse, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "training": training,

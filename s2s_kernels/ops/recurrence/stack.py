@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
-from . import OPERATORS, autograd, reference, run
+from . import OPERATORS, Asked, autograd, reference, run
 
 States = tuple[torch.Tensor | None, ...]  # h, and c of an LSTM
 
@@ -64,7 +64,8 @@ def stack(
     dropped = dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0
     random = training and (dropped or zoneout_h > 0 or zoneout_c > 0)
     tensors = (x, h0, c0, lengths, reset, *weights)
-    backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, x.dtype)
+    asked = Asked(cell, weights[1].shape[0] // reference.GATES[cell], x.dtype, x.device, projected, normed)
+    backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
     if not random and backend == "cpu" and not dispatch.transformed(*tensors):
         options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
         output, h_n, c_n = kernel(tensors, options)
@@ -197,7 +198,7 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
         states = (None if state is None else state[index] for state in (h0, c0))
         return autograd.reference_of(
             (x, *weights[index][:4], *states, weights[index][4], None, *weights[index][5:], lengths, reset, None),
-            (cell, reverse, zoneout_h, zoneout_c, False, 0.0, packed),
+            (cell, reverse, zoneout_h, zoneout_c, False, 0.0, packed, False),
         )
 
     output, (h_n, c_n) = _through(x, len(weights), directions, time_first, one)
