@@ -430,7 +430,7 @@ struct AttentionBackward {
     // share is the largest weight too. Where few keys have most of it, gradients less delta are small differences, of which the rounding of
     // forward's result makes too much; at least if there are no other blocks, delta can be made of the very gradients it is taken from.
     const AttentionSpan& span = p.spans[b];
-    if (share >= T(0.125) && first_key(span, p.left, i) >= at && end_key(span, p.right, i) <= at + attention_block)
+    if (share >= T(0.25) && first_key(span, p.left, i) >= at && end_key(span, p.right, i) <= at + attention_block)
       delta = delta * T(0) + weighted<EXTRA, TILED>(p, m, row, hull, level, share, weights, grads) - grad_of_lse(p, g, b, h, i);
     T* bias = nullptr;
     double* long_bias = nullptr;
