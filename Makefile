@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 STAMPS := .venv/stamps
 endif
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-CLANG_FORMATTED := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp)
+CLANG_FORMATTED := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*.cu)
 
 .PHONY: help build test tsan lint format bench gpu clean
 help:

@@ -620,8 +620,8 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         const OptionalTensor& norm_b, const OptionalTensor& lengths, const OptionalTensor& reset,
                                         const OptionalTensor& seed, const OptionalTensor& gates, const OptionalTensor& extra,
                                         const OptionalTensor& hidden, const OptionalTensor& normed, int64_t cell, bool reverse,
-                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed,
-                                        bool cuda, int64_t needs) {
+                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed, bool cuda,
+                                        int64_t needs) {
   const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
                     lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);

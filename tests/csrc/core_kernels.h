@@ -67,8 +67,8 @@ struct TileProbe {
     for (int64_t j = 0; j < split_columns(n); ++j)
       split_pack_column(j, k, n - 16 * j, [&](int64_t i) { return b + (16 * j + i) * k; }, packed);
   }
-  static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, const float* packed, float* c, int64_t c_row, bool add,
-                      bool backwards, float* workspace) {
+  static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, const float* packed, float* c, int64_t c_row,
+                      bool add, bool backwards, float* workspace) {
     split_product(m, n, k, a, a_row, packed, c, c_row, add, backwards, workspace);
   }
   // a (k, m); m and k no more than a block

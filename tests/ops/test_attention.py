@@ -452,7 +452,7 @@ def test_any_call_equals_the_definition(made):
 @needs_extension
 @given(calls(groups=((16, 16), (24, 8)), longest=150, sloped=True))
 def test_any_call_of_many_sloped_heads_equals_the_definition(made):
-    """Each slope's gradient is one number, a sum over all pairs: of many heads some measure eager torch's error well."""
+    """Each slope's gradient is one number, a sum over all pairs: some of many measure eager torch well."""
     found = broken(made)
     assert not found, found
 
