@@ -316,7 +316,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
   const int64_t half = p.outputs / 2;
   // The inputs of the tile after this one, some with each block of outputs: rows may be pages apart, where nothing else fetches them.
   const int64_t next = t0 + width + p.origin + max<int64_t>(0, reach);
-  const bool more = p.in.time == 1 && next >= 0 && next + width <= high;
+  const bool more = channels > 1 && p.in.time == 1 && next >= 0 && next + width <= high;
   const In* next_row = p.in.data + b * p.in.batch + channel * p.in.channel + next;
   const int64_t next_rows = more ? (channels * p.rows + outputs - 1) / outputs : 0;
   int64_t asked = 0, first = 0, last = 0;

@@ -1,8 +1,7 @@
 """Recurrent layers over a whole sequence: LSTM, GRU and the plain RNN, one layer and direction a call."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +13,7 @@ from .reference import GATES
 __all__ = ["gru", "lstm", "rnn"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What decides which backend serves a call, whatever its batch and its time."""
 
     cell: str
