@@ -116,7 +116,7 @@ class Tiles {
     // Lines of a block of outputs, or of all where they wait between stages; as many pieces as a tile's taps and channels are cut into.
     const int64_t outputs = p.outputs / p.groups, lines = needs_stages<C>(p.taps * channels, width_, outputs, p.rows) ? outputs : 6;
     u_bytes_ = Workspace::bytes<C>(lines * (width_ + 16));
-    piece_bytes_ = Workspace::bytes<uint8_t>(p.taps * (1 + channels / stage_rows<C>(64)) * 48);
+    piece_bytes_ = Workspace::bytes<uint8_t>(p.taps * (1 + channels / stage_rows<C>(64)) * piece_size);
   }
   int64_t each() const { return each_; }  // tiles of a group of a row
   int64_t work() const { return std::max<int64_t>(1, width_ * (p_.outputs / p_.groups) * (p_.channels / p_.groups) * p_.taps); }
@@ -429,12 +429,8 @@ class Backward {
   }
 
   // Whether products are made on the tile unit.
-  bool tiled() const {
-    return S2S_SELECT(ConvolutionGradientKernels<S>::tiled_pays)(s_.outputs / s_.groups, s_.channels / s_.groups, s_.time);
-  }
-  int64_t planes() const {
-    return S2S_SELECT(ConvolutionGradientKernels<S>::tiled_planes)(s_.channels / s_.groups, s_.outputs / s_.groups, s_.taps);
-  }
+  bool tiled() const { return S2S_SELECT(TiledGradients<C>::pays)(s_.outputs / s_.groups, s_.channels / s_.groups, s_.time); }
+  int64_t planes() const { return S2S_SELECT(TiledGradients<C>::planes)(s_.channels / s_.groups, s_.outputs / s_.groups, s_.taps); }
   // Those of the weights for the gradient with respect to x, group by group.
   C* split_weights(Workspace& space, int64_t size) {
     const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups, plane = outputs * channels;
@@ -448,7 +444,7 @@ class Backward {
           for (int64_t c = 0; c < channels; ++c)
             taps[k * plane + o * channels + c] = to_compute(from[c * weight_.stride[1] + k * weight_.stride[2]]);
       }
-      S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weights)(channels, outputs, s_.taps, taps, all + g * size);
+      S2S_SELECT(TiledGradients<C>::split_weights)(channels, outputs, s_.taps, taps, all + g * size);
     }
     return all;
   }
@@ -456,11 +452,11 @@ class Backward {
   // The convolution on the tile unit. Tiles in which a tap begins or ends go to the multipliers.
   void convolve_tiled(const Convolution<C, S>& p, const C* planes, int64_t planes_size) {
     const Tiles<C, S> tiles(p);
-    const int64_t stretch = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_stretch), length = p.end - p.begin;
+    const int64_t stretch = S2S_SELECT(TiledGradients<C>::stretch), length = p.end - p.begin;
     const int64_t each = (length + stretch - 1) / stretch, tasks = p.batch * p.groups * each, threads = std::min(thread_count(), tasks);
-    const int64_t own_elements = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_input_scratch)();
-    const auto serves = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_serves);
-    const auto run = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_inputs);
+    const int64_t own_elements = S2S_SELECT(TiledGradients<C>::input_scratch)();
+    const auto serves = S2S_SELECT(TiledGradients<C>::template serves<S>);
+    const auto run = S2S_SELECT(TiledGradients<C>::template inputs<S>);
     Workspace workspace(threads * (tiles.scratch() + Workspace::bytes<C>(own_elements)));
     uint8_t* scratch = workspace.take<uint8_t>(threads * tiles.scratch());
     C* planes_scratch = workspace.take<C>(threads * own_elements);
@@ -485,13 +481,13 @@ class Backward {
   void weight_tiles(const WeightGradient<C>& p) {
     const int64_t outputs = s_.outputs / s_.groups, channels = s_.channels / s_.groups;
     const int64_t wanted = std::max<int64_t>(1, (thread_count() + s_.groups - 1) / s_.groups);
-    const int64_t most = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_most_rows);
+    const int64_t most = S2S_SELECT(TiledGradients<C>::most_rows);
     const int64_t rows = std::min(most, ((outputs + wanted - 1) / wanted + 31) / 32 * 32), blocks = (outputs + rows - 1) / rows;
     const int64_t tasks = s_.groups * blocks, threads = std::min(thread_count(), tasks);
-    const int64_t elements = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weight_scratch)(rows, channels);
-    const auto run = S2S_SELECT(ConvolutionGradientKernels<S>::tiled_weight_rows);
+    const int64_t elements = S2S_SELECT(TiledGradients<C>::weight_scratch)(rows, channels);
+    const auto run = S2S_SELECT(TiledGradients<C>::weights);
     Workspace workspace(threads * Workspace::bytes<C>(elements));
-    C* const scratch = workspace.take<C>(threads * ((elements + 15) / 16 * 16));
+    C* const scratch = workspace.take<C>(threads * elements);
     std::atomic<int64_t> next{0};
     parallel(tasks, 1, [&](int64_t begin, int64_t end) {
       C* const own = scratch + next.fetch_add(1) * elements;

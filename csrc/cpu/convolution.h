@@ -106,7 +106,7 @@ inline int64_t tile_width(int64_t channels) {
 
 // Where the inputs of a tile exceed the first-level cache, many outputs pass over them in stages, of as many lines (channels of a tap) as
 // it holds beside the weights: the sums wait in memory meanwhile, which takes nothing from their bits.
-inline constexpr int64_t stage_bytes = 32 << 10, stage_blocks = 8;
+inline constexpr int64_t stage_bytes = 32 << 10, stage_blocks = 8, piece_size = 48;  // of a Piece, in bytes
 
 template <class C>
 constexpr int64_t stage_rows(int64_t width) {

@@ -282,15 +282,4 @@ struct ConvolutionGradientKernels {
   static constexpr int64_t panel_columns = gemm_nr<compute_t<S>>, left_row = gemm_kc + gemm_row_pad;
   static constexpr auto pack_input = &pack_input_panel<compute_t<S>>;
   static constexpr auto weight_products = &weight_gradient_products<compute_t<S>>;
-
-  using Tiled = TiledGradients<compute_t<S>>;
-  static constexpr auto tiled_pays = &Tiled::pays;
-  static constexpr int64_t tiled_stretch = Tiled::stretch, tiled_most_rows = Tiled::most_rows;
-  static constexpr auto tiled_weight_scratch = &Tiled::weight_scratch;
-  static constexpr auto tiled_weight_rows = &Tiled::weights;
-  static constexpr auto tiled_planes = &Tiled::planes;
-  static constexpr auto tiled_weights = &Tiled::split_weights;
-  static constexpr auto tiled_input_scratch = &Tiled::input_scratch;
-  static constexpr auto tiled_serves = &Tiled::template serves<S>;
-  static constexpr auto tiled_inputs = &Tiled::template inputs<S>;
 };

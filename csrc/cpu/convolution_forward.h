@@ -263,6 +263,7 @@ template <class In, class Out>
 void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, int64_t t0, int64_t width, void* piece_memory,
                       compute_t<In>* rows, compute_t<In>* u) {
   using C = compute_t<In>;
+  static_assert(sizeof(Piece<C>) == piece_size);
   Piece<C>* pieces = static_cast<Piece<C>*>(piece_memory);
   const int64_t channels = p.channels / p.groups, outputs = p.outputs / p.groups, channel = group * channels;
   const int64_t high = p.high(b), low = p.low();

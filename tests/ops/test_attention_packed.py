@@ -163,7 +163,8 @@ def test_each_sequence_is_served_by_its_own_length(width):
         ]
     assert torch.equal(out, torch.cat([a for a, _ in alone])) and torch.equal(lse, torch.cat([b for _, b in alone], 1))
     recorded = s2s.attention_packed(*leaves, starts(times), starts(sources), **options)
-    torch.testing.assert_close((out, lse), recorded, rtol=1e-5, atol=2e-6)
+    eps = torch.finfo(torch.float32).eps  # each is within 4, of what exceeds 1 relative to it
+    torch.testing.assert_close((out, lse), recorded, rtol=8 * eps, atol=8 * eps)
 
 
 @needs_extension
