@@ -16,7 +16,7 @@ STABLE = ["-DPy_LIMITED_API=0x030A0000", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Werror=psabi"]
 # Every fused multiply-add is written out: contraction by the compiler would differ from place to place, and with it the
 # bits.
-HOST = ["-O3", "-std=c++17", "-ffp-contract=off", *STABLE, *WARNINGS]
+HOST = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", *STABLE, *WARNINGS]
 
 
 def sources(folder: str, ending: str) -> list[str]:

@@ -3,49 +3,17 @@
 // gradients of its keys and values; sums over queries run in the order of the loops. (Dao et al. 2022; delta_i = dO_i . O_i less the
 // gradient of lse.)
 
-// A vector as doubles.
-template <class T>
-struct LongVec {
-  static constexpr int parts = sizeof(double) / sizeof(T);
-  Vec<double> part[parts];
-};
-S2S_INLINE LongVec<double> lengthen(Vec<double> v) { return {{v}}; }
-S2S_INLINE LongVec<float> lengthen(Vec<float> v) {
-  typedef float Half __attribute__((vector_size(S2S_VECTOR_BYTES / 2)));
-  struct Halves {
-    Half low, high;
-  };
-  const Halves halves = bit_cast<Halves>(v);
-  return {{__builtin_convertvector(halves.low, Vec<double>), __builtin_convertvector(halves.high, Vec<double>)}};
-}
-
-// to[i] += v[i] for each lane.
-template <class T>
-S2S_INLINE void add_long(double* to, LongVec<T> v) {
-  for (int i = 0; i < LongVec<T>::parts; ++i) store(to + i * lanes<double>, load(to + i * lanes<double>) + v.part[i]);
-}
-
-template <class T>
-S2S_INLINE void add_long_product(LongVec<T>& sum, Vec<T> a, Vec<T> b) {
-  const LongVec<T> left = lengthen(a), right = lengthen(b);
-  for (int i = 0; i < LongVec<T>::parts; ++i) sum.part[i] = fma(left.part[i], right.part[i], sum.part[i]);
-}
-
-template <class T>
-S2S_INLINE T total_of(LongVec<T> v) {
-  for (int i = 1; i < LongVec<T>::parts; ++i) v.part[0] = v.part[0] + v.part[i];
-  return static_cast<T>(hsum(v.part[0]));
-}
-
 template <class S>
 struct AttentionBackward {
   using T = compute_t<S>;
   using Tiled = TiledBackward<S>;
+  using Turned = TurnedBackward<S>;
+  using Derivative = AttentionDerivative<S>;
   static constexpr int64_t groups_at_once = 11, queries_at_once = groups_at_once * attention_rows;
 
   struct Memory {
     T *query_copies, *grad_copies, *delta, *query_sums, *key_sums, *value_sums;
-    T *key_copies, *value_copies, *keys_transposed, *values_transposed, *weights, *grads, *factors;
+    T *key_copies, *value_copies, *keys_transposed, *values_transposed, *queries_turned, *grads_turned, *weights, *grads, *factors;
     double* slope_sums;  // of a head, a lane each
     uint8_t* flags;
     ScoreExtras<S> extras;
@@ -54,18 +22,13 @@ struct AttentionBackward {
   // Whether forward was on the tile unit.
   static bool tiled(const AttentionCall<S>& p, int64_t b) { return TiledForward<S>::pays(p, p.spans[b]); }
 
-  static int64_t part_blocks(const AttentionCall<S>& p, int64_t parts) {
-    const int64_t blocks = (p.source + attention_block - 1) / attention_block;
-    return (blocks + parts - 1) / parts;
-  }
-
   static Memory memory(const AttentionCall<S>& p, const AttentionGradients<S>& g, Pieces& pieces) {
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
-    const int64_t part = part_blocks(p, g.parts) * attention_block;
+    const int64_t part = Derivative::part_blocks(p, g.parts) * attention_block;
     Memory m;
     m.query_copies = pieces.take<T>(p.time * width);
     m.grad_copies = pieces.take<T>(p.time * value_width);
-    m.delta = pieces.take<T>(p.time);
+    m.delta = pieces.take<T>(whole_vectors<T>(p.time));
     m.query_sums = g.parts == 1 ? pieces.take<T>(p.time * width) : nullptr;
     m.key_sums = pieces.take<T>(part * width);
     m.value_sums = pieces.take<T>(part * value_width);
@@ -73,6 +36,9 @@ struct AttentionBackward {
     m.value_copies = pieces.take<T>(attention_block * value_width);
     m.keys_transposed = pieces.take<T>(attention_block * p.width);
     m.values_transposed = pieces.take<T>(attention_block * p.value_width);
+    const int64_t turned = AttentionForward<S>::may_turn(p) ? (p.time + attention_block - 1) / attention_block * attention_block : 0;
+    m.queries_turned = pieces.take<T>(turned * p.width);
+    m.grads_turned = pieces.take<T>(turned * p.value_width);
     m.weights = pieces.take<T>(queries_at_once * attention_block);
     m.grads = pieces.take<T>(queries_at_once * attention_block);
     m.factors = pieces.take<T>(attention_block);
@@ -94,7 +60,7 @@ struct AttentionBackward {
     Pieces pieces{scratch};
     const Memory m = memory(p, g, pieces);
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
-    const int64_t per_part = part_blocks(p, g.parts) * attention_block;
+    const int64_t per_part = Derivative::part_blocks(p, g.parts) * attention_block;
     const int64_t part_begin = part * per_part, part_end = min(span.key_rows, part_begin + per_part);
     const int64_t count = max(int64_t{0}, part_end - part_begin);
     // Sums are made where they are wanted, if they can be.
@@ -113,17 +79,30 @@ struct AttentionBackward {
       const int64_t last = kv * group + group - 1;
       ahead.add(p.query, p.query_stride, b, last, p.batch, p.heads, p.time, p.width);
       ahead.add(g.grad_out, g.grad_out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
-      if (p.out) ahead.add(static_cast<const S*>(p.out), p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      if (p.out && !sole(p, span)) ahead.add(static_cast<const S*>(p.out), p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
       ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
     }
-    ahead.begin(group * span.queries / attention_rows * ((span.keys + attention_block - 1) / attention_block));
+    ahead.begin(group * (AttentionForward<S>::turned(p, span)
+                             ? turned_groups(span.queries, span.keys, 1, 4)
+                             : span.queries / attention_rows * ((span.keys + attention_block - 1) / attention_block)));
     AttentionGradients<S> wanted = g;
     bool spoilt = false;
     for (bool clean : {false, true}) {
+      bool finite = true;
+      if (!clean && sole(p, span)) {
+        const int64_t none = count - span.keys;
+        if (none) {
+          std::memset(key_sums + span.keys * width, 0, static_cast<size_t>(none * width) * sizeof(T));
+          std::memset(value_sums + span.keys * value_width, 0, static_cast<size_t>(none * value_width) * sizeof(T));
+        }
+        for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+          finite &= sole_head(p, g, m, b, h, key_sums, value_sums, h > kv * group, ahead);
+        if (finite) break;
+        finite = true;
+      }
       std::memset(key_sums, 0, static_cast<size_t>(count * width) * sizeof(T));
       std::memset(value_sums, 0, static_cast<size_t>(count * value_width) * sizeof(T));
-      bool finite = true;
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
           finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
@@ -150,9 +129,9 @@ struct AttentionBackward {
     for (int64_t part = 0; part < g.parts; ++part) total += g.slopes[(part * p.batch + b) * p.heads + h];
     for (int64_t i = 0; i < p.spans[b].queries; ++i) {
       if (p.shares[p.first_row(b, h) + i] == T(0)) continue;
-      double grad = -static_cast<double>(grad_of_lse(p, g, b, h, i)), distance = 0;
+      double grad = -static_cast<double>(Derivative::grad_of_lse(p, g, b, h, i)), distance = 0;
       for (int64_t part = 0; part < g.parts; ++part) {
-        const double* const sums = slope_row(p, g, b, h, part, i);
+        const double* const sums = Derivative::slope_row(p, g, b, h, part, i);
         grad += sums[0], distance += sums[1];
       }
       total += grad * distance;
@@ -196,34 +175,25 @@ struct AttentionBackward {
     const int64_t row_begin = p.first_row(b, h);
     const T *const peaks = p.peaks + row_begin, *const shares = p.shares + row_begin;
     uint8_t* const flags = clean ? m.flags : nullptr;
-    const Rows<T> queries =
-        prepare_rows(span.queries, p.width, p.query + b * p.query_stride[0] + h * p.query_stride[1] + span.query_begin * p.query_stride[2],
-                     p.query_stride[2], p.query_stride[3], m.query_copies, flags);
+    const Rows<T> queries = query_rows(p, m, b, h, flags);
     const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, part, shares, p.wide_out, spoilt)
                                      : upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), spoilt);
-    S* const grad_query = g.query ? g.query + b * g.query_stride[0] + h * g.query_stride[1] + span.query_begin * g.query_row : nullptr;
-    T* query_sums = g.query_parts ? g.query_parts + (part * p.all_rows() + row_begin) * width : m.query_sums;
-    bool in_place = false;
-    if constexpr (std::is_same_v<S, T>) {
-      in_place = g.query && !g.query_parts && width == p.width && g.query_row == width;
-      if (in_place) query_sums = grad_query;
-    }
+    T* query_sums;
+    const bool in_place = place_queries(p, g, m, b, h, part, query_sums);
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
+    const bool turned = AttentionForward<S>::turned(p, span);
     if (tiled(p, b)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
+    if (turned) Turned::turn(p, m, queries, grads, span.queries);
     ScoreRow<T> row = score_row_of(p, b, h);
     for (int64_t c = 0; c < lanes<T>; ++c) m.slope_sums[c] = 0;
-    if (g.slope_rows) std::memset(slope_row(p, g, b, h, part, 0), 0, static_cast<size_t>(span.queries) * 2 * sizeof(double));
-    const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
-    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
+    if (g.slope_rows) std::memset(Derivative::slope_row(p, g, b, h, part, 0), 0, static_cast<size_t>(span.queries) * 2 * sizeof(double));
     for (int64_t at = part_begin; at < min(part_end, span.keys); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at), local = at - part_begin;
       // The queries that see something of this block.
       const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
       const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
       if (begin >= end) continue;
-      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies, flags);
-      const Rows<T> values =
-          prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3], m.value_copies);
+      const Rows<T> keys = key_rows(p, m, b, kv, at, n, flags), values = value_rows(p, m, b, kv, at, n);
       row.valid = n;
 #if defined(S2S_TILE_UNIT)
       if constexpr (TiledForward<S>::possible) {
@@ -236,6 +206,14 @@ struct AttentionBackward {
         }
       }
 #endif
+      if constexpr (!EXTRA) {
+        if (turned) {
+          for (int64_t i = begin / attention_block * attention_block; i < end; i += attention_block)
+            Turned::template block<false>(p, g, m, b, h, at, n, i, min(attention_block, span.queries - i), queries, grads, keys, values,
+                                          row, query_sums, key_sums + local * width, value_sums + local * value_width, false, ahead);
+          continue;
+        }
+      }
       transpose_rows(n, p.width, keys, m.keys_transposed);
       transpose_rows(n, p.value_width, values, m.values_transposed);
       for (int64_t i = begin; i < end; i += queries_at_once)
@@ -248,16 +226,73 @@ struct AttentionBackward {
     }
     if (!g.query) return true;
     if (!g.query_parts && !in_place)
-      for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query + i * g.query_row);
+      for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query_of(p, g, b, h) + i * g.query_row);
     return all_finite(span.query_rows, width, query_sums, width);
   }
 
-  static double* slope_row(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t h, int64_t part, int64_t i) {
-    return g.slope_rows + 2 * (part * p.all_rows() + p.first_row(b, h) + i);
+  // Whether all of a head is one block, turned: nothing is added to sums, and delta comes from the gradients themselves.
+  static bool sole(const AttentionCall<S>& p, const AttentionSpan& span) {
+    return AttentionForward<S>::turned(p, span) && span.queries && span.keys && span.queries <= attention_block &&
+           span.keys <= attention_block;
   }
-  static T grad_of_lse(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t h, int64_t i) {
-    const int64_t* const stride = g.grad_lse_stride;
-    return g.grad_lse ? g.grad_lse[b * stride[0] + h * stride[1] + (p.spans[b].query_begin + i) * stride[2]] : T(0);
+  // Where the sums of a query head's gradient are made, and whether that is where they are wanted.
+  static bool place_queries(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                            T*& sums) {
+    const int64_t width = whole_vectors<T>(p.width);
+    sums = g.query_parts ? g.query_parts + (part * p.all_rows() + p.first_row(b, h)) * width : m.query_sums;
+    if constexpr (std::is_same_v<S, T>) {
+      if (g.query && !g.query_parts && width == p.width && g.query_row == width) {
+        sums = grad_query_of(p, g, b, h);
+        return true;
+      }
+    }
+    return false;
+  }
+  static S* grad_query_of(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t h) {
+    return g.query ? g.query + b * g.query_stride[0] + h * g.query_stride[1] + p.spans[b].query_begin * g.query_row : nullptr;
+  }
+  static Rows<T> query_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, uint8_t* flags) {
+    const AttentionSpan& span = p.spans[b];
+    return prepare_rows(span.queries, p.width,
+                        p.query + b * p.query_stride[0] + h * p.query_stride[1] + span.query_begin * p.query_stride[2], p.query_stride[2],
+                        p.query_stride[3], m.query_copies, flags);
+  }
+  static Rows<T> grad_rows(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h) {
+    const AttentionSpan& span = p.spans[b];
+    return prepare_rows(span.queries, p.value_width,
+                        g.grad_out + b * g.grad_out_stride[0] + h * g.grad_out_stride[1] + span.query_begin * g.grad_out_stride[2],
+                        g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies);
+  }
+  static Rows<T> key_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t at, int64_t n, uint8_t* flags) {
+    const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + (p.spans[b].key_begin + at) * p.key_stride[2];
+    return prepare_rows(n, p.width, key, p.key_stride[2], p.key_stride[3], m.key_copies, flags);
+  }
+  static Rows<T> value_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t at, int64_t n) {
+    const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + (p.spans[b].key_begin + at) * p.value_stride[2];
+    return prepare_rows(n, p.value_width, value, p.value_stride[2], p.value_stride[3], m.value_copies);
+  }
+  // One query head that is one block with its keys; whether its gradients are finite.
+  static bool sole_head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, T* key_sums,
+                        T* value_sums, bool add, Ahead& ahead) {
+    const AttentionSpan& span = p.spans[b];
+    const int64_t width = whole_vectors<T>(p.width), kv = h / (p.heads / p.kv_heads);
+    T* query_sums;
+    const bool in_place = place_queries(p, g, m, b, h, 0, query_sums);
+    const Rows<T> queries = query_rows(p, m, b, h, nullptr), grads = grad_rows(p, g, m, b, h);
+    const Rows<T> keys = key_rows(p, m, b, kv, 0, span.keys, nullptr), values = value_rows(p, m, b, kv, 0, span.keys);
+    Turned::turn(p, m, queries, grads, span.queries);
+    ScoreRow<T> row = score_row_of(p, b, h);
+    const bool finite = Turned::template block<true>(p, g, m, b, h, 0, span.keys, 0, span.queries, queries, grads, keys, values, row,
+                                                     query_sums, key_sums, value_sums, !add, ahead);
+    if (g.query) {
+      std::memset(query_sums + span.queries * width, 0, static_cast<size_t>((span.query_rows - span.queries) * width) * sizeof(T));
+      for (int64_t i = 0; i < span.query_rows && !in_place; ++i)
+        write_row(p.width, query_sums + i * width, grad_query_of(p, g, b, h) + i * g.query_row);
+    }
+    const int64_t value_width = whole_vectors<T>(p.value_width);
+    return finite ||
+           ((!g.query || all_finite(span.queries, width, query_sums, width)) && (!g.key || all_finite(span.keys, width, key_sums, width)) &&
+            (!g.value || all_finite(span.keys, value_width, value_sums, value_width)));
   }
 
   // The incoming gradient, with nothing in the rows that see no key, and delta.
@@ -265,8 +300,7 @@ struct AttentionBackward {
   static Rows<T> upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
                           const T* shares, const O* all_out, bool& spoilt) {
     const AttentionSpan& span = p.spans[b];
-    const S* const from = g.grad_out + b * g.grad_out_stride[0] + h * g.grad_out_stride[1] + span.query_begin * g.grad_out_stride[2];
-    Rows<T> grads = prepare_rows(span.queries, p.value_width, from, g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies);
+    Rows<T> grads = grad_rows(p, g, m, b, h);
     const O* const out = all_out + b * p.out_stride[0] + h * p.out_stride[1] + span.query_begin * p.out_stride[2];
     bool dead = false;
     for (int64_t i = 0; i < span.queries; ++i) {
@@ -278,7 +312,7 @@ struct AttentionBackward {
       if (c < p.value_width) add_long_product<T>(sum, load(grads.data + i * grads.row + c), load_partial(row + c, p.value_width - c));
       T delta = total_of(sum);
       if (delta * T(0) != T(0)) (shares[i] == T(0) ? dead : spoilt) = true;
-      const T grad_lse = grad_of_lse(p, g, b, h, i);
+      const T grad_lse = Derivative::grad_of_lse(p, g, b, h, i);
       // A bias that is the same for all keys moves nothing but lse.
       if (!g.bias_stride[3] && part == 0 && shares[i] != T(0)) {
         const int64_t place = b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2];
@@ -319,7 +353,7 @@ struct AttentionBackward {
       attention_product<T>(rows, columns,
                            {p.value_width, grads.data + i * grads.row, grads.row, 1, m.values_transposed + hull.begin, attention_block,
                             slopes + hull.begin, attention_block, false});
-      differentiate_rows<EXTRA, false>(p, g, m, b, h, at, i, rows, hull, peaks, shares, row, weights, slopes);
+      Derivative::template differentiate_rows<EXTRA, false>(p, g, m, b, h, at, i, rows, hull, peaks, shares, row, weights, slopes);
       if (g.query)
         attention_product<T>(rows, width,
                              {min(hull.end, row.valid) - hull.begin, slopes + hull.begin, attention_block, 1,
@@ -379,8 +413,8 @@ struct AttentionBackward {
           for (int64_t i = q * tiled_rows + r; i <= q * tiled_rows + r + 16; i += 16) {
             const int64_t place = i * attention_block;
             if (i < now.rows)
-              differentiate_rows<EXTRA, true>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks, shares, row, weights + place,
-                                              slopes + place);
+              Derivative::template differentiate_rows<EXTRA, true>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks, shares, row,
+                                                                   weights + place, slopes + place);
             else
               for (int64_t c = 0; c < attention_block; ++c) weights[place + c] = slopes[place + c] = T(0);
           }
@@ -397,122 +431,4 @@ struct AttentionBackward {
     if (before.rows) Tiled::add_up(p, g, m.tiled, before, query_sums);
   }
 #endif
-
-  // `rows` rows from the i'th on.
-  template <bool EXTRA, bool TILED>
-  S2S_INLINE void differentiate_rows(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h,
-                                     int64_t at, int64_t i, int64_t rows, const Hull& hull, const T* peaks, const T* shares,
-                                     ScoreRow<T>& row, T* weights, T* slopes) {
-    const AttentionSpan& span = p.spans[b];
-    for (int64_t r = 0; r < rows; ++r) {
-      row.begin = max(hull.begin, first_key(span, p.left, i + r) - at);
-      row.end = min(hull.end, end_key(span, p.right, i + r) - at);
-      if constexpr (EXTRA) {
-        row.distance = static_cast<T>(at - i - r - span.diagonal);
-        m.extras.point(p, b, h, i + r, at, row);
-      }
-      differentiate<EXTRA, TILED>(p, g, m, b, h, i + r, at, row, hull, peaks[i + r], shares[i + r], m.delta[i + r],
-                                  weights + r * attention_block, slopes + r * attention_block);
-    }
-  }
-
-  // One row: products become weights (after dropout), and the gradient of the weights that of the products.
-  template <bool EXTRA, bool TILED>
-  S2S_INLINE void differentiate(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t i,
-                                int64_t at, const ScoreRow<T>& row, const Hull& hull, T peak, T share, T delta, T* weights, T* grads) {
-    for (int64_t c = 0; c < hull.begin; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
-    for (int64_t c = hull.end; c < row.valid; c += lanes<T>) store(weights + c, Vec<T>{}), store(grads + c, Vec<T>{});
-    if (p.dropout)
-      dropout_factors<T>(p.seed0, p.seed1, 0, p.first_row(b, h) + i, at + hull.begin, hull.end - hull.begin, p.threshold,
-                         static_cast<T>(p.kept), m.factors + hull.begin);
-    const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
-    const T level = peak == -std::numeric_limits<T>::infinity() ? T(0) : peak;
-    // share is the largest weight too. Where few keys have most of it, gradients less delta are small differences, of which the rounding of
-    // forward's result makes too much; at least if there are no other blocks, delta can be made of the very gradients it is taken from.
-    const AttentionSpan& span = p.spans[b];
-    if (share >= T(0.25) && first_key(span, p.left, i) >= at && end_key(span, p.right, i) <= at + attention_block)
-      delta = delta * T(0) + weighted<EXTRA, TILED>(p, m, row, hull, level, share, weights, grads) - grad_of_lse(p, g, b, h, i);
-    T* bias = nullptr;
-    double* long_bias = nullptr;
-    if constexpr (EXTRA) {
-      const int64_t place = b * g.bias_stride[0] + h * g.bias_stride[1] + i * g.bias_stride[2] + at * g.bias_stride[3];
-      if (g.bias && g.bias_stride[3]) bias = g.bias + place, prefetch_row(bias, g.bias_stride[2]);
-      if (g.long_bias && g.bias_stride[3]) long_bias = g.long_bias + place, prefetch_row(long_bias, g.bias_stride[2]);
-    }
-    // A key that has all the weight, be it the only one that is seen, moves nothing but lse: the difference would be made of rounding
-    // errors.
-    const bool alone = share == T(1);
-    const T alone_grad = alone ? delta * T(0) + grad_of_lse(p, g, b, h, i) : T(0);
-    Vec<T> slope_sum = {}, grad_sum = {}, distance_sum = {};
-    for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
-      Vec<T> slowed;
-      const Vec<T> s = score<T, EXTRA, TILED>(row, c, load(weights + c), slowed);
-      Vec<T> weight = select(s == hidden, Vec<T>{}, vexp_weight(s - level) * share), grad = load(grads + c);
-      if (p.dropout) {
-        const Vec<T> factor = load(m.factors + c);
-        grad = grad * factor;
-        store(weights + c, weight * factor);
-      } else {
-        store(weights + c, weight);
-      }
-      grad = select(s == hidden, Vec<T>{}, weight * (grad - delta));
-      if (alone) grad = select(weight == T(1), broadcast(alone_grad), grad);
-      if constexpr (EXTRA) {
-        if (bias) {
-          if (c + lanes<T> <= row.valid)
-            store(bias + c, load(bias + c) + grad);
-          else if (c < row.valid)
-            store_partial(bias + c, load_partial(bias + c, row.valid - c) + grad, row.valid - c);
-        }
-        if (long_bias) {
-          if (c + lanes<T> <= row.valid)
-            add_long(long_bias + c, lengthen(grad));
-          else
-            for (int64_t lane = 0; c + lane < row.valid; ++lane) long_bias[c + lane] += static_cast<double>(grad[lane]);
-        }
-        if (g.slopes) {
-          const Vec<T> distance = vabs(iota<T>() + (row.distance + static_cast<T>(c)));
-          slope_sum = fma(-grad, distance, slope_sum);
-          grad_sum = grad_sum + grad;
-          distance_sum = fma(weight, distance, distance_sum);
-        }
-        if (row.capped) grad = select(s == hidden, Vec<T>{}, grad * (T(1) - slowed * slowed));
-      }
-      store(grads + c, grad * row.scale);
-    }
-    if (EXTRA && g.slopes) {
-      add_long(m.slope_sums, lengthen(slope_sum));
-      double* const sums = slope_row(p, g, b, h, at / (part_blocks(p, g.parts) * attention_block), i);
-      sums[0] += static_cast<double>(hsum(grad_sum)), sums[1] += static_cast<double>(hsum(distance_sum));
-    }
-  }
-  // Of one row, the sum of weights (after dropout) times their gradients.
-  template <bool EXTRA, bool TILED>
-  static __attribute__((noinline)) T weighted(const AttentionCall<S>& p, const Memory& m, const ScoreRow<T>& row, const Hull& hull, T level,
-                                              T share, const T* products, const T* grads) {
-    const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
-    LongVec<T> sum = {};
-    for (int64_t c = hull.begin; c < hull.end; c += lanes<T>) {
-      Vec<T> slowed;
-      const Vec<T> s = score<T, EXTRA, TILED>(row, c, load(products + c), slowed);
-      const Vec<T> grad = p.dropout ? load(grads + c) * load(m.factors + c) : load(grads + c);
-      add_long_product<T>(sum, vexp_weight(s - level) * share, select(s == hidden, Vec<T>{}, grad));
-    }
-    return total_of(sum);
-  }
-  template <class B>
-  S2S_INLINE void prefetch_row(const B* row, int64_t stride) {
-    for (int64_t c = 0; stride && c < attention_block; c += 64 / static_cast<int64_t>(sizeof(B)))
-      __builtin_prefetch(row + 6 * stride + c, 1);
-  }
 };
-
-// to[i] = from[i] + from[n + i] + ... of `parts` arrays, in the storage type.
-template <class T, class S>
-void add_up(const T* from, int64_t n, int64_t parts, int64_t begin, int64_t end, S* to) {
-  for (int64_t i = begin; i < end; ++i) {
-    T sum = from[i];
-    for (int64_t part = 1; part < parts; ++part) sum += from[part * n + i];
-    to[i] = from_compute<S>(static_cast<compute_t<S>>(sum));
-  }
-}

@@ -9,8 +9,8 @@ struct AttentionForward {
   static constexpr int64_t queries_at_once = attention_queries;
 
   struct Memory {
-    T *transposed, *value_copies, *query_copies, *key_copies, *out, *sums, *peaks, *scores, *factors;
-    Rows<T>* values;
+    T *transposed, *value_copies, *query_copies, *key_copies, *out, *sums, *totals, *peaks, *scores, *factors;
+    Rows<T>*keys, *values;
     uint8_t *bad_values, *spoilt;
     ScoreExtras<S> extras;
     typename Tiled::Memory tiled;
@@ -20,15 +20,18 @@ struct AttentionForward {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
     Memory m;
-    m.transposed = pieces.take<T>(Tiled::always_pays(p) ? 0 : blocks * attention_block * p.width);
+    // Of all keys, or of one block of queries.
+    m.transposed = pieces.take<T>(Tiled::always_pays(p) ? 0 : max(blocks, int64_t{1}) * attention_block * p.width);
     m.value_copies = pieces.take<T>(blocks * attention_block * value_width);
     m.query_copies = pieces.take<T>(queries_at_once * width);
-    m.key_copies = pieces.take<T>(attention_block * width);
+    m.key_copies = pieces.take<T>((may_turn(p) ? blocks : 1) * attention_block * width);
     m.out = pieces.take<T>(queries_at_once * value_width);
-    m.sums = pieces.take<T>(queries_at_once * (lanes<T> + 1) + lanes<T>);
+    m.sums = pieces.take<T>(queries_at_once * lanes<T>);
+    m.totals = pieces.take<T>(queries_at_once);
     m.peaks = pieces.take<T>(queries_at_once);
-    m.scores = pieces.take<T>(attention_rows * attention_block);
+    m.scores = pieces.take<T>((may_turn(p) ? attention_block : attention_rows) * attention_block);
     m.factors = pieces.take<T>(attention_block);
+    m.keys = pieces.take<Rows<T>>(blocks);
     m.values = pieces.take<Rows<T>>(blocks);
     m.bad_values = pieces.take<uint8_t>(blocks * attention_block);
     m.spoilt = pieces.take<uint8_t>(queries_at_once);
@@ -43,10 +46,19 @@ struct AttentionForward {
     return pieces.used;
   }
 
+  // Whether scores are made turned: there is little to a score, and lanes of queries are no emptier than those of keys.
+  static bool may_turn(const AttentionCall<S>& p) {
+    return plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes || p.dropout) && !Tiled::always_pays(p);
+  }
+  static bool turned(const AttentionCall<S>& p, const AttentionSpan& span) {
+    return may_turn(p) && !Tiled::pays(p, span) &&
+           whole_vectors<T>(span.queries) * span.keys <= (span.queries + lanes<T> / 4) * whole_vectors<T>(span.keys);
+  }
+
   // Queries [query_begin, query_end) of the heads that read key head kv.
   static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t query_begin, int64_t query_end, char* scratch) {
     const AttentionSpan& span = p.spans[b];
-    const bool tiled = Tiled::pays(p, span);
+    const bool tiled = Tiled::pays(p, span), turned = AttentionForward::turned(p, span);
     query_end = min(query_end, span.query_rows);
     if (query_begin >= query_end) return;
     Pieces pieces{scratch};
@@ -63,7 +75,10 @@ struct AttentionForward {
     const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
     for (int64_t at = block_begin * attention_block; at < min(span.keys, block_end * attention_block); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at);
-      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3], m.key_copies);
+      const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3],
+                                        m.key_copies + (turned ? at * whole_vectors<T>(p.width) : 0));
+      m.keys[at / attention_block] = keys;
+      if (turned) continue;
       if (tiled)
         Tiled::pack_keys(p, m.tiled, at / attention_block, n, keys);
       else
@@ -78,18 +93,31 @@ struct AttentionForward {
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
       ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
     }
-    ahead.begin(group * (present - query_begin) / (tiled ? tiled_rows : attention_rows) * (block_end - block_begin));
+    const int64_t rows = present - query_begin, blocks = block_end - block_begin;
+    ahead.begin(group * (turned ? turned_groups(rows, blocks * min(attention_block, span.keys), 1, 1)
+                                : rows / (tiled ? tiled_rows : attention_rows) * blocks));
+    const int64_t value_width = whole_vectors<T>(p.value_width);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
         const int64_t n = min(queries_at_once, query_end - i), some = max(int64_t{0}, min(n, present - i));
+        if constexpr (std::is_same_v<S, T>) {
+          // Weights of one block can be divided by their sum before they meet values, and results be made where they are wanted.
+          if (turned && block_end - block_begin == 1 && value_width == p.value_width && !p.wide_out && !cleaned) {
+            S* const out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + (span.query_begin + i) * p.out_stride[2];
+            turned_queries<true>(p, m, b, h, i, some, block_begin, block_end, out, p.out_stride[2], ahead);
+            if (all_finite(some, value_width, out, p.out_stride[2])) {
+              finish<true>(p, m, b, h, i, n, some);
+              continue;
+            }
+          }
+        }
         queries(p, m, b, h, i, some, block_begin, block_end, ahead);
-        const int64_t value_width = whole_vectors<T>(p.value_width);
         if (!cleaned && !all_finite(some, value_width, m.out, value_width)) {
           prepare_values(p, m, b, kv, block_begin, block_end, true);
           cleaned = true;
           queries(p, m, b, h, i, some, block_begin, block_end, ahead);
         }
-        finish(p, m, b, h, i, n, some);
+        finish<false>(p, m, b, h, i, n, some);
       }
   }
 
@@ -107,14 +135,22 @@ struct AttentionForward {
     }
   }
 
+  static Rows<T> query_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n) {
+    const S* const from = p.query + b * p.query_stride[0] + h * p.query_stride[1] + (p.spans[b].query_begin + first) * p.query_stride[2];
+    return prepare_rows(n, p.width, from, p.query_stride[2], p.query_stride[3], m.query_copies);
+  }
+
   static void queries(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
                       int64_t block_end, Ahead& ahead) {
     if (n <= 0) return;
-    const S* const from = p.query + b * p.query_stride[0] + h * p.query_stride[1] + (p.spans[b].query_begin + first) * p.query_stride[2];
-    const Rows<T> queries = prepare_rows(n, p.width, from, p.query_stride[2], p.query_stride[3], m.query_copies);
-    std::memset(m.out, 0, static_cast<size_t>(n * whole_vectors<T>(p.value_width)) * sizeof(T));
-    std::memset(m.sums, 0, static_cast<size_t>(n * lanes<T>) * sizeof(T));
+    const int64_t value_width = whole_vectors<T>(p.value_width);
+    std::memset(m.out, 0, static_cast<size_t>(n * value_width) * sizeof(T));
     std::memset(m.spoilt, 0, static_cast<size_t>(n));
+    if constexpr (plain<S>) {
+      if (turned(p, p.spans[b])) return turned_queries<false>(p, m, b, h, first, n, block_begin, block_end, m.out, value_width, ahead);
+    }
+    const Rows<T> queries = query_rows(p, m, b, h, first, n);
+    std::memset(m.sums, 0, static_cast<size_t>(n * lanes<T>) * sizeof(T));
     for (int64_t i = 0; i < n; ++i) m.peaks[i] = -std::numeric_limits<T>::infinity();
     const bool extra = !plain<S> || p.softcap > 0 || p.bias || p.mask || p.slopes;
     const auto run = Tiled::pays(p, p.spans[b])
@@ -122,6 +158,7 @@ struct AttentionForward {
                      : extra ? &queries_of<true>
                              : &queries_of<!plain<S>>;
     run(p, m, b, h, first, n, queries, block_begin, block_end, ahead);
+    for (int64_t i = 0; i < n; ++i) m.totals[i] = hsum(load(m.sums + i * lanes<T>));
   }
 
   template <bool EXTRA>
@@ -207,31 +244,138 @@ struct AttentionForward {
     store(m.sums + r * lanes<T>, sum);
   }
 
-  // Sums become results; rows [present, n) are absent.
+  // The same with queries along the lanes (attention_turned.h). WHOLE: of the only block, weights are divided by their sum.
+  template <bool WHOLE>
+  static void turned_queries(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n,
+                             int64_t block_begin, int64_t block_end, T* out, int64_t out_row, Ahead& ahead) {
+    const AttentionSpan& span = p.spans[b];
+    const Rows<T> queries = query_rows(p, m, b, h, first, n);
+    const int64_t value_width = whole_vectors<T>(p.value_width), chain = value_width == lanes<T> ? 16 : attention_block;
+    ScoreRow<T> row = score_row_of(p, b, h);
+    for (int64_t q = 0; q < n; q += attention_block) {
+      const int64_t i = first + q, rows = min(attention_block, n - q);
+      transpose_rows(rows, p.width, {queries.data + q * queries.row, queries.row, false}, m.transposed);
+      for (int64_t c = 0; c < rows; c += lanes<T>) {
+        store(m.peaks + q + c, broadcast(-std::numeric_limits<T>::infinity()));
+        store(m.totals + q + c, Vec<T>{});
+      }
+      for (int64_t k = block_begin; k < block_end; ++k) {
+        const int64_t at = k * attention_block;
+        const Hull seen = turned_keys(span, p.left, p.right, i, rows, at);
+        if (seen.empty() && !WHOLE) continue;
+        turned_product(span, p.left, p.right, i, rows, at, seen, p.width, m.keys[k], m.transposed, m.scores, ahead);
+        const bool open = turned_open(span, p.left, p.right, i, rows, at, min(attention_block, span.keys - at));
+        const auto weigh = open ? &weigh_turned<WHOLE, true> : &weigh_turned<WHOLE, false>;
+        weigh(p, m, span, row, i, rows, seen, k, q);
+        T* const to = out + q * out_row;
+        for (int64_t r = 0; r < rows && !WHOLE; ++r)
+          for (int64_t c = 0; c < value_width && m.factors[r] != T(1); c += lanes<T>)
+            store(to + r * out_row + c, load(to + r * out_row + c) * m.factors[r]);
+        turned_rows(span, p.left, p.right, i, rows, at, m.scores, value_width, m.values[k], to, out_row, !WHOLE, chain, ahead);
+      }
+    }
+  }
+
+  // Products of n queries become scores and then weights; m.factors bring what was summed before to the new maximum. The block's peaks
+  // begin at the q'th. OPEN: all is seen.
+  template <bool WHOLE, bool OPEN>
+  static void weigh_turned(const AttentionCall<S>& p, const Memory& m, const AttentionSpan& span, ScoreRow<T>& row, int64_t first,
+                           int64_t n, const Hull& block, int64_t k, int64_t q) {
+    for (int64_t lane = 0; lane < n; lane += lanes<T>) weigh_lanes<WHOLE, OPEN>(p, m, span, row, first, n, block, k, lane, q + lane);
+  }
+  template <bool WHOLE, bool OPEN>
+  S2S_INLINE void weigh_lanes(const AttentionCall<S>& p, const Memory& m, const AttentionSpan& span, ScoreRow<T>& row, int64_t first,
+                              int64_t n, const Hull& block, int64_t k, int64_t lane, int64_t c) {
+    const T lowest = -std::numeric_limits<T>::infinity();
+    const int64_t at = k * attention_block;
+    const Hull seen = OPEN ? block : turned_keys(span, p.left, p.right, first + lane, min(lanes<T>, n - lane), at);
+    T* const scores = m.scores + lane;
+    for (int64_t j = block.begin; j < seen.begin; ++j) store(scores + j * attention_block, Vec<T>{});
+    for (int64_t j = seen.end; j < block.end; ++j) store(scores + j * attention_block, Vec<T>{});
+    Vec<T> tops[2] = {broadcast(lowest), broadcast(lowest)};
+    const auto score_at = [&](int64_t j) __attribute__((always_inline)) {
+      return turned_score<T, OPEN>(span, p.left, p.right, first, n, at + j, lane, row, load(scores + j * attention_block));
+    };
+    int64_t j = seen.begin;
+    for (; j + 1 < seen.end; j += 2)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const Vec<T> s = score_at(j + v);
+        store(scores + (j + v) * attention_block, s);
+        tops[v] = max(s, tops[v]);  // a NaN is passed over here and comes back with the weights
+      }
+    if (j < seen.end) {
+      const Vec<T> s = score_at(j);
+      store(scores + j * attention_block, s);
+      tops[0] = max(s, tops[0]);
+    }
+    if (m.values[k].bad)
+      for (j = seen.begin; j < seen.end; ++j)
+        for (int64_t i = 0; i < lanes<T> && m.bad_values[at + j]; ++i)
+          if (scores[j * attention_block + i] != lowest) m.spoilt[c + i] = 1;
+    const Vec<T> before = load(m.peaks + c), peak = max(max(tops[0], tops[1]), before);
+    const Vec<T> level = select(peak == broadcast(lowest), Vec<T>{}, peak);
+    Vec<T> sums[2] = {};
+    for (j = seen.begin; j + 1 < seen.end; j += 2)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        T* const place = scores + (j + v) * attention_block;
+        const Vec<T> weight = vexp_weight(load(place) - level);
+        sums[v] = sums[v] + weight;
+        store(place, weight);
+      }
+    if (j < seen.end) {
+      const Vec<T> weight = vexp_weight(load(scores + j * attention_block) - level);
+      sums[0] = sums[0] + weight;
+      store(scores + j * attention_block, weight);
+    }
+    store(m.peaks + c, peak);
+    Vec<T> total = sums[0] + sums[1];
+    if constexpr (WHOLE) {
+      store(m.totals + c, total);
+      const Vec<T> share = select(total == Vec<T>{}, Vec<T>{}, broadcast(T(1)) / total);
+      for (j = seen.begin; j < seen.end; ++j) store(scores + j * attention_block, load(scores + j * attention_block) * share);
+    } else {
+      const Vec<T> one = broadcast(T(1)), known = select(before > broadcast(lowest), vexp_fast(before - peak), one);
+      const Vec<T> factor = select(peak > before, known, one);
+      store(m.factors + lane, factor);
+      store(m.totals + c, fma(load(m.totals + c), factor, total));
+    }
+  }
+
+  // Sums become results; rows [present, n) are absent. ABSENT: only those have no result yet.
+  template <bool ABSENT>
   static void finish(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t present) {
     const int64_t value_width = whole_vectors<T>(p.value_width), row_begin = p.spans[b].query_begin + first;
     T* const lse = p.lse + p.first_row(b, h) + first;
     S* const out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + row_begin * p.out_stride[2];
-    T* const logarithms = m.sums + queries_at_once * lanes<T>;
-    for (int64_t i = 0; i < whole_vectors<T>(n); ++i) logarithms[i] = i < present ? hsum(load(m.sums + i * lanes<T>)) : T(0);
-    for (int64_t i = 0; i < n; ++i) m.sums[i] = logarithms[i];
-    for (int64_t i = 0; i < n; i += lanes<T>) store(logarithms + i, vlog(load(logarithms + i)));
-    for (int64_t i = 0; i < n; ++i)
-      finish_row(p, m.out + i * value_width, m.sums[i], logarithms[i], i < present ? m.peaks[i] : T(0), i < present && m.spoilt[i],
-                 out + i * p.out_stride[2], lse + i);
+    for (int64_t i = 0; i < present; i += lanes<T>) store(m.sums + i, vlog(load(m.totals + i)));
+    for (int64_t i = 0; i < present; ++i) {
+      if constexpr (ABSENT)
+        finish_lse(p, m.totals[i], m.sums[i], m.peaks[i], lse + i);
+      else
+        finish_row(p, m.out + i * value_width, m.totals[i], m.sums[i], m.peaks[i], m.spoilt[i], out + i * p.out_stride[2], lse + i);
+    }
+    for (int64_t i = present; i < n; ++i) finish_row(p, m.out, T(0), T(0), T(0), false, out + i * p.out_stride[2], lse + i);
   }
 
  public:
   static void finish_row(const AttentionCall<S>& p, const T* sums, T total, T logarithm, T peak, bool spoilt, S* out, T* lse) {
     const bool none = total == T(0);
-    *lse = none ? -std::numeric_limits<T>::infinity() : peak + logarithm;
-    const T share = none ? T(0) : T(1) / total, factor = spoilt ? std::numeric_limits<T>::quiet_NaN() : share;
-    if (p.peaks) p.peaks[lse - p.lse] = peak, p.shares[lse - p.lse] = share;
+    const T share = finish_lse(p, total, logarithm, peak, lse), factor = spoilt ? std::numeric_limits<T>::quiet_NaN() : share;
     write(p.value_width, sums, none, factor, out);
     if (p.wide_out) write(p.value_width, sums, none, factor, p.wide_out + (out - p.out));
   }
 
  private:
+  // One row's share of a weight's exponential.
+  S2S_INLINE T finish_lse(const AttentionCall<S>& p, T total, T logarithm, T peak, T* lse) {
+    const bool none = total == T(0);
+    *lse = none ? -std::numeric_limits<T>::infinity() : peak + logarithm;
+    const T share = none ? T(0) : T(1) / total;
+    if (p.peaks) p.peaks[lse - p.lse] = peak, p.shares[lse - p.lse] = share;
+    return share;
+  }
   template <class O>
   S2S_INLINE void write(int64_t width, const T* sums, bool none, T factor, O* out) {
     int64_t c = 0;

@@ -24,10 +24,11 @@ struct Product {
   bool add;
 };
 
+// The columns from `column` on.
 template <class T, int ROWS, int VECTORS>
-__attribute__((noinline)) void attention_tile(const Product<T>& p) {
+__attribute__((noinline)) void attention_tile(const Product<T>& p, int64_t column) {
   Vec<T> sum[ROWS][VECTORS] = {};
-  const T *a = p.a, *b = p.b;
+  const T *a = p.a, *b = p.b + column;
   const int64_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
   for (int64_t k = 0; k < p.depth; ++k) {
     Vec<T> right[VECTORS];
@@ -42,25 +43,29 @@ __attribute__((noinline)) void attention_tile(const Product<T>& p) {
     a += a_step;
     b += b_row;
   }
+  T* const c = p.c + column;
+  const int64_t c_row = p.c_row;
+  if (p.add) {
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) {
-      T* const to = p.c + i * p.c_row + j * lanes<T>;
-      store(to, p.add ? load(to) + sum[i][j] : sum[i][j]);
+      for (int j = 0; j < VECTORS; ++j) store(c + i * c_row + j * lanes<T>, load(c + i * c_row + j * lanes<T>) + sum[i][j]);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) store(c + i * c_row + j * lanes<T>, sum[i][j]);
     }
   }
 }
 
+// Columns [column, columns). The product is not copied: a vector read of what was just written word by word would wait.
 template <class T, int ROWS, int VECTORS = attention_vectors>
-void attention_columns(Product<T> p, int64_t columns) {
-  for (; columns >= VECTORS * lanes<T>; columns -= VECTORS * lanes<T>) {
-    attention_tile<T, ROWS, VECTORS>(p);
-    p.b += VECTORS * lanes<T>;
-    p.c += VECTORS * lanes<T>;
-  }
+void attention_columns(const Product<T>& p, int64_t columns, int64_t column = 0) {
+  for (; column + VECTORS * lanes<T> <= columns; column += VECTORS * lanes<T>) attention_tile<T, ROWS, VECTORS>(p, column);
   if constexpr (VECTORS > 1) {
-    if (columns > 0) attention_columns<T, ROWS, VECTORS - 1>(p, columns);
+    if (column < columns) attention_columns<T, ROWS, VECTORS - 1>(p, columns, column);
   }
 }
 

@@ -32,7 +32,7 @@ struct TiledForward<S, float> {
   static bool always_pays(const AttentionCall<S>& p) { return pays(p, p.least_time, p.least_source); }
   static bool pays(const AttentionCall<S>& p, int64_t queries, int64_t keys) {
     if (!p.kv_heads) return false;
-    const int64_t rows = queries * (p.heads / p.kv_heads), least = !p.peaks ? 96 : p.right < p.source ? 256 : 128;
+    const int64_t rows = queries * (p.heads / p.kv_heads), least = p.right >= p.source ? 192 : p.peaks ? 448 : 320;
     return p.width >= 32 && p.value_width >= 32 && rows >= least && keys >= 32;
   }
   static int64_t columns(const AttentionCall<S>& p) { return split_columns(p.value_width) * 16; }

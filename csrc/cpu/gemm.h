@@ -129,40 +129,28 @@ void gemm_rows(int64_t rows, bool wide, int64_t depth, const T* a, int64_t a_row
 template <class T>
 inline constexpr int64_t gemm_transpose = 32 / static_cast<int64_t>(sizeof(T));
 
-#if S2S_VECTOR_BYTES == 32
-template <class S>
-S2S_INLINE __m256 load_eight(const S* from) {
-  return load(from);
+S2S_INLINE __m128 load_four(const float* from) { return _mm_loadu_ps(from); }
+S2S_INLINE __m128 load_four(const float16* from) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))); }
+S2S_INLINE __m128 load_four(const bfloat16* from) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), 16));
 }
-#else
-S2S_INLINE __m256 load_eight(const float* from) { return _mm256_loadu_ps(from); }
-S2S_INLINE __m256 load_eight(const float16* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
-S2S_INLINE __m256 load_eight(const bfloat16* from) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
-}
-#endif
 
 // to[j] lane i = from[i * from_row + j]
 template <class S>
 S2S_INLINE void load_transposed(const S* from, int64_t from_row, __m256 (&to)[8]) {
-  __m256 pairs[8], quads[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m256 even = load_eight(from + 2 * i * from_row), odd = load_eight(from + (2 * i + 1) * from_row);
-    pairs[2 * i] = _mm256_unpacklo_ps(even, odd);
-    pairs[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
-  }
 #pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-  }
+  for (int j = 0; j < 8; j += 4) {
+    // Rows four apart meet as they are loaded, which leaves shuffles within halves only: those that cross are slower and fewer at a time.
+    __m256 rows[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    to[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-    to[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+    for (int i = 0; i < 4; ++i)
+      rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(from + i * from_row + j)), load_four(from + (i + 4) * from_row + j), 1);
+    const __m256 a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpackhi_ps(rows[0], rows[1]);
+    const __m256 c = _mm256_unpacklo_ps(rows[2], rows[3]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
+    to[j] = _mm256_shuffle_ps(a, c, 0x44);
+    to[j + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    to[j + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    to[j + 3] = _mm256_shuffle_ps(b, d, 0xee);
   }
 }
 

@@ -1,0 +1,98 @@
+// Blocks of scores with a key for each row and a query for each lane: maxima, sums and gradients of a query's softmax then stand in lanes,
+// and nothing is added up across a vector. For calls with nothing but a scale and intervals: biases, masks and the random numbers of
+// dropout lie along the keys.
+
+// The lanes that see key j, where lane 0 is query `first`, as score() takes them; past the last query all lanes do.
+template <class T>
+S2S_INLINE void turned_interval(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t j,
+                                ScoreRow<T>& row) {
+  const int64_t from = j - span.diagonal - first;
+  row.begin = from - right;
+  row.end = from + left + 1;
+  if (row.end >= n) row.end = attention_block;
+}
+
+// Keys of a block, from its first one on, that see something of queries [first, first + n).
+S2S_INLINE Hull turned_keys(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at) {
+  const int64_t begin = max(int64_t{0}, first_key(span, left, first) - at);
+  const int64_t end = min(attention_block, end_key(span, right, first + n - 1) - at);
+  return {begin, max(begin, end)};
+}
+
+// Whether queries [first, first + n) see all of the keys of a block.
+S2S_INLINE bool turned_open(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, int64_t keys) {
+  return first_key(span, left, first + n - 1) <= at && end_key(span, right, first) >= at + keys;
+}
+
+// The c'th vector of scores of key j. OPEN: all is seen.
+template <class T, bool OPEN>
+S2S_INLINE Vec<T> turned_score(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t j, int64_t c,
+                               ScoreRow<T>& row, Vec<T> product) {
+  Vec<T> slowed;
+  if constexpr (OPEN)
+    row.begin = 0, row.end = attention_block;
+  else
+    turned_interval(span, left, right, first, n, j, row);
+  return score<T, false>(row, c, product, slowed);
+}
+
+// Groups of rows in all blocks, where `per_query` products have queries as rows and `per_key` have keys.
+S2S_INLINE int64_t turned_groups(int64_t queries, int64_t keys, int64_t per_query, int64_t per_key) {
+  const auto blocks = [](int64_t n) { return (n + attention_block - 1) / attention_block; };
+  return (per_query * queries * blocks(keys) + per_key * keys * blocks(queries)) / attention_rows;
+}
+
+// to (keys, attention_block) = keys' rows times queries' columns (attention_block apart), where some query of a vector sees some key of a
+// group.
+template <class T>
+void turned_product(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, const Hull& seen,
+                    int64_t width, const Rows<T>& keys, const T* columns, T* to, Ahead& ahead) {
+  const int64_t groups = (seen.end - seen.begin + attention_rows - 1) / attention_rows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t j = seen.begin + gemm_group(seen.end - seen.begin, groups, g);
+    const int64_t rows = seen.begin + gemm_group(seen.end - seen.begin, groups, g + 1) - j;
+    const int64_t begin = max(int64_t{0}, at + j - span.diagonal - right - first) / lanes<T> * lanes<T>;
+    const int64_t end = whole_vectors<T>(min(n, at + j + rows - span.diagonal + left - first));
+    if (end <= begin) continue;
+    ahead.step();
+    attention_product<T>(rows, end - begin,
+                         {width, keys.data + j * keys.row, keys.row, 1, columns + begin, attention_block, to + j * attention_block + begin,
+                          attention_block, false});
+  }
+}
+
+// to (n, columns) = or += a block, turned, times rows of keys; of each group of queries only the keys that it sees.
+template <class T>
+void turned_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, const T* block,
+                 int64_t columns, const Rows<T>& keys, T* to, int64_t to_row, bool add, int64_t chain, Ahead& ahead) {
+  const int64_t groups = (n + attention_rows - 1) / attention_rows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t i = gemm_group(n, groups, g), rows = gemm_group(n, groups, g + 1) - i;
+    const Hull seen = turned_keys(span, left, right, first + i, rows, at);
+    ahead.step();
+    if (seen.empty() && add) continue;
+    int64_t c = seen.begin;
+    do {
+      attention_product<T>(rows, columns,
+                           {min(chain, seen.end - c), block + c * attention_block + i, 1, attention_block, keys.data + c * keys.row,
+                            keys.row, to + i * to_row, to_row, add || c > seen.begin});
+    } while ((c += chain) < seen.end);
+  }
+}
+
+// to (keys, columns) = or += a block, turned, times rows of queries; of each group of keys only the queries that see it.
+template <class T>
+void turned_key_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, int64_t keys,
+                     const T* block, int64_t columns, const Rows<T>& queries, T* to, bool add, Ahead& ahead) {
+  const int64_t groups = (keys + attention_rows - 1) / attention_rows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t j = gemm_group(keys, groups, g), rows = gemm_group(keys, groups, g + 1) - j;
+    const int64_t begin = min(n, max(int64_t{0}, at + j - span.diagonal - right - first));
+    const int64_t end = max(begin, min(n, at + j + rows - span.diagonal + left - first));
+    ahead.step();
+    if (begin == end && add) continue;
+    attention_product<T>(rows, columns,
+                         {end - begin, block + j * attention_block + begin, attention_block, 1,
+                          queries.data + (first + begin) * queries.row, queries.row, to + j * columns, columns, add});
+  }
+}
