@@ -32,26 +32,28 @@ const uint8_t* flagged(const Rows<const C>& rows, int64_t batch, int64_t count, 
   return flags;
 }
 
-// Fills the table (B, blocks, even(A), 2, key_block) and the flags (B, S). Blocks past a length are 0 if `all`, else left alone.
+// Fills blocks [begin, end) of a table (B, blocks, even(A), 2, key_block), counted over the batch, and the flags (B, S). Blocks past a
+// length are 0 if `all`, else left alone. columns: scratch of width * key_block elements.
 template <class C>
-void fill_table(const Rows<const C>& key, int64_t batch, int64_t keys, int64_t width, const int64_t* lengths, C* table, uint8_t* outlier,
-                bool all) {
-  const int64_t blocks = blocks_of(keys, key_block), scratch = Workspace::bytes<C>(width * key_block);
+void fill_blocks(const AdditiveAttention<C>& p, int64_t begin, int64_t end, C* table, uint8_t* outlier, C* columns, bool all) {
+  const auto fill = S2S_SELECT(AdditiveKernels<C>::table);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / p.blocks(), at = task % p.blocks(), first = at * key_block, count = std::min(key_block, p.length(b) - first);
+    C* const to = table + b * p.table_batch + at * p.block_size();
+    if (count > 0)
+      fill(p.width, count, p.key.at(b, first), p.key.row, outlier + b * p.outlier_batch + first, to, columns);
+    else if (all)
+      std::fill(to, to + p.block_size(), C(0));
+  }
+}
+template <class C>
+void fill_table(const AdditiveAttention<C>& p, C* table, uint8_t* outlier, bool all) {
+  const int64_t scratch = Workspace::bytes<C>(p.width * key_block);
   Workspace workspace(thread_count() * scratch);
   uint8_t* const columns = workspace.take<uint8_t>(thread_count() * scratch);
   std::atomic<int64_t> next{0};
-  const auto fill = S2S_SELECT(AdditiveKernels<C>::table);
-  parallel(batch * blocks, 1 + (1 << 12) / (key_block * width + 1), [&](int64_t begin, int64_t end) {
-    C* own = reinterpret_cast<C*>(columns + next.fetch_add(1) * scratch);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks, first = task % blocks * key_block;
-      const int64_t count = std::min(key_block, (lengths ? lengths[b] : keys) - first);
-      C* const to = table + task * even(width) * 2 * key_block;
-      if (count > 0)
-        fill(width, count, key.at(b, first), key.row, outlier + b * keys + first, to, own);
-      else if (all)
-        std::fill(to, to + even(width) * 2 * key_block, C(0));
-    }
+  parallel(p.batch * p.blocks(), 1 + (1 << 12) / (key_block * p.width + 1), [&](int64_t begin, int64_t end) {
+    fill_blocks(p, begin, end, table, outlier, reinterpret_cast<C*>(columns + next.fetch_add(1) * scratch), all);
   });
 }
 
@@ -69,8 +71,9 @@ class Call {
   AdditiveAttention<C> p{};
   C scale = 1;
   std::deque<Workspace> kept;
+  bool entry_tables = false;  // each batch entry has its table made by the task that comes to it, in memory that stays in the cache
 
-  Call(const char* op, const Arguments& in) {
+  Call(const char* op, const Arguments& in, bool may_defer) {
     p.batch = in.query.size(0), p.rows = in.query.size(1), p.width = in.query.size(2);
     p.keys = in.key.size(1), p.values = in.value.size(2);
     lengths_ = as_contiguous(in.key_lengths);
@@ -90,20 +93,22 @@ class Call {
     }
     scale = S2S_SELECT(AdditiveKernels<C>::scale)(p.width, p.weight);
     if (scale == C(0)) return;  // a weight that isn't finite: tanh itself for all
+    p.table_batch = p.blocks() * p.block_size(), p.outlier_batch = p.keys;
     if (in.table) {
       p.table = data<C>(*in.table), p.outlier = reinterpret_cast<const uint8_t*>(data<bool>(*in.outliers));
     } else if (p.rows > 2) {  // for fewer rows the table costs more than it saves
-      const int64_t size = p.batch * p.blocks() * even(p.width) * 2 * key_block;
-      kept.emplace_back(Workspace::bytes<C>(size) + Workspace::bytes<uint8_t>(p.batch * p.keys));
-      C* table = kept.back().template take<C>(size);
+      entry_tables = may_defer && p.batch >= thread_count();
+      if (entry_tables) return;
+      kept.emplace_back(Workspace::bytes<C>(p.batch * p.table_batch) + Workspace::bytes<uint8_t>(p.batch * p.keys));
+      C* table = kept.back().template take<C>(p.batch * p.table_batch);
       uint8_t* outlier = kept.back().template take<uint8_t>(p.batch * p.keys);
-      fill_table(p.key, p.batch, p.keys, p.width, p.lengths, table, outlier, false);
+      fill_table(p, table, outlier, false);
       p.table = table, p.outlier = outlier;
     }
   }
 
-  int64_t tile() const { return std::min(query_rows, p.rows); }
   int64_t tiles() const { return blocks_of(p.rows, query_rows); }
+  int64_t tile() const { return tiles() ? blocks_of(p.rows, tiles()) : 0; }
   int64_t scores_row() const { return blocks_of(p.keys, key_block) * key_block + unit_pad; }
   int64_t table_stride() const { return (p.width + 2 * unit_pad - 1) / unit_pad * unit_pad + unit_pad; }
 
@@ -177,13 +182,15 @@ std::tuple<Tensor, Tensor> additive_attention_prepare(const Tensor& key, const O
   return dispatch_floating(op, "key", key, [&](auto zero) {
     using S = decltype(zero);
     using C = compute_t<S>;
+    std::deque<Workspace> kept;
+    AdditiveAttention<C> p{};
+    p.batch = batch, p.keys = keys, p.width = width, p.lengths = data<int64_t>(lengths), p.key = wide_rows<S>(key, kept);
+    p.table_batch = blocks * p.block_size(), p.outlier_batch = keys;
     Tensor table = empty_cpu({batch, blocks, even(width), 2, key_block}, scalar_type_of<C>);
     Tensor outliers = empty_cpu({batch, keys}, ScalarType::Bool);
-    std::deque<Workspace> kept;
     bool* flags = mutable_data<bool>(outliers);
     std::fill(flags, flags + batch * keys, false);
-    fill_table(wide_rows<S>(key, kept), batch, keys, width, data<int64_t>(lengths), mutable_data<C>(table),
-               reinterpret_cast<uint8_t*>(flags), true);
+    fill_table(p, mutable_data<C>(table), reinterpret_cast<uint8_t*>(flags), true);
     return std::make_tuple(table, outliers);
   });
 }
@@ -199,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& quer
   return dispatch_floating(op, "query", query, [&](auto zero) {
     using S = decltype(zero);
     using C = compute_t<S>;
-    Call<S> call(op, in);
+    Call<S> call(op, in, true);
     const AdditiveAttention<C>& p = call.p;
     const ScalarType type = query.scalar_type(), wide = scalar_type_of<C>;
     Tensor context = empty_cpu({p.batch, p.rows, p.values}, type);
@@ -210,19 +217,32 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& quer
     C* const statistics_out = mutable_data<C>(statistics);
     const int64_t tiles = call.tiles(), shown = Workspace::bytes<C>(return_weights ? call.tile() * call.scores_row() : 0);
     const int64_t bytes = call.scratch_bytes(false), threads = thread_count();
-    Workspace workspace(threads * (bytes + shown));
-    uint8_t* const memory = workspace.take<uint8_t>(threads * (bytes + shown));
+    const int64_t table_bytes = Workspace::bytes<C>(p.table_batch), flag_bytes = Workspace::bytes<uint8_t>(p.keys);
+    const int64_t entry = call.entry_tables ? table_bytes + flag_bytes + Workspace::bytes<C>(p.width * key_block) : 0;
+    const int64_t each = bytes + shown + entry;
+    Workspace workspace(threads * each);
+    uint8_t* const memory = workspace.take<uint8_t>(threads * each);
     std::atomic<int64_t> next{0};
     const auto attend = S2S_SELECT(AdditiveKernels<C>::context);
     const auto narrow = S2S_SELECT(AdditiveStorageKernels<S>::narrow);
     parallel(p.batch * tiles, call.grain(), [&](int64_t from, int64_t to) {
-      uint8_t* const own = memory + next.fetch_add(1) * (bytes + shown);
+      uint8_t* const own = memory + next.fetch_add(1) * each;
       const AdditiveScratch<C> s = call.scratch(own, false);
       C* const before = return_weights ? reinterpret_cast<C*>(own + bytes) : nullptr;
+      AdditiveAttention<C> here = p;
+      if (call.entry_tables) here.table_batch = here.outlier_batch = 0;
+      uint8_t* const place = own + bytes + shown;
+      int64_t entry_of = -1;
       for (int64_t task = from; task < to; ++task) {
-        const int64_t b = task / tiles, begin = task % tiles * query_rows, rows = std::min(query_rows, p.rows - begin);
+        if (const int64_t b = task / tiles; call.entry_tables && b != entry_of) {
+          C* const table_of = reinterpret_cast<C*>(place);
+          uint8_t* const flags = place + table_bytes;
+          fill_blocks(here, b * p.blocks(), (b + 1) * p.blocks(), table_of, flags, reinterpret_cast<C*>(flags + flag_bytes), false);
+          here.table = table_of, here.outlier = flags, entry_of = b;
+        }
+        const int64_t b = task / tiles, begin = task % tiles * call.tile(), rows = std::min(call.tile(), p.rows - begin);
         const int64_t row = b * p.rows + begin, n = p.length(b);
-        attend(p, b, begin, rows, s, save ? statistics_out + 2 * row : nullptr, before);
+        attend(here, b, begin, rows, s, save ? statistics_out + 2 * row : nullptr, before);
         narrow(s.rows, context_out + row * p.values, rows * p.values);
         for (int64_t i = 0; i < rows && before; ++i) {
           S* const line = weights_out + (row + i) * p.keys;
@@ -254,7 +274,7 @@ class Backward {
  public:
   Backward(const char* op, const Arguments& in, const OptionalTensor& grad_context, const OptionalTensor& grad_weights,
            const Tensor& statistics, const Needs& needs)
-      : call_(op, in), p_(call_.p), needs_(needs), statistics_(as_contiguous(statistics)) {
+      : call_(op, in, false), p_(call_.p), needs_(needs), statistics_(as_contiguous(statistics)) {
     const ScalarType type = in.query.scalar_type();
     grad_query_ = needs.query ? empty_cpu({p_.batch, p_.rows, p_.width}, type) : empty_cpu({0}, type);
     grad_key_ = needs.key ? empty_cpu({p_.batch, p_.keys, p_.width}, type) : empty_cpu({0}, type);
@@ -297,7 +317,7 @@ class Backward {
         if (value_size_) std::fill(value, value + length * p_.values, C(0));
         std::fill(weight, weight + weight_size, C(0));
         for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-          const int64_t begin = tile * query_rows, rows = std::min(query_rows, p_.rows - begin);
+          const int64_t begin = tile * call_.tile(), rows = std::min(call_.tile(), p_.rows - begin);
           gradients(p_, g_, b, begin, rows, s, s.rows, key, value, weight);
           if (needs_.query) narrow(s.rows, grad_query + (b * p_.rows + begin) * p_.width, rows * p_.width);
         }

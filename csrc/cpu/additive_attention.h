@@ -29,7 +29,8 @@ struct AdditiveAttention {
   const int64_t* lengths;  // (B) or null
   const C* table;          // (B, blocks, even(A), 2, key_block): expm1(2k), then expm1(-2k); null where every key is an outlier
   const uint8_t* outlier;  // (B, S): the key isn't in the table; its scores take tanh itself
-  const uint8_t* mask;     // (B, T, S) in bytes, or null
+  int64_t table_batch, outlier_batch;
+  const uint8_t* mask;  // (B, T, S) in bytes, or null
   int64_t mask_batch, mask_row, mask_key;
   const uint8_t* hidden_value;  // (B, S): the value isn't finite, and a mask is given; null: none is
   bool dropout;
@@ -39,7 +40,8 @@ struct AdditiveAttention {
 
   int64_t length(int64_t b) const { return lengths ? lengths[b] : keys; }
   int64_t blocks() const { return (keys + key_block - 1) / key_block; }
-  const C* block(int64_t b, int64_t at) const { return table + (b * blocks() + at) * even(width) * 2 * key_block; }
+  const C* block(int64_t b, int64_t at) const { return table + b * table_batch + at * block_size(); }
+  int64_t block_size() const { return even(width) * 2 * key_block; }
 };
 
 // The gradient of one task: rows [begin, end) of batch entry b, added in ascending order.

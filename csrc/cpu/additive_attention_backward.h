@@ -1,21 +1,6 @@
 // Gradients of additive attention. With g the gradient of a score and t = tanh(q + k), recomputed as forward did: key and query get
 // w g (1 - t^2), the weight g t.
 
-template <class C, int V>
-S2S_INLINE void reciprocals(const Vec<C> (&d)[V], Vec<C> (&u)[V]) {
-  if constexpr ((S2S_VECTOR_BYTES == 64 && sizeof(C) == 4) || V == 1) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) u[v] = reciprocal(d[v]);
-  } else {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v += 2) {  // two share a division
-      const Vec<C> both = reciprocal(d[v] * d[v + 1]);
-      u[v] = both * d[v + 1];
-      u[v + 1] = both * d[v];
-    }
-  }
-}
-
 // One unit a, V vectors of keys, all rows of a tile: key[v] += sum_i g (1 - t^2), query[i] += sum_v of the same, weight += sum g t.
 template <class C, int V>
 S2S_INLINE void gradient_vectors(int64_t rows, const C* table, const QueryTable<C>& q, int64_t at, const C* gradient, int64_t gradient_row,
@@ -28,14 +13,13 @@ S2S_INLINE void gradient_vectors(int64_t rows, const C* table, const QueryTable<
     const C* const line = gradient + i * gradient_row;
     const Vec<C> factor = broadcast(q.factor[at]), more = broadcast(q.factor[at] + C(1));
     const Vec<C> slope = broadcast(q.slope[at]), offset = broadcast(q.offset[at]);
-    Vec<C> n[V], d[V], u[V], to_query = query[i];
+    Vec<C> n[V], u[V], to_query = query[i];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec<C> p = load(column + v * lanes<C>);
-      d[v] = fma(factor, p, more);
+      u[v] = reciprocal(fma(factor, p, more));  // two that shared a division would have one key touch the other's bits
       n[v] = fma(slope, p, offset);
     }
-    reciprocals<C, V>(d, u);
     Vec<C> of_row{};  // short sums first: a long one loses digits
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -150,7 +134,7 @@ void score_gradients(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
   for (int64_t at = 0; at * key_block < n; ++at) {
     bool used = false;
     for (int64_t j = at * key_block; j < min(n, (at + 1) * key_block); ++j) {
-      const bool outlier = !p.table || p.outlier[b * p.keys + j];
+      const bool outlier = !p.table || p.outlier[b * p.outlier_batch + j];
       if (!outlier && !any) continue;
       for (int64_t a = 0; a < (used ? 2 : 3) * p.width; ++a) s.line[a] = C(0);
       used = true;

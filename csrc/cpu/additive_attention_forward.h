@@ -18,7 +18,7 @@ void additive_scores(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
         for (int64_t j = first; j < first + count; ++j) s.scores[i * s.scores_row + j] *= s.queries.scale;
     }
     for (int64_t j = first; j < first + count; ++j) {
-      if (p.table && !p.outlier[b * p.keys + j]) continue;
+      if (p.table && !p.outlier[b * p.outlier_batch + j]) continue;
       for (int64_t i = 0; i < rows; ++i)
         s.scores[i * s.scores_row + j] = score_exactly(p.width, p.query.at(b, begin + i), p.key.at(b, j), p.weight);
     }

@@ -20,6 +20,13 @@ S2S_INLINE Vec<C> expm1_limited(Vec<C> x) {
   return fma(scale, expm1_reduced<C>(r), scale - C(1));
 }
 
+// expm1(-x) = -expm1(x) / (expm1(x) + 1) from expm1(x), x >= 0, with what the sum loses in rounding.
+template <class C>
+S2S_INLINE Vec<C> opposite(Vec<C> more) {
+  const Vec<C> sum = more + C(1), lost = more - (sum - C(1)), inverse = reciprocal(sum), about = -more * inverse;
+  return fma(fma(-lost, about, fma(-sum, about, -more)), inverse, about);
+}
+
 // One block of the table: `count` keys of which those flagged as outliers, and the lanes past the last, are as a key of 0.
 // `columns` is scratch of width * key_block elements.
 template <class C>
@@ -44,9 +51,11 @@ void additive_key_table(int64_t width, int64_t count, const C* key, int64_t key_
     for (int64_t j = count; j < key_block; ++j) column[j] = C(0);
     for (int64_t j = 0; j < count; ++j) column[j] = outlier[j] ? C(0) : column[j];
     for (int64_t j = 0; j < key_block; j += lanes<C>) {
-      const Vec<C> twice = load(column + j) * C(2);
-      store(to + j, expm1_limited<C>(twice));
-      store(to + key_block + j, expm1_limited<C>(-twice));
+      const Vec<C> twice = load(column + j) * C(2), size = vabs(twice), more = expm1_limited<C>(size);
+      const Vec<C> less = rounds_once ? opposite<C>(more) : expm1_limited<C>(-size);
+      const auto negative = twice < Vec<C>{};
+      store(to + j, select(negative, less, more));
+      store(to + key_block + j, select(negative, more, less));
     }
   }
   if (width % 2) std::memset(table + width * 2 * key_block, 0, 2 * key_block * sizeof(C));
@@ -126,6 +135,7 @@ void score_block(int64_t rows, int64_t width, int64_t count, const C* table, con
   // Units whose part of the table stays in the first-level cache for all rows; also units summed up before they are added to the whole,
   // which loses fewer digits than one long sum.
   constexpr int64_t stretch = 16;
+  const int64_t whole = (count + lanes<C> - 1) / lanes<C> * lanes<C>;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < count; j += lanes<C>) store(scores + i * scores_row + j, Vec<C>{});
   for (int64_t a = 0; a < even(width); a += stretch) {
@@ -134,8 +144,17 @@ void score_block(int64_t rows, int64_t width, int64_t count, const C* table, con
       C* const row = scores + i * scores_row;
       const C* const part = table + a * 2 * key_block;
       int64_t j = 0;
-      for (; j + 4 * lanes<C> <= count; j += 4 * lanes<C>) score_vectors<C, 4>(units, part + j, q, i * q.stride + a, row + j);
-      for (; j < count; j += lanes<C>) score_vectors<C, 1>(units, part + j, q, i * q.stride + a, row + j);
+      for (; j + 4 * lanes<C> <= whole; j += 4 * lanes<C>) score_vectors<C, 4>(units, part + j, q, i * q.stride + a, row + j);
+      switch ((whole - j) / lanes<C>) {
+        case 3:
+          score_vectors<C, 3>(units, part + j, q, i * q.stride + a, row + j);
+          break;
+        case 2:
+          score_vectors<C, 2>(units, part + j, q, i * q.stride + a, row + j);
+          break;
+        case 1:
+          score_vectors<C, 1>(units, part + j, q, i * q.stride + a, row + j);
+      }
     }
   }
 }

@@ -178,6 +178,11 @@ S2S_INLINE void store_partial(T* to, Vec<compute_t<T>> v, int64_t n) {
 
 // ---- arithmetic ----
 // a * b + c: rounded once where the instruction set has the instruction (always the same within one set).
+#if defined(__x86_64__) && S2S_VECTOR_BYTES < 32
+inline constexpr bool rounds_once = false;
+#else
+inline constexpr bool rounds_once = true;
+#endif
 #if defined(__x86_64__) && S2S_VECTOR_BYTES >= 32
 S2S_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return S2S_MM(fmadd_ps)(a, b, c); }
 S2S_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return S2S_MM(fmadd_pd)(a, b, c); }
