@@ -83,8 +83,9 @@ struct AttentionBackward {
       ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
     }
+    const int64_t tiles = turned_tiles<T>(p.width), value_tiles = turned_tiles<T>(p.value_width);
     ahead.begin(group * (AttentionForward<S>::turned(p, span)
-                             ? turned_groups(span.queries, span.keys, 1, 4)
+                             ? turned_steps<T>(span.queries, span.keys, p.width + p.value_width, tiles, tiles + value_tiles)
                              : span.queries / attention_rows * ((span.keys + attention_block - 1) / attention_block)));
     AttentionGradients<S> wanted = g;
     bool spoilt = false;

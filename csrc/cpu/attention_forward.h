@@ -94,8 +94,9 @@ struct AttentionForward {
       ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
     }
     const int64_t rows = present - query_begin, blocks = block_end - block_begin;
-    ahead.begin(group * (turned ? turned_groups(rows, blocks * min(attention_block, span.keys), 1, 1)
-                                : rows / (tiled ? tiled_rows : attention_rows) * blocks));
+    ahead.begin(group * (turned
+                             ? turned_steps<T>(rows, min(span.keys, blocks * attention_block), p.width, turned_tiles<T>(p.value_width), 0)
+                             : rows / (tiled ? tiled_rows : attention_rows) * blocks));
     const int64_t value_width = whole_vectors<T>(p.value_width);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {

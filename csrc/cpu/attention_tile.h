@@ -11,6 +11,33 @@ constexpr int64_t whole_vectors(int64_t n) {
   return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
 }
 
+// Brings in, a little at a time, what the task after this one will read first: short sequences spend their time waiting for memory.
+struct Ahead {
+  const char* at[5];
+  int64_t left[5];
+  int streams = 0;
+  int64_t lines = 0, all = 0, due = 0;
+
+  // The rows of the head after (b, h), if they are dense and few.
+  template <class S>
+  void add(const S* data, const int64_t* stride, int64_t b, int64_t h, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
+    if (stride[2] != width || rows * width * static_cast<int64_t>(sizeof(S)) > (1 << 15)) return;
+    const int64_t next = b * heads + h + 1;
+    if (next >= batch * heads) return;
+    at[streams] = reinterpret_cast<const char*>(data + next / heads * stride[0] + next % heads * stride[1]);
+    left[streams] = (rows * width * static_cast<int64_t>(sizeof(S)) + 63) / 64;
+    lines += left[streams++];
+  }
+  // `of` is the work of this task, in whatever unit; step says how much of it has been done since the last step.
+  void begin(int64_t of) { all = of; }
+  void step(int64_t done = 1) {
+    if (all <= 0) return;
+    due += done * lines;
+    for (int s = 0; s < streams && due > 0; ++s)
+      for (; left[s] && due > 0; --left[s], due -= all, at[s] += 64) __builtin_prefetch(at[s], 0, 2);
+  }
+};
+
 // Element (i, k) of A is a[i * a_row + k * a_step].
 template <class T>
 struct Product {
@@ -22,6 +49,7 @@ struct Product {
   T* c;
   int64_t c_row;
   bool add;
+  Ahead* ahead = nullptr;  // goes a step for each row of B
 };
 
 // The columns from `column` on.
@@ -30,18 +58,23 @@ __attribute__((noinline)) void attention_tile(const Product<T>& p, int64_t colum
   Vec<T> sum[ROWS][VECTORS] = {};
   const T *a = p.a, *b = p.b + column;
   const int64_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
-  for (int64_t k = 0; k < p.depth; ++k) {
-    Vec<T> right[VECTORS];
+  const int64_t stretch = p.ahead ? 16 : p.depth;
+  for (int64_t k = 0; k < p.depth;) {
+    const int64_t end = min(p.depth, k + stretch);
+    if (p.ahead) p.ahead->step(end - k);
+    for (; k < end; ++k) {
+      Vec<T> right[VECTORS];
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) right[j] = load(b + j * lanes<T>);
+      for (int j = 0; j < VECTORS; ++j) right[j] = load(b + j * lanes<T>);
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-      const Vec<T> left = broadcast(a[i * a_row]);
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec<T> left = broadcast(a[i * a_row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+        for (int j = 0; j < VECTORS; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+      }
+      a += a_step;
+      b += b_row;
     }
-    a += a_step;
-    b += b_row;
   }
   T* const c = p.c + column;
   const int64_t c_row = p.c_row;
@@ -163,31 +196,6 @@ void transpose_rows(int64_t n, int64_t width, const Rows<T>& rows, T* transposed
     for (int64_t j = n; j < whole; ++j) transposed[c * attention_block + j] = T(0);
   copy_transposed(n, width, rows.data, rows.row, int64_t{1}, transposed, attention_block);
 }
-
-// Brings in, a little at a time, what the task after this one will read first: short sequences spend their time waiting for memory.
-struct Ahead {
-  const char* at[5];
-  int64_t left[5];
-  int streams = 0;
-  int64_t lines = 0, share = 0;
-
-  // The rows of the head after (b, h), if they are dense and few.
-  template <class S>
-  void add(const S* data, const int64_t* stride, int64_t b, int64_t h, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
-    if (stride[2] != width || rows * width * static_cast<int64_t>(sizeof(S)) > (1 << 15)) return;
-    const int64_t next = b * heads + h + 1;
-    if (next >= batch * heads) return;
-    at[streams] = reinterpret_cast<const char*>(data + next / heads * stride[0] + next % heads * stride[1]);
-    left[streams] = (rows * width * static_cast<int64_t>(sizeof(S)) + 63) / 64;
-    lines += left[streams++];
-  }
-  void begin(int64_t steps) { share = steps > 0 ? (lines + steps - 1) / steps : 0; }
-  void step() {
-    int64_t n = share;
-    for (int s = 0; s < streams && n; ++s)
-      for (; left[s] && n; --left[s], --n, at[s] += 64) __builtin_prefetch(at[s], 0, 2);
-  }
-};
 
 // Memory of one thread, handed out in pieces that begin at cache lines. With no memory it measures.
 struct Pieces {

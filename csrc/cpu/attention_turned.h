@@ -36,10 +36,18 @@ S2S_INLINE Vec<T> turned_score(const AttentionSpan& span, int64_t left, int64_t 
   return score<T, false>(row, c, product, slowed);
 }
 
-// Groups of rows in all blocks, where `per_query` products have queries as rows and `per_key` have keys.
-S2S_INLINE int64_t turned_groups(int64_t queries, int64_t keys, int64_t per_query, int64_t per_key) {
-  const auto blocks = [](int64_t n) { return (n + attention_block - 1) / attention_block; };
-  return (per_query * queries * blocks(keys) + per_key * keys * blocks(queries)) / attention_rows;
+// Tiles that this many columns have.
+template <class T>
+int64_t turned_tiles(int64_t columns) {
+  return (whole_vectors<T>(columns) / lanes<T> + attention_vectors - 1) / attention_vectors;
+}
+
+// The steps that Ahead goes in all blocks: `depth` in products that have queries as columns, and of the others, per row, the tiles of those
+// that have queries or keys as rows.
+template <class T>
+int64_t turned_steps(int64_t queries, int64_t keys, int64_t depth, int64_t per_query, int64_t per_key) {
+  const int64_t query_groups = (queries + attention_rows - 1) / attention_rows, key_groups = (keys + attention_rows - 1) / attention_rows;
+  return key_groups * turned_tiles<T>(queries) * depth + query_groups * keys * per_query + key_groups * queries * per_key;
 }
 
 // to (keys, attention_block) = keys' rows times queries' columns (attention_block apart), where some query of a vector sees some key of a
@@ -54,10 +62,9 @@ void turned_product(const AttentionSpan& span, int64_t left, int64_t right, int6
     const int64_t begin = max(int64_t{0}, at + j - span.diagonal - right - first) / lanes<T> * lanes<T>;
     const int64_t end = whole_vectors<T>(min(n, at + j + rows - span.diagonal + left - first));
     if (end <= begin) continue;
-    ahead.step();
     attention_product<T>(rows, end - begin,
                          {width, keys.data + j * keys.row, keys.row, 1, columns + begin, attention_block, to + j * attention_block + begin,
-                          attention_block, false});
+                          attention_block, false, &ahead});
   }
 }
 
@@ -69,13 +76,12 @@ void turned_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t i = gemm_group(n, groups, g), rows = gemm_group(n, groups, g + 1) - i;
     const Hull seen = turned_keys(span, left, right, first + i, rows, at);
-    ahead.step();
     if (seen.empty() && add) continue;
     int64_t c = seen.begin;
     do {
       attention_product<T>(rows, columns,
                            {min(chain, seen.end - c), block + c * attention_block + i, 1, attention_block, keys.data + c * keys.row,
-                            keys.row, to + i * to_row, to_row, add || c > seen.begin});
+                            keys.row, to + i * to_row, to_row, add || c > seen.begin, &ahead});
     } while ((c += chain) < seen.end);
   }
 }
@@ -89,10 +95,9 @@ void turned_key_rows(const AttentionSpan& span, int64_t left, int64_t right, int
     const int64_t j = gemm_group(keys, groups, g), rows = gemm_group(keys, groups, g + 1) - j;
     const int64_t begin = min(n, max(int64_t{0}, at + j - span.diagonal - right - first));
     const int64_t end = max(begin, min(n, at + j + rows - span.diagonal + left - first));
-    ahead.step();
     if (begin == end && add) continue;
     attention_product<T>(rows, columns,
                          {end - begin, block + j * attention_block + begin, attention_block, 1,
-                          queries.data + (first + begin) * queries.row, queries.row, to + j * columns, columns, add});
+                          queries.data + (first + begin) * queries.row, queries.row, to + j * columns, columns, add, &ahead});
   }
 }
