@@ -1,5 +1,7 @@
 """LSTM, GRU and RNN layers against torch's and against loops over time."""
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -205,17 +207,26 @@ def tiny(batch: int = 5, time: int = 3, width: int = 16) -> Case:
     )
 
 
-def on_a_gpu(kind: str, batch: int, width: int, time: int = 512, quick: bool = False, **options: Any) -> Case:
+def on_a_gpu(
+    kind: str, batch: int, width: int, time: int = 512, *, quick: bool = False, backends: bool = False, **options: Any
+) -> Case:
     """A layer, or several, where cuDNN has no kernel that keeps the weights on the chip: GRUs, two directions, batches
-    that are no multiple of 8."""
+    that are no multiple of 8. backends: beside each of ours, forced, from which the choice among them is made."""
     layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
+    forced = able(kind, width, options) if backends else []
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
         ours, theirs = pair(inputs, kind, width, **options)
         x = inputs.noise(batch, time, width)
+
+        def by(backend: str) -> torch.Tensor:
+            with s2s.use_backend(backend):
+                return ours(x)[0]
+
         return {
             "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
             "torch": Entrant(lambda: theirs(x)[0], (x, *theirs.parameters())),
+            **{name: Entrant(functools.partial(by, name), (x, *ours.parameters())) for name in forced},
         }
 
     def amount(t: int) -> work.Work:
@@ -223,8 +234,35 @@ def on_a_gpu(kind: str, batch: int, width: int, time: int = 512, quick: bool = F
         return work.chain([first] * directions + [other] * (directions * (layers - 1)))
 
     label = (f" {layers} layers" if layers > 1 else "") + (" bidirectional" if directions > 1 else "")
-    row = f"GPU {kind}{label} B{batch} H{width}"
-    return Case(row, time, batch * time, build, amount, ("ours", "torch"), quick=quick)
+    row = f"GPU {'backends ' if backends else ''}{kind}{label} B{batch} H{width}"
+    cell = "rnn_tanh" if kind == "RNN" else kind.lower()
+    sizes = {"cell": cell, "batch": batch, "inputs": width, "hidden": width, "width": width, "layers": layers}
+    sizes["directions"] = directions
+    return Case(
+        row,
+        time,
+        batch * time,
+        build,
+        amount,
+        ("ours", "torch", *forced),
+        quick=quick,
+        sizes=sizes if backends else None,
+    )
+
+
+def able(kind: str, width: int, options: dict[str, Any]) -> list[str]:
+    """Which of our backends for CUDA tensors cover a layer here."""
+    if not torch.cuda.is_available():
+        return []
+    layer, names = getattr(s2s.nn, kind)(width, width, **options, device="cuda"), []
+    for name in ("cuda", "triton"):
+        try:
+            with s2s.use_backend(name):
+                s2s.explain(layer, torch.empty(1, 1, width, device="cuda"))
+        except NotImplementedError:
+            continue
+        names.append(name)
+    return names
 
 
 def parted(kind: str, label: str, batch: int = 32, time: int = 512, width: int = 512) -> Case:
@@ -272,7 +310,23 @@ def for_a_gpu(grid: Grid) -> list[Case]:
         on_a_gpu("GRU", 16, 128),
         on_a_gpu("GRU", 16, 768, num_layers=2, bidirectional=True),
         *(parted(kind, label) for kind in ("LSTM", "GRU") for label in ("lengths", "resets")),
+        *(on_a_gpu(kind, *sizes, backends=True, **options) for kind, sizes, options in compared()),
     ]
+
+
+def compared() -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
+    """Where the choice among backends is measured: (B, H) and, where it isn't 512, T."""
+    for kind, sizes in (
+        ("LSTM", ((1, 512), (16, 64), (16, 128), (16, 256), (16, 512), (16, 768, 1024), (16, 1024), (20, 512))),
+        ("LSTM", ((64, 512), (128, 256), (128, 768), (16, 512, 16), (1, 256, 16))),
+        ("GRU", ((1, 512), (16, 128), (16, 256), (16, 512), (16, 1024), (128, 512), (16, 512, 16))),
+        ("RNN", ((16, 128), (16, 512), (128, 512))),
+    ):
+        yield from ((kind, size, {}) for size in sizes)
+    for kind in ("LSTM", "GRU"):
+        yield kind, (16, 512), {"bidirectional": True}
+        yield kind, (16, 512), {"num_layers": 2}
+        yield kind, (16, 512), {"num_layers": 2, "bidirectional": True}
 
 
 def cases(grid: Grid) -> list[Case]:

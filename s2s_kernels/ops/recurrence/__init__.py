@@ -1,5 +1,6 @@
 """Recurrent layers over a whole sequence: LSTM, GRU and the plain RNN, one layer and direction a call."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,21 +8,51 @@ import torch
 
 from ... import checks, dispatch
 from ..random import draw_seed
-from . import autograd, cuda_kernels
+from . import autograd, builtin, cuda_kernels, estimates
 from .reference import GATES
 
 __all__ = ["gru", "lstm", "rnn"]
 
 
 class Asked(NamedTuple):
-    """What decides which backend serves a call, whatever its batch and its time."""
+    """What decides which backend serves a call. beyond: the first thing it asks for that torch's layers lack, in words;
+    recording: whether a gradient may be asked of it."""
 
     cell: str
-    hidden: int
     dtype: torch.dtype
     device: torch.device
+    batch: int
+    time: int
+    inputs: int
+    hidden: int
+    width: int  # P or H
     projected: bool
     normed: bool
+    beyond: str | None
+    recording: bool
+    layers: int = 1
+    directions: int = 1
+
+
+def beyond_torch(
+    normed: bool, lengths: Any, reset: Any, recurrent_mask: bool, zoneout: bool, weight_dropout: float
+) -> str | None:
+    """What of a call torch's own layers don't have; None where it is plain."""
+    if lengths is not None:
+        return "lengths that may stay on the device"
+    if reset is not None:
+        return "resets"
+    if normed:
+        return "layer normalisation"
+    return (
+        "recurrent mask" if recurrent_mask else "zoneout" if zoneout else "weight dropout" if weight_dropout else None
+    )
+
+
+def recording(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a gradient may be asked of a call on a GPU. Nowhere else does it decide anything."""
+    on_gpu = tensors[0] is not None and tensors[0].is_cuda
+    return on_gpu and torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
 def _not_in_cuda(asked: Asked) -> str | None:
@@ -30,10 +61,35 @@ def _not_in_cuda(asked: Asked) -> str | None:
     )
 
 
+def _deferral(backend: str, asked: Asked) -> str | None:
+    """Why a backend that covers a call leaves it to a faster one. A compiled call takes the first of the order: its
+    sizes are symbols, and to compare them would compile anew for each."""
+    if torch.compiler.is_compiling():
+        return None
+    if asked.device.type != "cuda":
+        return "the last bits of torch's layers depend on the number of threads" if backend == "torch" else None
+    operator = OPERATORS[asked.cell.partition("_")[0]]
+    able = tuple(b for b in COMPARED if dispatch.gap(operator, b, asked.device, asked) is None)
+    if len(able) < 2 or backend not in able:
+        return None
+    seconds, source = estimates.compared(asked, able)
+    best = min(able, key=seconds.__getitem__)
+    if backend == best:
+        return None
+    told = f"{source}: {', '.join(f'{name} {seconds[name] * 1e3:.3g} ms' for name in able)}"
+    return f"{told}; it serves under torch.compile" if able[0] == best == "torch" and backend == able[1] else told
+
+
+COMPARED = ("torch", "cuda", "triton")  # the first of equals
 # Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
 OPERATORS = {
     name: dispatch.register(
-        name, cpu=lambda asked: None, triton=lambda asked: dispatch.not_in_triton(asked.dtype), cuda=_not_in_cuda
+        name,
+        {backend: functools.partial(_deferral, backend) for backend in COMPARED},
+        cpu=lambda asked: None,
+        triton=lambda asked: dispatch.not_in_triton(asked.dtype),
+        cuda=_not_in_cuda,
+        torch=builtin.gap,
     )
     for name in ("lstm", "gru", "rnn")
 }
@@ -301,18 +357,25 @@ def run(
     zoneout_h, zoneout_c = _zoneout(name, zoneout)
     checks.probability(name, "weight_dropout", weight_dropout)
 
-    random = weight_dropout > 0 or (training and (zoneout_h > 0 or zoneout_c > 0))
+    zoned = zoneout_h > 0 or zoneout_c > 0
+    random = weight_dropout > 0 or (training and zoned)
     seed = draw_seed(x.device) if random else None
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    asked = Asked(cell, hidden, x.dtype, x.device, weight_hr is not None, norms[0] is not None)
+    beyond = beyond_torch(norms[0] is not None, lengths, reset, recurrent_mask is not None, zoned, weight_dropout)
+    asked = Asked(
+        cell, x.dtype, x.device, batch, time, inputs, hidden, projected, weight_hr is not None, norms[0] is not None,
+        beyond, recording(tensors),
+    )  # fmt: skip
     backend = dispatch.choose(OPERATORS[name], x.device, asked)
     options = (
         cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed, backend == "cuda"
     )  # fmt: skip
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
+    if backend == "torch":
+        return builtin.one(tensors, options)  # type: ignore[return-value]
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
 
 
