@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import s2s_kernels as s2s
+from s2s_kernels.ops.recurrence.reference import block_diagonal
 
 from . import onnx_peer, work
 from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
@@ -141,6 +142,28 @@ def regularised(label: str, batch: int = 16, time: int = 256, width: int = 256, 
         (TRAINING,),
         agree=False,
     )
+
+
+def of_heads(kind: str, heads: int, batch: int = 8, time: int = 256, width: int = 512) -> Case:
+    """Block-diagonal recurrent weights beside the matrix that has them, of our plain layer."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        ours = inputs.module(getattr(s2s.nn, kind)(width, width, batch_first=True, heads=heads))
+        matrix = getattr(s2s.nn, kind)(width, width, batch_first=True)
+        state = {name: value.detach().cpu().float() for name, value in ours.state_dict().items()}
+        state["weight_hh_l0"] = block_diagonal(state["weight_hh_l0"], GATES[kind])
+        matrix.load_state_dict(state)
+        matrix, x = inputs.module(matrix), inputs.noise(batch, time, width)
+        return {
+            "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
+            "ours matrix": Entrant(lambda: matrix(x)[0], (x, *matrix.parameters())),
+        }
+
+    def amount(t: int) -> work.Work:
+        return work.recurrence(GATES[kind], batch, t, width, width, t, heads)
+
+    row = f"{kind} {heads} heads B{batch} H{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", "ours matrix"))
 
 
 def decoding(kind: str, rival: str, batch: int = 1, time: int = 256, width: int = 512) -> Case:
@@ -349,6 +372,7 @@ def cases(grid: Grid) -> list[Case]:
         regularised("weight drop", weight_dropout=0.5),
         regularised("recurrent dropout", recurrent_dropout=0.3),
         regularised("zoneout", zoneout=0.1),
+        of_heads("LSTM", 8),
         *(decoding(kind, rival) for kind in GATES for rival in ("torch", "ours sequence")),
         tiny(),
         *for_a_gpu(grid),

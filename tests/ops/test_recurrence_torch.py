@@ -22,7 +22,7 @@ from s2s_kernels.testing.twins import pair, same_function
 
 KINDS = ("LSTM", "GRU", "RNN")
 GPU = torch.device("cuda", 0)
-PLAIN = Asked("lstm", torch.float16, GPU, 16, 1024, 768, 768, 768, False, False, None, False)
+PLAIN = Asked("lstm", torch.float16, GPU, 16, 1024, 768, 768, 768, False, False, True, None, False)
 needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 needs_triton = pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
 
@@ -77,6 +77,11 @@ def test_one_bias_alone(missing, reverse, forced):
     names = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
     given = {name: value for name, value in zip(names, args, strict=True) if name != missing}
     assert all(by <= 0 for by in compare(s2s.lstm, ((), {**given, **kwargs}), "torch").values())
+
+
+def test_heads_are_refused(forced):
+    with pytest.raises(NotImplementedError, match="no heads"):
+        s2s.rnn(torch.randn(2, 5, 3), torch.randn(4, 3), torch.randn(2, 2, 2))
 
 
 def test_cells(forced):
@@ -399,7 +404,15 @@ def test_the_faster_backend_is_chosen_by_the_model(gpu):
         assert chosen(PLAIN._replace(**changes)) == "cuda", changes
     assert chosen(PLAIN._replace(hidden=4096, width=4096, batch=20)) == "torch"  # 30 us of the host's a step otherwise
     assert chosen(PLAIN._replace(dtype=torch.float64)) == "torch"  # the other takes none
-    assert chosen(PLAIN._replace(projected=True, width=256, beyond="resets")) == "triton"
+    assert chosen(PLAIN._replace(projected=True, plain=False, width=256, beyond="resets")) == "triton"
+    # Of few units a program holds the weights, of heads each those of one: with lengths too, but not beside a mask.
+    few = PLAIN._replace(hidden=128, width=128, inputs=128, beyond="lengths", batch=1)
+    heads = PLAIN._replace(heads=12, beyond="heads")
+    for asked in (few, heads):
+        times = estimates.compared(asked, ("cuda", "triton"))[0]
+        steps = estimates.compared(asked._replace(plain=False, heads=1), ("triton",))[0]
+        assert times["triton"] < 0.2 * steps["triton"]
+    assert times["cuda"] == estimates.compared(PLAIN, ("cuda",))[0]["cuda"]
     with dispatch.use_backend("cuda"):
         assert chosen(PLAIN) == "cuda"
     told = dispatch._explain(OPERATORS["lstm"], GPU, PLAIN._replace(batch=20), None)

@@ -8,15 +8,16 @@ import torch
 
 from ... import checks, dispatch
 from ..random import draw_seed
-from . import autograd, builtin, cuda_kernels, estimates
+from . import autograd, builtin, cuda_kernels, estimates, reference
 from .reference import GATES
 
 __all__ = ["gru", "lstm", "rnn"]
 
 
 class Asked(NamedTuple):
-    """What decides which backend serves a call. beyond: the first thing it asks for that torch's layers lack, in words;
-    recording: whether a gradient may be asked of it."""
+    """What decides which backend serves a call. plain: without recurrent mask, zoneout, projection and layer
+    normalisation; beyond: the first thing it asks for that torch's layers lack, in words; recording: whether a gradient
+    may be asked of it; heads: 1 for weights that are one matrix."""
 
     cell: str
     dtype: torch.dtype
@@ -28,16 +29,26 @@ class Asked(NamedTuple):
     width: int  # P or H
     projected: bool
     normed: bool
+    plain: bool
     beyond: str | None
     recording: bool
+    heads: int = 1
     layers: int = 1
     directions: int = 1
 
 
 def beyond_torch(
-    normed: bool, lengths: Any, reset: Any, recurrent_mask: bool, zoneout: bool, weight_dropout: float
+    weight_hh: torch.Tensor,
+    normed: bool,
+    lengths: Any,
+    reset: Any,
+    recurrent_mask: bool,
+    zoneout: bool,
+    weight_dropout: float,
 ) -> str | None:
     """What of a call torch's own layers don't have; None where it is plain."""
+    if weight_hh.dim() == 3:
+        return "heads"
     if lengths is not None:
         return "lengths that may stay on the device"
     if reset is not None:
@@ -120,7 +131,10 @@ def lstm(
 
     Args:
         x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
-        weight_ih, weight_hh: (4H, I) and (4H, P or H), gates in torch's order i, f, g, o.
+        weight_ih, weight_hh: (4H, I) and (4H, P or H), gates in torch's order i, f, g, o. Of heads, recurrences of
+            H / heads units that share their input, weight_hh is (heads, 4H / heads, (P or H) / heads), the gates of
+            a head in the same order: the matrix that has these blocks on the diagonal of each gate, and 0 elsewhere,
+            W_hh[g H + k H/heads + i, k P/heads + j] = weight_hh[k, g H/heads + i, j].
         bias_ih, bias_hh: (4H,).
         h0, c0: state before the first step, (B, P or H) and (B, H); zeros if none.
         lengths: (B,) int32 or int64, on the CPU or beside x, unsorted. Positions at or past it never matter, and the
@@ -190,7 +204,8 @@ def gru(
 
     Args:
         x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
-        weight_ih, weight_hh: (3H, I) and (3H, H), gates in torch's order r, z, n.
+        weight_ih, weight_hh: (3H, I) and (3H, H), gates in torch's order r, z, n; weight_hh of heads, as `lstm`'s,
+            (heads, 3H / heads, H / heads).
         bias_ih, bias_hh: (3H,).
         h0, lengths, reset, reverse, recurrent_mask, training: as `lstm`.
         zoneout: the probability p of a unit to keep its previous value, as `lstm`.
@@ -244,7 +259,7 @@ def rnn(
 
     Args:
         x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
-        weight_ih, weight_hh: (H, I) and (H, H).
+        weight_ih, weight_hh: (H, I) and (H, H); weight_hh of heads, as `lstm`'s, (heads, H / heads, H / heads).
         bias_ih, bias_hh: (H,).
         h0, lengths, reset, reverse, recurrent_mask, training: as `lstm`.
         zoneout: the probability p of a unit to keep its previous value, as `lstm`.
@@ -334,7 +349,7 @@ def run(
         checks.wrong_value(name, "weight_ih", f"({rows}, I)", tuple(weight_ih.shape))
     hidden = weight_ih.shape[0] // gates
     checks.like(name, "weight_ih", weight_ih, x, "x", (gates * hidden, inputs), f"({rows}, I)")
-    projected = hidden
+    projected, heads = hidden, 1
     if weight_hr is not None:
         checks.tensor(name, "weight_hr", weight_hr)
         if weight_hr.dim() != 2 or weight_hr.shape[0] == 0:
@@ -342,7 +357,15 @@ def run(
         projected = weight_hr.shape[0]
         checks.like(name, "weight_hr", weight_hr, x, "x", (projected, hidden), "(P, H)")
     checks.tensor(name, "weight_hh", weight_hh)
-    checks.like(name, "weight_hh", weight_hh, x, "x", (gates * hidden, projected), f"({rows}, {suffix})")
+    if weight_hh.dim() == 3:
+        heads = weight_hh.shape[0]
+        if heads == 0 or hidden % heads or projected % heads:
+            expected = f"(heads, {rows} / heads, {suffix} / heads), heads a divisor of {hidden} and {projected}"
+            checks.wrong_value(name, "weight_hh", expected, tuple(weight_hh.shape))
+        shape = (heads, gates * hidden // heads, projected // heads)
+        checks.like(name, "weight_hh", weight_hh, x, "x", shape, f"(heads, {rows} / heads, {suffix} / heads)")
+    else:
+        checks.like(name, "weight_hh", weight_hh, x, "x", (gates * hidden, projected), f"({rows}, {suffix})")
     checks.like(name, "bias_ih", bias_ih, x, "x", (gates * hidden,), f"({rows},)")
     checks.like(name, "bias_hh", bias_hh, x, "x", (gates * hidden,), f"({rows},)")
     checks.like(name, "h0", h0, x, "x", (batch, projected), f"(B, {suffix})")
@@ -363,10 +386,12 @@ def run(
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    beyond = beyond_torch(norms[0] is not None, lengths, reset, recurrent_mask is not None, zoned, weight_dropout)
+    beyond = beyond_torch(
+        weight_hh, norms[0] is not None, lengths, reset, recurrent_mask is not None, zoned, weight_dropout
+    )
     asked = Asked(
         cell, x.dtype, x.device, batch, time, inputs, hidden, projected, weight_hr is not None, norms[0] is not None,
-        beyond, recording(tensors),
+        not zoned and weight_hr is recurrent_mask is norms[0] is None, beyond, recording(tensors), heads,
     )  # fmt: skip
     backend = dispatch.choose(OPERATORS[name], x.device, asked)
     options = (
@@ -376,6 +401,9 @@ def run(
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
     if backend == "torch":
         return builtin.one(tensors, options)  # type: ignore[return-value]
+    # What goes across heads, or numbers its random draws by all units, is given the matrix.
+    if weight_hh.dim() == 3 and (backend == "cuda" or random or weight_hr is not None or norms[0] is not None):
+        tensors = (x, weight_ih, reference.block_diagonal(weight_hh, gates), *tensors[3:])
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
 
 

@@ -75,7 +75,12 @@ def nearest(
         same = (row["cell"], row["dtype"], row["layers"], row["directions"], row["recording"]) == (
             asked.cell, dtype, asked.layers, asked.directions, asked.recording,
         )  # fmt: skip
-        same = same and (row["width"] != row["hidden"]) == asked.projected and set(backends) <= row["seconds"].keys()
+        same = (
+            same
+            and asked.heads == 1
+            and (row["width"] != row["hidden"]) == asked.projected
+            and set(backends) <= row["seconds"].keys()
+        )
         if not same or any(algorithm(asked, machine, b) != algorithm(other, machine, b) for b in (False, True)):
             continue
         away = [abs(math.log2(getattr(asked, name) / row[name])) for name in ("batch", "inputs", "hidden", "width")]
@@ -143,19 +148,20 @@ def _cuda(asked: "Asked", machine: Machine, backward: bool) -> float:
 def _triton(asked: "Asked", machine: Machine, backward: bool) -> float:
     from . import choice  # it imports triton
 
+    units, width = asked.hidden // asked.heads, asked.width // asked.heads
     sizes = choice.Sizes(
-        CELLS.index(asked.cell), asked.batch, asked.time, asked.hidden, asked.width, asked.dtype, asked.projected,
-        asked.beyond is None and not asked.projected, machine.shared,
+        CELLS.index(asked.cell), asked.batch, asked.time, units, width, asked.dtype, asked.projected, asked.plain,
+        machine.shared,
     )  # fmt: skip
     calls = asked.layers * asked.directions
     if choice.engine_of(sizes) == "triton_steps":
         return asked.time * HOST_STEP * calls + DRIVER_CALL * calls
     gates = GATES[asked.cell]
-    columns, depth = (choice.power(count, 32, 1 << 20) for count in (asked.hidden, asked.width))
+    columns, depth = (choice.power(count, 32, 1 << 20) for count in (units, width))
     # Clocks: matrix instructions of 16 x 8 x 16 on four quarters, weights out of shared memory, the cell's arithmetic.
     product = depth / 16 * gates * columns / 8 * (6.4 if machine.clusters else 8) / 4
     read, cell = gates * columns * depth * asked.dtype.itemsize / 128, 16 * columns / 256 * 120
     step = PROGRAM + (product + read + cell) / machine.ghz * (2 if backward else 1)
     # Programs beyond one a multiprocessor take turns; a second direction runs beside the first.
-    programs = -(-asked.batch // 16) * asked.directions
-    return asked.time * step * asked.layers * -(-programs // machine.multiprocessors) + DRIVER_CALL * calls
+    programs = math.ceil(asked.batch / 16) * asked.heads * asked.directions
+    return asked.time * step * asked.layers * math.ceil(programs / machine.multiprocessors) + DRIVER_CALL * calls

@@ -35,13 +35,13 @@ def stack(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Runs x through the layers, each from the outputs of the one before, in both directions if there are two.
 
-    Where nothing is random, all of it is one call of a kernel.
+    Where nothing is random, and there are no heads, all of it is one call of a kernel.
 
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         x: (B, T, I), checked against the weights by the caller.
         weights: of each layer, of each direction of it: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr and the
-            tensors of layer_norm.
+            tensors of layer_norm. weight_hh may be of heads.
         states: before the sequence, each (D layers, B, its width) or None.
         directions: D, 1 or 2.
         bias, projected, normed: whether there are biases, projections and layer normalisation among the weights.
@@ -66,14 +66,17 @@ def stack(
     tensors = (x, h0, c0, lengths, reset, *weights)
     cells = len(weights) // (2 + 2 * bias + projected + normed * (4 if lstm else 2))
     masked, weights_dropped = (training and p > 0 for p in (recurrent_dropout, weight_dropout))
-    beyond = beyond_torch(normed, lengths, reset, masked, zoned, weights_dropped)
-    (rows, width), (batch, time, inputs) = weights[1].shape, (0, *x.shape) if packed else x.shape
+    beyond = beyond_torch(weights[1], normed, lengths, reset, masked, zoned, weights_dropped)
+    (rows, width), heads = reference.whole_shape(weights[1]), weights[1].shape[0] if weights[1].dim() == 3 else 1
+    batch, time, inputs = (0, *x.shape) if packed else x.shape
     asked = Asked(
-        cell, x.dtype, x.device, batch, time, inputs, rows // reference.GATES[cell], width, projected, normed, beyond,
-        recording(tensors), cells // directions, directions,
+        cell, x.dtype, x.device, batch, time, inputs, rows // reference.GATES[cell], width, projected, normed,
+        not (zoned or masked or projected or normed), beyond, recording(tensors), heads, cells // directions,
+        directions,
     )  # fmt: skip
     backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
-    if not random and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
+    whole = not random and weights[1].dim() == 2
+    if whole and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
         options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
         output, h_n, c_n = (kernel if backend == "cpu" else builtin.kernel)(tensors, options)
         return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
@@ -85,7 +88,7 @@ def stack(
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = parts[index]
         mask = None
         if training and recurrent_dropout > 0:
-            mask = F.dropout(x.new_ones(batch, weight_hh.shape[1]), recurrent_dropout)
+            mask = F.dropout(x.new_ones(batch, width), recurrent_dropout)
         return run(
             cell,
             x,
