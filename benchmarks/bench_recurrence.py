@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import s2s_kernels as s2s
+from s2s_kernels.ops.recurrence.builtin import rounds_more
 from s2s_kernels.ops.recurrence.reference import block_diagonal
 
 from . import onnx_peer, work
@@ -259,8 +260,10 @@ def on_a_gpu(
     label = (f" {layers} layers" if layers > 1 else "") + (" bidirectional" if directions > 1 else "")
     row = f"GPU {'backends ' if backends else ''}{kind}{label} B{batch} H{width}"
     cell = "rnn_tanh" if kind == "RNN" else kind.lower()
-    sizes = {"cell": cell, "batch": batch, "inputs": width, "hidden": width, "width": width, "layers": layers}
-    sizes["directions"] = directions
+    sizes = {
+        "cell": cell, "batch": batch, "inputs": width, "hidden": width, "width": width, "layers": layers,
+        "directions": directions, "precision": torch.get_float32_matmul_precision(), "torch rounds": rounds_more(),
+    }  # fmt: skip
     return Case(
         row,
         time,

@@ -435,10 +435,19 @@ def test_a_compiled_call_compares_nothing(gpu, monkeypatch):
     assert chosen(PLAIN) == "cuda"
 
 
-def result(entrants, **changes):
+@needs_extension
+@needs_triton
+def test_nothing_is_compared_where_there_is_nothing_to_do(gpu, monkeypatch):
+    monkeypatch.setattr(estimates, "compared", lambda *args: pytest.fail("sizes were looked at"))
+    for name in ("batch", "time", "inputs"):
+        assert chosen(PLAIN._replace(**{name: 0})) == "cuda"
+
+
+def result(entrants, dtype="float16", **changes):
     """A result of make gpu, as benchmarks/gpu.py writes it, with these best seconds."""
     sizes = {"cell": "lstm", "batch": 16, "inputs": 768, "hidden": 768, "width": 768, "layers": 1, "directions": 1}
-    facts = {"T": 1000, "dtype": "float16", "direction": "forward", "sizes": {**sizes, **changes}}
+    sizes |= {"precision": "highest", "torch rounds": True, **changes}
+    facts = {"T": 1000, "dtype": dtype, "direction": "forward", "sizes": sizes}
     entries = [
         {"group": str(changes), "extra_info": {**facts, "entrant": name}, "stats": {"min": seconds}}
         for name, seconds in entrants.items()
@@ -496,6 +505,26 @@ def test_what_was_measured_decides_before_the_model(gpu):
     gpu["rows"].append(nearer)
     assert estimates.compared(PLAIN._replace(batch=32), ("torch", "cuda"))[0]["cuda"] == 8.0 * 1.024
     assert estimates.compared(PLAIN._replace(batch=8), ("torch", "cuda"))[0]["cuda"] == pytest.approx(2e-3 * 1.024)
+
+
+@needs_extension
+@needs_triton
+def test_float32_is_compared_where_it_is_rounded_alike(gpu, monkeypatch):
+    asked = PLAIN._replace(dtype=torch.float32)
+    monkeypatch.setattr(builtin, "rounds_more", lambda: False)
+
+    def rows(rounds, precision):
+        outcome = result(TIMES, "float32", precision=precision, **{"torch rounds": rounds})
+        gpu["rows"] = measured.taken({"devices": {}}, outcome)["devices"]["NVIDIA H100"]["rows"]
+        return gpu["rows"][0]
+
+    assert rows(True, "highest")["seconds"].keys() == {"cuda", "triton"}
+    assert estimates.compared(asked, ("torch", "cuda"))[1].startswith("predicted")
+    assert estimates.compared(asked, ("cuda", "triton"))[1].startswith("measured")
+    assert "torch rounds" not in rows(False, "high") and gpu["rows"][0]["seconds"].keys() == {"torch", "cuda", "triton"}
+    assert estimates.compared(asked, ("torch", "cuda"))[1].startswith("predicted")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert estimates.compared(asked, ("torch", "cuda"))[1].startswith("measured")
 
 
 def test_the_table_in_the_package_is_well_formed():

@@ -75,7 +75,7 @@ def _not_in_cuda(asked: Asked) -> str | None:
 def _deferral(backend: str, asked: Asked) -> str | None:
     """Why a backend that covers a call leaves it to a faster one. A compiled call takes the first of the order: its
     sizes are symbols, and to compare them would compile anew for each."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or 0 in (asked.batch, asked.time, asked.inputs):
         return None
     if asked.device.type != "cuda":
         return "the last bits of torch's layers depend on the number of threads" if backend == "torch" else None

@@ -53,8 +53,7 @@ def _not_in_cudnn(asked: "Asked") -> str | None:
     widest = max(asked.inputs, asked.directions * GATES[asked.cell] * asked.hidden)
     if asked.batch * asked.time * widest >= 2**31:
         return "cuDNN counts elements in 32 bits"
-    rounds = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    if asked.dtype == torch.float32 and rounds and torch.get_float32_matmul_precision() == "highest":
+    if asked.dtype == torch.float32 and rounds_more():
         return (
             "cuDNN would round float32 products to tf32 (torch.backends.cudnn.rnn.fp32_precision), which "
             'torch.set_float32_matmul_precision("highest") rules out'
@@ -67,6 +66,12 @@ def _not_in_cudnn(asked: "Asked") -> str | None:
             "device and version of it has shown that (python -m benchmarks.choice)"
         )
     return None
+
+
+def rounds_more() -> bool:
+    """Whether cuDNN would round what it multiplies in float32 where other products don't."""
+    rounds = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return rounds and torch.get_float32_matmul_precision() == "highest"
 
 
 @functools.lru_cache(maxsize=64)

@@ -66,8 +66,8 @@ def compared(asked: "Asked", backends: tuple[str, ...]) -> tuple[dict[str, float
 def nearest(
     asked: "Asked", rows: Sequence[dict[str, Any]], backends: tuple[str, ...], machine: Machine
 ) -> dict[str, Any] | None:
-    """The row of sizes nearest to a call: of the same kind, by the same algorithms of cuDNN, all sizes within a factor
-    of 2 and T within 4, with a time for each backend."""
+    """The row of sizes nearest to a call: of the same kind (float32 products as exact), by the same algorithms of
+    cuDNN, all sizes within a factor of 2 and T within 4, with a time for each backend."""
     dtype = str(asked.dtype).removeprefix("torch.")
     found, least = None, math.inf
     for row in rows:
@@ -75,12 +75,9 @@ def nearest(
         same = (row["cell"], row["dtype"], row["layers"], row["directions"], row["recording"]) == (
             asked.cell, dtype, asked.layers, asked.directions, asked.recording,
         )  # fmt: skip
-        same = (
-            same
-            and asked.heads == 1
-            and (row["width"] != row["hidden"]) == asked.projected
-            and set(backends) <= row["seconds"].keys()
-        )
+        same = same and asked.heads == 1 and (row["width"] != row["hidden"]) == asked.projected
+        same = same and (asked.dtype != torch.float32 or row["precision"] == torch.get_float32_matmul_precision())
+        same = same and set(backends) <= row["seconds"].keys()
         if not same or any(algorithm(asked, machine, b) != algorithm(other, machine, b) for b in (False, True)):
             continue
         away = [abs(math.log2(getattr(asked, name) / row[name])) for name in ("batch", "inputs", "hidden", "width")]
