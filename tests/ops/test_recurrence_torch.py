@@ -15,7 +15,7 @@ import s2s_kernels as s2s
 from benchmarks import choice as measured
 from s2s_kernels import dispatch
 from s2s_kernels.ops.recurrence import OPERATORS, Asked, builtin, cuda_kernels, estimates, measurements
-from s2s_kernels.testing import Draw, compare
+from s2s_kernels.testing import CASES, Draw, compare
 from s2s_kernels.testing.recurrence import recurrence_sample
 from s2s_kernels.testing.recurrent_layers import build, recurrent_layers
 from s2s_kernels.testing.twins import pair, same_function
@@ -211,6 +211,14 @@ def reason(asked=PLAIN, **changes):
 def test_what_torchs_layers_lack_is_refused_by_name(options, words, forced):
     with pytest.raises(NotImplementedError, match=words):
         s2s.gru(torch.randn(2, 5, 3), torch.randn(12, 3), torch.randn(12, 4), **options)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
+def test_bad_input_is_refused_by_name(name, forced):
+    for sample in CASES[name].errors:
+        args, kwargs = sample.build(Draw())
+        with pytest.raises(sample.error, match=rf"\b{sample.argument}\b"):
+            CASES[name].function(*args, **kwargs)
 
 
 def test_regularised_and_packed_layers_are_refused(forced):
