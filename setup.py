@@ -18,6 +18,9 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas",
 # bits.
 HOST = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", *STABLE, *WARNINGS]
 
+# Host code about a GPU: which backend is expected to be faster can be asked, and tested, without one.
+PLAN = str(Path("csrc", "cuda", "recurrence_plan.cpp"))
+
 
 def sources(folder: str, ending: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc", folder).glob(f"*.{ending}"))
@@ -44,11 +47,11 @@ def cuda_flags() -> list[str]:
 
 
 def operators() -> CppExtension:
-    files = ["csrc/operators.cpp", *sources("cpu", "cpp")]
+    files = ["csrc/operators.cpp", PLAN, *sources("cpu", "cpp")]
     if with_cuda():
         return CUDAExtension(
             "s2s_kernels._C",
-            files + sources("cuda", "cpp") + sources("cuda", "cu"),
+            [*files, *(file for file in sources("cuda", "cpp") if file != PLAN), *sources("cuda", "cu")],
             extra_compile_args={"cxx": [*HOST, "-DS2S_CUDA", "-DUSE_CUDA"], "nvcc": cuda_flags()},
             py_limited_api=True,
         )

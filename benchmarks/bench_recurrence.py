@@ -1,5 +1,7 @@
 """LSTM, GRU and RNN layers against torch's and against loops over time."""
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +9,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import s2s_kernels as s2s
+from s2s_kernels.ops.recurrence.builtin import rounds_more
+from s2s_kernels.ops.recurrence.reference import block_diagonal
 
 from . import onnx_peer, work
 from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
@@ -141,6 +145,28 @@ def regularised(label: str, batch: int = 16, time: int = 256, width: int = 256, 
     )
 
 
+def of_heads(kind: str, heads: int, batch: int = 8, time: int = 256, width: int = 512) -> Case:
+    """Block-diagonal recurrent weights beside the matrix that has them, of our plain layer."""
+
+    def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
+        ours = inputs.module(getattr(s2s.nn, kind)(width, width, batch_first=True, heads=heads))
+        matrix = getattr(s2s.nn, kind)(width, width, batch_first=True)
+        state = {name: value.detach().cpu().float() for name, value in ours.state_dict().items()}
+        state["weight_hh_l0"] = block_diagonal(state["weight_hh_l0"], GATES[kind])
+        matrix.load_state_dict(state)
+        matrix, x = inputs.module(matrix), inputs.noise(batch, time, width)
+        return {
+            "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
+            "ours matrix": Entrant(lambda: matrix(x)[0], (x, *matrix.parameters())),
+        }
+
+    def amount(t: int) -> work.Work:
+        return work.recurrence(GATES[kind], batch, t, width, width, t, heads)
+
+    row = f"{kind} {heads} heads B{batch} H{width}"
+    return Case(row, time, batch * time, build, amount, ("ours", "ours matrix"))
+
+
 def decoding(kind: str, rival: str, batch: int = 1, time: int = 256, width: int = 512) -> Case:
     """A cell step by step, as a decoder calls it, against torch's cell ("torch") or the whole sequence in one call of
     ours ("ours sequence")."""
@@ -205,17 +231,26 @@ def tiny(batch: int = 5, time: int = 3, width: int = 16) -> Case:
     )
 
 
-def on_a_gpu(kind: str, batch: int, width: int, time: int = 512, quick: bool = False, **options: Any) -> Case:
+def on_a_gpu(
+    kind: str, batch: int, width: int, time: int = 512, *, quick: bool = False, backends: bool = False, **options: Any
+) -> Case:
     """A layer, or several, where cuDNN has no kernel that keeps the weights on the chip: GRUs, two directions, batches
-    that are no multiple of 8."""
+    that are no multiple of 8. backends: beside each of ours, forced, from which the choice among them is made."""
     layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
+    forced = able(kind, width, options) if backends else []
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
         ours, theirs = pair(inputs, kind, width, **options)
         x = inputs.noise(batch, time, width)
+
+        def by(backend: str) -> torch.Tensor:
+            with s2s.use_backend(backend):
+                return ours(x)[0]
+
         return {
             "ours": Entrant(lambda: ours(x)[0], (x, *ours.parameters())),
             "torch": Entrant(lambda: theirs(x)[0], (x, *theirs.parameters())),
+            **{name: Entrant(functools.partial(by, name), (x, *ours.parameters())) for name in forced},
         }
 
     def amount(t: int) -> work.Work:
@@ -223,8 +258,37 @@ def on_a_gpu(kind: str, batch: int, width: int, time: int = 512, quick: bool = F
         return work.chain([first] * directions + [other] * (directions * (layers - 1)))
 
     label = (f" {layers} layers" if layers > 1 else "") + (" bidirectional" if directions > 1 else "")
-    row = f"GPU {kind}{label} B{batch} H{width}"
-    return Case(row, time, batch * time, build, amount, ("ours", "torch"), quick=quick)
+    row = f"GPU {'backends ' if backends else ''}{kind}{label} B{batch} H{width}"
+    cell = "rnn_tanh" if kind == "RNN" else kind.lower()
+    sizes = {
+        "cell": cell, "batch": batch, "inputs": width, "hidden": width, "width": width, "layers": layers,
+        "directions": directions, "precision": torch.get_float32_matmul_precision(), "torch rounds": rounds_more(),
+    }  # fmt: skip
+    return Case(
+        row,
+        time,
+        batch * time,
+        build,
+        amount,
+        ("ours", "torch", *forced),
+        quick=quick,
+        sizes=sizes if backends else None,
+    )
+
+
+def able(kind: str, width: int, options: dict[str, Any]) -> list[str]:
+    """Which of our backends for CUDA tensors cover a layer here."""
+    if not torch.cuda.is_available():
+        return []
+    layer, names = getattr(s2s.nn, kind)(width, width, **options, device="cuda"), []
+    for name in ("cuda", "triton"):
+        try:
+            with s2s.use_backend(name):
+                s2s.explain(layer, torch.empty(1, 1, width, device="cuda"))
+        except NotImplementedError:
+            continue
+        names.append(name)
+    return names
 
 
 def parted(kind: str, label: str, batch: int = 32, time: int = 512, width: int = 512) -> Case:
@@ -272,7 +336,23 @@ def for_a_gpu(grid: Grid) -> list[Case]:
         on_a_gpu("GRU", 16, 128),
         on_a_gpu("GRU", 16, 768, num_layers=2, bidirectional=True),
         *(parted(kind, label) for kind in ("LSTM", "GRU") for label in ("lengths", "resets")),
+        *(on_a_gpu(kind, *sizes, backends=True, **options) for kind, sizes, options in compared()),
     ]
+
+
+def compared() -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
+    """Where the choice among backends is measured: (B, H) and, where it isn't 512, T."""
+    for kind, sizes in (
+        ("LSTM", ((1, 512), (16, 64), (16, 128), (16, 256), (16, 512), (16, 768, 1024), (16, 1024), (20, 512))),
+        ("LSTM", ((64, 512), (128, 256), (128, 768), (16, 512, 16), (1, 256, 16))),
+        ("GRU", ((1, 512), (16, 128), (16, 256), (16, 512), (16, 1024), (128, 512), (16, 512, 16))),
+        ("RNN", ((16, 128), (16, 512), (128, 512))),
+    ):
+        yield from ((kind, size, {}) for size in sizes)
+    for kind in ("LSTM", "GRU"):
+        yield kind, (16, 512), {"bidirectional": True}
+        yield kind, (16, 512), {"num_layers": 2}
+        yield kind, (16, 512), {"num_layers": 2, "bidirectional": True}
 
 
 def cases(grid: Grid) -> list[Case]:
@@ -295,6 +375,7 @@ def cases(grid: Grid) -> list[Case]:
         regularised("weight drop", weight_dropout=0.5),
         regularised("recurrent dropout", recurrent_dropout=0.3),
         regularised("zoneout", zoneout=0.1),
+        of_heads("LSTM", 8),
         *(decoding(kind, rival) for kind in GATES for rival in ("torch", "ours sequence")),
         tiny(),
         *for_a_gpu(grid),

@@ -241,6 +241,7 @@ def record(benchmark: Any, arena: Arena, case: Case, direction: str, entrant: st
         lengths=case.lengths(),
         algorithm=measured.algorithm,
         backend=measured.backend,
+        **({} if case.sizes is None else {"sizes": case.sizes}),
     )
     REPLAY.pending = list(measured.seconds)
     benchmark.pedantic(REPLAY.advance, rounds=len(measured.seconds))

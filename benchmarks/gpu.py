@@ -1,8 +1,9 @@
 """python -m benchmarks.gpu: everything that needs a CUDA device; on a machine without one it says so and does nothing.
 
 The tests marked gpu, compute-sanitizer over one sample of every operator where it is installed, the benchmark grid in
-float32 and bfloat16, and the machine's facts: one JSON file, under $OUT where that is set, else under
-benchmarks/results/<GPU>/.
+float32 and bfloat16 and of the recurrences in float16, what cuDNN keeps of the contract, and the machine's facts: one
+JSON file, under $OUT where that is set, else under benchmarks/results/<GPU>/. `python -m benchmarks.choice FILE` takes
+from it by which backend recurrences run.
 """
 
 import argparse
@@ -101,12 +102,20 @@ def sanitizer() -> list[dict[str, Any]] | str:
     ]
 
 
+def kept() -> list[str] | None:
+    """For which recurrences cuDNN keeps the contract here; None where the question failed."""
+    asked = command([sys.executable, "-m", "benchmarks.choice", "--probe"])
+    return json.loads(asked["output"].splitlines()[-1]) if asked["code"] == 0 else None
+
+
 def grid(folder: Path, longest: int, quick: bool) -> dict[str, Any]:
-    """The benchmark suites on the GPU, in float32 and bfloat16; pytest-benchmark's JSON of each."""
+    """The benchmark suites on the GPU, in float32 and bfloat16, and the layers that cuDNN has other kernels for in
+    float16; pytest-benchmark's JSON of each."""
     measured: dict[str, Any] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         target = folder / f"gpu-{dtype}.json"
-        words = [sys.executable, "-m", "pytest", "-q", "--no-header", "benchmarks", "--device=cuda", f"--dtype={dtype}"]
+        suites = ["benchmarks/bench_recurrence.py", "-k", "GPU"] if dtype == "float16" else ["benchmarks"]
+        words = [sys.executable, "-m", "pytest", "-q", "--no-header", *suites, "--device=cuda", f"--dtype={dtype}"]
         words += [f"--longest={longest}", f"--benchmark-json={target}", "--benchmark-quiet", "--any-load"]
         run = command([*words, *(["--quick"] if quick else [])], show=True)
         content = json.loads(target.read_text()) if target.exists() and target.stat().st_size else None
@@ -143,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome: dict[str, Any] = {"facts": known}
     outcome["tests"] = command([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], show=True)
     outcome["sanitizer"] = sanitizer()
+    outcome["keeps_contract"] = kept()
     outcome["benchmarks"] = grid(folder, chosen.longest, chosen.quick)
     target = folder / "gpu.json"
     target.write_text(json.dumps(outcome, indent=1) + "\n")

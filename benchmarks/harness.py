@@ -93,6 +93,7 @@ class Case:
         agree: whether all entrants must give the same result: not with random dropout.
         compared: leading positions (B, T, ...) that must agree, where rounding errors grow over time without bound.
         varied: whether T changes between rounds.
+        sizes: what a table of its kind finds it by.
     """
 
     row: str
@@ -106,6 +107,7 @@ class Case:
     agree: bool = True
     compared: int | None = None
     varied: bool = True
+    sizes: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -68,13 +68,14 @@ def chain(parts: Sequence[Work]) -> Work:
     return Work(tuple(phase for part in parts for phase in part.phases), sum(part.path for part in parts))
 
 
-def recurrence(gates: int, batch: float, time: float, inputs: int, hidden: int, steps: int) -> Work:
+def recurrence(gates: int, batch: float, time: float, inputs: int, hidden: int, steps: int, heads: int = 1) -> Work:
     """A layer with so many gates (LSTM 4, GRU 3, RNN 1). The input's product is one matrix product; the recurrent one
     reads its weights again at every step, from the level of memory that holds them.
 
     Args:
         batch, time: batch * time present positions.
         steps: of the longest sequence.
+        heads: of which the recurrent weights are blocks.
     """
     cells = batch * time
     entering = Phase(
@@ -82,8 +83,9 @@ def recurrence(gates: int, batch: float, time: float, inputs: int, hidden: int, 
         FLOAT * (cells * inputs + gates * hidden * inputs),
         FLOAT * (cells * inputs + gates * hidden * inputs),
     )
-    weights = FLOAT * gates * hidden * hidden
-    recurrent = Phase(2 * gates * cells * hidden * hidden, steps * weights + FLOAT * cells * hidden, weights)
+    products = gates * hidden * hidden / heads
+    weights = FLOAT * products
+    recurrent = Phase(2 * cells * products, steps * weights + FLOAT * cells * hidden, weights)
     return Work((entering, recurrent), steps)
 
 

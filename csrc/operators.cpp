@@ -29,9 +29,11 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "Tensor? lengths, Tensor? reset, Tensor output, Tensor[] saved, int cell, int directions, bool bias, bool projected, bool normed, "
       "float zoneout_h, float zoneout_c, bool time_first, bool packed, int[] needs) -> Tensor[]");
 
-#if defined(S2S_CUDA)
   // The parts of a recurrence that go through time, on a GPU: no operators of their own, s2s_kernels/ops/recurrence calls them.
+  // What a plan is predicted to take, in nanoseconds a step, can be asked without one.
   m.def("recurrence_persistent_plan(int[] size, bool backward, int[] machine) -> int[]");
+  m.def("recurrence_persistent_step(int[] size, bool backward, int[] machine, int[] plan) -> float");
+#if defined(S2S_CUDA)
   m.def("recurrence_persistent_resident(int[] plan, int operand, bool backward, int device) -> int");
   m.def(
       "recurrence_persistent_forward(Tensor inputs, Tensor weight_hh, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? recurrent_mask, "

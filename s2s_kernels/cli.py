@@ -77,7 +77,7 @@ def check() -> int:
     """Judges every available kernel against the float64 reference over all samples; 1 where one is wrong."""
     from .testing import CASES, Draw, compare
 
-    start, failures, counted = time.perf_counter(), 0, 0
+    start, failures, counted, ours = time.perf_counter(), 0, 0, 0
     for name, case in CASES.items():
         for backend in ("cpu", "cuda", "triton", "torch"):
             if available(name, backend) != "available":
@@ -99,14 +99,15 @@ def check() -> int:
             if not judged:
                 continue
             failures, counted = failures + len(wrong), counted + judged
+            ours += judged if backend != "torch" else 0  # torch's own layers are there where nothing was built
             state = "FAILED" if wrong else "ok"
             print(f"{state:6} {name} on {backend}: {judged} calls judged, {uncovered} not covered")
             for line in wrong:
                 print(f"       {line}")
     print(f"{counted} calls judged, {failures} wrong, {time.perf_counter() - start:.1f} s")
-    if not counted:
+    if not ours:
         print(f"no kernel is available: {dispatch.extension_missing}")
-    return 1 if failures or not counted else 0
+    return 1 if failures or not ours else 0
 
 
 def models() -> int:

@@ -30,7 +30,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda", "torch")
 
 # The order of preference for each type of device. The reference comes last everywhere, and alone on any other device.
 PREFERENCE: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("torch", "cpu", "reference"),
+    "cpu": ("cpu", "torch", "reference"),
     "cuda": ("torch", "cuda", "triton", "reference"),
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # the device a backend's kernels run on
@@ -48,10 +48,16 @@ def not_in_triton(dtype: torch.dtype) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator and, for each backend that has code for it, the function that says what is not covered."""
+    """An operator and, for each backend that has code for it, the function that says what is not covered; for some,
+    one that says why a call that is covered is better left to another backend, unless this one is forced."""
 
     name: str
     gaps: Mapping[str, Gap]
+    deferrals: Mapping[str, Gap] = dataclasses.field(default_factory=dict)
+
+    def deferral(self, backend: str, call: Any) -> str | None:
+        rule = self.deferrals.get(backend)
+        return None if rule is None else rule(call)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +79,10 @@ class _Explained(Exception):
 OPERATORS: dict[str, Operator] = {}
 
 
-def register(name: str, **gaps: Gap) -> Operator:
+def register(name: str, deferrals: Mapping[str, Gap] | None = None, /, **gaps: Gap) -> Operator:
     """Enters an operator under its public name. `gaps` maps a backend to what it doesn't cover; the reference covers
-    all."""
-    OPERATORS[name] = Operator(name, gaps)
+    all. deferrals: as `Operator`."""
+    OPERATORS[name] = Operator(name, gaps, deferrals or {})
     return OPERATORS[name]
 
 
@@ -140,8 +146,9 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
         return f"{operator.name} has no {backend} kernel"
     if _exporting_onnx():
         return "ONNX has no such operator: the reference is exported"
-    if backend in DEVICE and device.type != DEVICE[backend]:
-        return f"its kernels take {DEVICE[backend].upper()} tensors, these are on {device}"
+    devices = (DEVICE[backend],) if backend in DEVICE else tuple(PREFERENCE)
+    if device.type not in devices:
+        return f"its kernels take {' and '.join(map(str.upper, devices))} tensors, these are on {device}"
     if backend in ("cpu", "triton") and extension_missing is not None:  # it brings the schemas
         return extension_missing
     if backend == "triton":
@@ -191,7 +198,7 @@ def choose(operator: Operator, device: torch.device, call: Any) -> str:
             )
         return forced
     for backend in PREFERENCE.get(device.type, ()):
-        if gap(operator, backend, device, call) is None:
+        if gap(operator, backend, device, call) is None and operator.deferral(backend, call) is None:
             return backend
     return "reference"
 
@@ -204,6 +211,8 @@ def _explain(operator: Operator, device: torch.device, call: Any, forced: str | 
         raise NotImplementedError(
             f"{operator.name}: the forced backend {forced} does not cover this call: {reasons[forced]}"
         )
+    if forced is None:
+        reasons = {name: reason or operator.deferral(name, call) for name, reason in reasons.items()}
     chosen = forced or next(name for name in order if reasons[name] is None)
     why = f"{chosen} is forced" if forced else f"{chosen} is preferred"
     return Explanation(chosen, {name: reason or why for name, reason in reasons.items() if name != chosen})

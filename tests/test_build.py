@@ -147,6 +147,7 @@ def test_the_source_distribution_can_be_built(distributions):
         for path in (ROOT / "csrc").rglob("*")
         if path.suffix in (".cpp", ".h", ".cu", ".cuh")
     }
+    needed.add("s2s_kernels/ops/recurrence/measurements.json")
     assert needed | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 

@@ -94,7 +94,7 @@ def far_apart(value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 @pytest.mark.parametrize("case, sample", SAMPLES)
 def test_values_and_gradients(case, sample, backend, dtype):
     judge(backend, case.function, sample.build(Draw(dtype)))
@@ -106,14 +106,14 @@ def test_whichever_backend_serves(case, sample):
 
 
 @pytest.mark.parametrize("layout", [transposed, sliced, absurd, expanded])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 @pytest.mark.parametrize("case, sample", SMOOTH)
 def test_any_strides(case, sample, backend, layout):
     """Rows 3, 4, 6 of the edge cases."""
     judge(backend, case.function, relaid(sample.build(Draw()), layout))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 @pytest.mark.parametrize("case, sample", FIRST)
 def test_offsets_past_32_bits(case, sample, backend, monkeypatch):
     """Row 7."""
@@ -129,14 +129,14 @@ def test_offsets_past_32_bits(case, sample, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 @pytest.mark.parametrize("case, sample", SMOOTH)
 def test_any_strides_of_the_incoming_gradient(case, sample, backend, upstream):
     """Rows 1 and 2."""
     judge(backend, case.function, sample.build(Draw()), upstream=upstream)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 @pytest.mark.parametrize("case, sample", SMOOTH)
 def test_any_subset_of_inputs_wanting_a_gradient(case, sample, backend):
     """Row 13: each alone, and all but one."""
@@ -188,7 +188,7 @@ def differentiated(case, sample):
     return function, tuple(flat[i] for i in places)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
 @pytest.mark.parametrize("case, sample", SMOOTH)
 def test_first_and_second_order(case, sample, backend):
     arguments = sample.build(Draw(torch.float64))

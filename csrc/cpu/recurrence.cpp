@@ -13,6 +13,7 @@
 #define S2S_TILES
 #define S2S_KERNELS "recurrence_kernels.h"
 #include "each_isa.h"
+#include "recurrence_heads.h"
 #include "recurrence_runner.h"
 
 namespace s2s {
@@ -44,7 +45,7 @@ class Forward : Runner<S> {
     std::vector<Tensor> states{empty_cpu({s_.batch, s_.width}, type_)};
     if (s_.cell == Cell::lstm) states.push_back(empty_cpu({s_.batch, s_.hidden}, type_));
     RecurrencePlaces to{};
-    to.output = to.h_n = states[0].mutable_data_ptr(), to.output_time = s_.width;
+    to.output = to.h_n = states[0].mutable_data_ptr(), to.output_time = to.h_row = s_.width, to.c_row = s_.hidden;
     if (s_.cell == Cell::lstm) to.c_n = states[1].mutable_data_ptr();
     run(to);
     return states;
@@ -63,7 +64,7 @@ class Forward : Runner<S> {
     RecurrencePlaces to{};
     to.output = place(over_positions(a_.x, s_.width, type_));
     to.output_batch = s_.time * s_.width, to.output_time = s_.width;
-    to.h_n = place(empty_cpu({s_.batch, s_.width}, type_));
+    to.h_n = place(empty_cpu({s_.batch, s_.width}, type_)), to.h_row = s_.width, to.c_row = s_.hidden;
     if (lstm) to.c_n = place(empty_cpu({s_.batch, s_.hidden}, type_));
     to.gates = kept(save && keeps_gates(s_.cell, a_.zoneout_h), s_.gate_units);
     to.extra = kept(save && (lstm || s_.cell == Cell::gru), s_.hidden);
@@ -85,8 +86,8 @@ class Forward : Runner<S> {
     p.dropout = a_.weight_dropout > 0 ? &this->dropout_ : nullptr;
     const auto write = S2S_SELECT(RowKernels<S>::write);
     p.output = {to.output, to.output_batch, to.output_time, write};
-    p.h_n = {to.h_n, s_.width, 0, write};
-    if (s_.cell == Cell::lstm) p.c_n = {to.c_n, s_.hidden, 0, write};
+    p.h_n = {to.h_n, to.h_row, 0, write};
+    if (s_.cell == Cell::lstm) p.c_n = {to.c_n, to.c_row, 0, write};
     p.block_rows = std::min<int64_t>(plan_.slots() + 1, std::max<int64_t>(192, (1 << 17) / s_.gate_units));
     // Weights that are used but a few times would take longer to pack, and those that come from beyond the second-level cache come as fast
     // unpacked. Dot products round in another order than products do, so who makes them must not depend on the threads.
@@ -609,6 +610,7 @@ std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih,
                                        bool cuda, int64_t save) {
   const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
                     lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
+  if (weight_hh.dim() == 3) return run_heads(a, bias_ih, bias_hh, save);
   return dispatch_floating("recurrence", "x", x,
                            [&](auto zero) { return Forward<decltype(zero)>("recurrence", a, bias_ih, bias_hh).run(save); });
 }
@@ -624,7 +626,8 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         int64_t needs) {
   const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
                     lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
-  return run_recurrence_backward(a, {grad_output, grad_h, grad_c, gates, extra, hidden, normed}, needs);
+  const RecurrenceKept kept{grad_output, grad_h, grad_c, gates, extra, hidden, normed};
+  return weight_hh.dim() == 3 ? run_heads_backward(a, kept, needs) : run_recurrence_backward(a, kept, needs);
 }
 
 std::vector<Tensor> recurrence_step(const Tensor& x, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,

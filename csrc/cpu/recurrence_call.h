@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "pool.h"
 #include "tensor.h"
 
 namespace s2s {
@@ -20,11 +21,12 @@ struct __attribute__((visibility("hidden"))) RecurrenceArguments {
                 // what is kept
 };
 
-// Where forward puts its results, contiguous but for the output, whose strides are given in elements; null: not kept.
+// Where forward puts its results, contiguous but for the output and the states, whose strides are given in elements; null: not kept.
 struct RecurrencePlaces {
   void* output;  // (B, T, P), or (N, P) of a packed sequence, whose rows are output_time apart
   int64_t output_batch, output_time;
   void *h_n, *c_n;                        // (B, P), (B, H)
+  int64_t h_row, c_row;                   // from one row of them to the next
   void *gates, *extra, *hidden, *normed;  // what backward needs, in the compute type
   bool defined;                           // what is kept is 0 where no position is present, and not left as it was
 };
@@ -68,6 +70,27 @@ inline void check_positions(const char* op, const char* name, const Tensor& tens
     check_argument(op, name, tensor, type, {x.size(0), last});
   else
     check_argument(op, name, tensor, type, {x.size(0), x.size(1), last});
+}
+
+inline uint8_t* bytes(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
+inline int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
+// a += b, both contiguous; a may be as wide as the computation.
+inline void add(const char* op, const Tensor& a, const Tensor& b) {
+  dispatch_floating(op, "x", b, [&](auto zero) {
+    using S = decltype(zero);
+    const auto sum = [&](auto* to) {
+      using A = std::remove_pointer_t<decltype(to)>;
+      const S* const from = data<S>(b);
+      parallel(a.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) to[i] = from_compute<A>(to_compute(to[i]) + to_compute(from[i]));
+      });
+    };
+    if (a.scalar_type() == b.scalar_type())
+      sum(mutable_data<S>(a));
+    else
+      sum(mutable_data<compute_t<S>>(a));
+  });
 }
 
 void run_recurrence(const RecurrenceArguments& a, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const RecurrencePlaces& to);

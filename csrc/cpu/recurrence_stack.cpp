@@ -6,7 +6,6 @@
 #include <cstring>
 #include <vector>
 
-#include "pool.h"
 #include "recurrence.h"
 #include "recurrence_call.h"
 
@@ -121,10 +120,6 @@ struct Stack {
   }
 };
 
-uint8_t* bytes(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
-
-int64_t size_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
-
 // Returns output, h_n, c_n and, to be saved: of each layer the input (but of the first), and of each direction gates, extra, hidden,
 // normed.
 std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor> weights, const OptionalTensor& h0,
@@ -152,6 +147,7 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
       to.output_batch = turned ? features : packed ? 0 : x.size(1) * features;
       to.output_time = turned ? s.batch * features : features;
       to.h_n = bytes(h_n) + index * s.batch * s.width * item;
+      to.h_row = s.width, to.c_row = s.hidden;
       to.c_n = s.lstm() ? bytes(c_n) + index * s.batch * s.hidden * item : nullptr;
       if (save) {
         const Tensor own[] = {kept(keeps_gates(s.cell, zoneout_h), s.gate_units), kept(s.lstm() || s.cell == Cell::gru, s.hidden),
@@ -171,18 +167,6 @@ std::vector<Tensor> recurrence_stack_forward(const Tensor& x, std::vector<Tensor
   std::vector<Tensor> results{*from, h_n, c_n};
   results.insert(results.end(), saved.begin(), saved.end());
   return results;
-}
-
-// a += b, both contiguous.
-void add(const Tensor& a, const Tensor& b) {
-  dispatch_floating("recurrence_stack_backward", "x", a, [&](auto zero) {
-    using S = decltype(zero);
-    S* const to = mutable_data<S>(a);
-    const S* const from = data<S>(b);
-    parallel(a.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[i] = from_compute<S>(to_compute(to[i]) + to_compute(from[i]));
-    });
-  });
 }
 
 // Returns the gradients that are needed, in the order x, weights, h0, c0.
@@ -250,7 +234,7 @@ std::vector<Tensor> recurrence_stack_backward(const OptionalTensor& grad_output,
         const Tensor& found = *next++;
         if (want == want_x) {
           if (grad_from)
-            add(*grad_from, found);
+            add(op, *grad_from, found);
           else
             grad_from = found;
         } else if (want == want_h0 || want == want_c0) {

@@ -3,23 +3,11 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../cpu/tensor.h"
+#include "recurrence_binding.h"
 #include "recurrence_launch.h"
 
 namespace s2s::persistent {
 namespace {
-
-constexpr const char* op = "recurrence_persistent";
-
-RecurrencePlan checked_plan(const std::vector<int64_t>& plan) {
-  STD_TORCH_CHECK(plan.size() == plan_fields, op, ": plan must have ", plan_fields, " fields, got ", plan.size());
-  return read_plan(plan.data());
-}
-
-RecurrenceCall checked_call(const std::vector<int64_t>& size, double zoneout_h, double zoneout_c) {
-  STD_TORCH_CHECK(size.size() == 7, op, ": size must have 7 entries, got ", size.size());
-  return {size[0], size[1], size[2], size[3], size[4], size[5], size[6], zoneout_h, zoneout_c};
-}
 
 // The address of a contiguous tensor on the device of the others; null where it is absent.
 class Unpack {
@@ -69,16 +57,6 @@ void check_plan(const RecurrencePlan& p, const RecurrenceCall& call, bool backwa
 }
 
 void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, op, ": ", error); }
-
-std::vector<int64_t> plan(std::vector<int64_t> size, bool backward, std::vector<int64_t> machine) {
-  STD_TORCH_CHECK(machine.size() == 3, op, ": machine must have 3 entries");
-  const RecurrenceMachine facts{static_cast<int>(machine[0]), static_cast<int>(machine[1]), machine[2] != 0};
-  RecurrencePlan found{};
-  if (!plan_recurrence(shape_of(checked_call(size, 0, 0), backward), facts, found)) return {};
-  std::vector<int64_t> fields(plan_fields);
-  write_plan(found, fields.data());
-  return fields;
-}
 
 int64_t resident(std::vector<int64_t> plan, int64_t operand, bool backward, int64_t device) {
   type_of(operand);
@@ -154,7 +132,6 @@ void backward(Tensor grad_output, OptionalTensor grad_h, OptionalTensor grad_c, 
 }  // namespace s2s::persistent
 
 STABLE_TORCH_LIBRARY_IMPL(s2s, CompositeExplicitAutograd, m) {
-  m.impl("recurrence_persistent_plan", TORCH_BOX(&s2s::persistent::plan));
   m.impl("recurrence_persistent_resident", TORCH_BOX(&s2s::persistent::resident));
 }
 STABLE_TORCH_LIBRARY_IMPL(s2s, CUDA, m) {

@@ -142,6 +142,12 @@ inline double step_time(const RecurrencePlan& p, const RecurrenceShape& s, bool 
   return latency + (exchange + product + weights + sums + cell) / ghz;
 }
 
+// Of the whole batch: teams take several tiles of it in turn where there are more tiles than teams.
+inline double planned_time(const RecurrencePlan& p, const RecurrenceShape& s, bool hopper) {
+  const int64_t chunks = (s.batch + p.rows - 1) / p.rows;
+  return static_cast<double>((chunks + p.teams - 1) / p.teams) * step_time(p, s, hopper);
+}
+
 struct RecurrenceMachine {
   int multiprocessors, shared_limit;  // bytes of shared memory that one block may have
   bool clusters;                      // compute capability 9.0 or above
@@ -172,7 +178,7 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
       p.shared_bytes = RecurrenceLayout(p, s).bytes;
       if (p.shared_bytes > m.shared_limit) break;
       p.workspace_bytes = workspace_bytes(p, s);
-      const double time = static_cast<double>((chunks + p.teams - 1) / p.teams) * step_time(p, s, m.clusters);
+      const double time = planned_time(p, s, m.clusters);
       if (!found || time < least) best = p, least = time, found = true;
       if (rows >= s.batch) break;
     }

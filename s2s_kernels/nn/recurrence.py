@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import checks
+from ..ops.recurrence.reference import diagonal_blocks
 from ..ops.recurrence.stack import States, stack
 from .cells import (
     Device,
@@ -48,6 +49,7 @@ class _Recurrent(Layer):
     zoneout: Zoneout = 0.0
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    heads: int = 1
     _all_weights: list[list[str]]
     _flat_weights_names: list[str]
     _state_names: tuple[str, ...] = ("hx",)
@@ -59,6 +61,7 @@ class _Recurrent(Layer):
         zoneout: Zoneout,
         recurrent_dropout: float,
         weight_dropout: float,
+        heads: int,
     ) -> None:
         """`like` is torch's layer: it has checked the arguments and drawn the weights, so one seed gives the same ones
         here and there."""
@@ -67,7 +70,12 @@ class _Recurrent(Layer):
         for attribute in _OF_TORCH:
             setattr(self, attribute, getattr(like, attribute))
         self._all_weights, self._flat_weights_names = like._all_weights, like._flat_weights_names
+        self.heads = _checked_heads(name, heads, self.hidden_size, self.proj_size)
         for key, parameter in like.named_parameters():
+            if heads > 1 and key.startswith("weight_hh"):
+                parameter = nn.Parameter(
+                    diagonal_blocks(parameter.detach(), heads, parameter.shape[0] // like.hidden_size)
+                )
             self.register_parameter(key, parameter)
         self.layer_norm = layer_norm
         self.zoneout = checked_zoneout(name, zoneout, len(self._state_names))
@@ -240,7 +248,7 @@ class _Recurrent(Layer):
         for attribute, default in (
             ("proj_size", 0), ("num_layers", 1), ("bias", True), ("batch_first", False), ("dropout", 0),
             ("bidirectional", False), ("layer_norm", False), ("zoneout", 0), ("recurrent_dropout", 0),
-            ("weight_dropout", 0),
+            ("weight_dropout", 0), ("heads", 1),
         ):  # fmt: skip
             value = getattr(self, attribute)
             text += "" if value == default else f", {attribute}={value}"
@@ -259,6 +267,9 @@ class LSTM(_Recurrent):
         recurrent_dropout: probability of dropping a unit of h in the recurrent product, one mask a sequence (Gal and
             Ghahramani 2016).
         weight_dropout: probability of dropping an element of weight_hh, one mask a call (Merity et al. 2018).
+        heads: a divisor of hidden_size, and of proj_size: the recurrent weights are that many blocks on a diagonal, and
+            with more than one weight_hh_l0 is (heads, 4H / heads, H_out / heads), as `s2s_kernels.lstm` takes it. Drawn
+            as torch draws the matrix, whose other elements are 0.
 
     Parameters: torch's, then under layer_norm ln_ih_weight_l0 (4H,), ln_hh_weight_l0 (4H,), ln_c_weight_l0 (H,),
     ln_c_bias_l0 (H,), and so on for each layer and, with the suffix _reverse, direction.
@@ -286,11 +297,12 @@ class LSTM(_Recurrent):
         zoneout: Zoneout = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        heads: int = 1,
     ) -> None:
         like = nn.LSTM(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
-        super().__init__(like, layer_norm, zoneout, recurrent_dropout, weight_dropout)
+        super().__init__(like, layer_norm, zoneout, recurrent_dropout, weight_dropout, heads)
 
 
 class GRU(_Recurrent):
@@ -298,7 +310,7 @@ class GRU(_Recurrent):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch's.
-        layer_norm, recurrent_dropout, weight_dropout: as `LSTM`; layer normalisation is of the products only.
+        layer_norm, recurrent_dropout, weight_dropout, heads: as `LSTM`; layer normalisation is of the products only.
         zoneout: p, as `LSTM`.
 
     Parameters: torch's, then under layer_norm ln_ih_weight_l0 (3H,), ln_hh_weight_l0 (3H,), and so on.
@@ -323,13 +335,14 @@ class GRU(_Recurrent):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        heads: int = 1,
         **unsupported: Any,
     ) -> None:
         _refuse("GRU", unsupported)
         like = nn.GRU(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
         )
-        super().__init__(like, layer_norm, zoneout, recurrent_dropout, weight_dropout)
+        super().__init__(like, layer_norm, zoneout, recurrent_dropout, weight_dropout, heads)
 
 
 class RNN(_Recurrent):
@@ -338,7 +351,7 @@ class RNN(_Recurrent):
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as
             torch's.
-        layer_norm, zoneout, recurrent_dropout, weight_dropout: as `GRU`.
+        layer_norm, zoneout, recurrent_dropout, weight_dropout, heads: as `GRU`.
 
     Parameters: torch's, then under layer_norm ln_ih_weight_l0 (H,), ln_hh_weight_l0 (H,), and so on.
 
@@ -363,6 +376,7 @@ class RNN(_Recurrent):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        heads: int = 1,
         **unsupported: Any,
     ) -> None:
         _refuse("RNN", unsupported)
@@ -370,8 +384,17 @@ class RNN(_Recurrent):
             input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype,
         )  # fmt: skip
-        super().__init__(like, layer_norm, zoneout, recurrent_dropout, weight_dropout)
+        super().__init__(like, layer_norm, zoneout, recurrent_dropout, weight_dropout, heads)
         self.nonlinearity = nonlinearity
+
+
+def _checked_heads(name: str, heads: Any, hidden: int, projection: int) -> int:
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        checks.wrong_type(name, "heads", "an integer", type(heads).__name__)
+    if heads < 1 or hidden % heads or projection % heads:
+        given = f"{hidden} and proj_size {projection}" if projection else f"{hidden}"
+        checks.wrong_value(name, "heads", f"a divisor of hidden_size {given}", heads)
+    return heads
 
 
 def _refuse(name: str, arguments: dict[str, Any]) -> None:

@@ -51,19 +51,17 @@ def differentiable(
             tensors, saved = kept[: ctx.count], kept[ctx.count :]
             needs = tuple(ctx.needs_input_grad[1:])
             if torch.is_grad_enabled():  # only under create_graph: someone may differentiate this gradient
-                counts = (len(grads), len(tensors))
-                return None, *Backward.apply(ctx.options, needs, counts, *grads, *tensors, *saved)
+                return None, *Backward.apply(ctx.options, needs, len(grads), saved, *grads, *tensors)
             return None, *backward(grads, tensors, saved, ctx.options, needs)
 
     class Backward(torch.autograd.Function):
         """The backward kernel as a step of its own; its derivative goes through the reference: right, never silently
-        wrong."""
+        wrong. What forward saved comes as one argument, so that autograd looks for no history in it."""
 
         @staticmethod
-        def forward(ctx, options, needs, counts, *values):
-            first, second = counts[0], counts[0] + counts[1]
-            grads, tensors, saved = values[:first], values[first:second], values[second:]
-            ctx.options, ctx.needs, ctx.count, ctx.extra = options, needs, counts[0], len(saved)
+        def forward(ctx, options, needs, count, saved, *values):
+            grads, tensors = values[:count], values[count:]
+            ctx.options, ctx.needs, ctx.count = options, needs, count
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*grads, *tensors)
             return tuple(backward(grads, tensors, saved, options, needs))
@@ -101,7 +99,7 @@ def differentiable(
                     else [None] * len(sources)
                 )
                 result = [next(second) if v is not None and v.requires_grad else None for v in values]
-            return None, None, None, *result, *([None] * ctx.extra)
+            return None, None, None, None, *result
 
     Forward.__name__ = Forward.__qualname__ = f"{name}_forward"
     Backward.__name__ = Backward.__qualname__ = f"{name}_backward"

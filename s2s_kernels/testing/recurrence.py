@@ -30,6 +30,7 @@ def recurrence_sample(
     poison: bool = False,
     scale: float = 1.0,
     smooth: bool = True,
+    heads: int | None = None,
     **options: Any,
 ) -> Sample:
     """A call of one cell.
@@ -47,7 +48,8 @@ def recurrence_sample(
         # would be divided by themselves.
         size = 2.0 if layer_norm else 0.7
         weight_ih = draw(gates * hidden, inputs, scale=size * (inputs + 1) ** -0.5)
-        weight_hh = draw(gates * hidden, width, scale=size * (width + 1) ** -0.5)
+        shape = (gates * hidden, width) if heads is None else (heads, gates * hidden // heads, width // heads)
+        weight_hh = draw(*shape, scale=size * (shape[-1] + 1) ** -0.5)
         biases = (draw(gates * hidden, scale=0.5), draw(gates * hidden, scale=0.5)) if bias else (None, None)
         values = dict(options)
         if state:
@@ -107,6 +109,9 @@ def recurrence_errors(cell: str) -> tuple[ErrorSample, ...]:
         refused("weight_ih no tensor", TypeError, "weight_ih", lambda draw: {"weight_ih": None}),
         refused("columns of weight_hh", ValueError, "weight_hh", lambda draw: {"weight_hh": draw(rows, 3)}),
         refused("dtype of weight_hh", TypeError, "weight_hh", lambda draw: {"weight_hh": draw(rows, 2).int()}),
+        refused("heads that don't divide", ValueError, "weight_hh", lambda draw: {"weight_hh": draw(3, rows, 1)}),
+        refused("blocks of heads", ValueError, "weight_hh", lambda draw: {"weight_hh": draw(2, rows // 2, 2)}),
+        refused("no heads", ValueError, "weight_hh", lambda draw: {"weight_hh": draw(0, rows, 2)}),
         refused("size of bias_ih", ValueError, "bias_ih", lambda draw: {"bias_ih": draw(rows + 1)}),
         refused("size of bias_hh", ValueError, "bias_hh", lambda draw: {"bias_hh": draw(1, rows)}),
         refused("shape of h0", ValueError, "h0", lambda draw: {"h0": draw(2, 3)}),
@@ -186,6 +191,24 @@ CASES = {
             lstm_sample("tails, projection", 5, 3, 7, 65, projected=17, state=True, smooth=False),
             lstm_sample("one row", 1, 4, 17, 129, smooth=False),
             lstm_sample("many rows", 17, 5, 37, 41, **many_rows, recurrent_mask=True),
+            lstm_sample("heads", hidden=4, heads=2, state=True),
+            lstm_sample(
+                "heads, reverse, lengths",
+                3,
+                4,
+                hidden=6,
+                heads=3,
+                lengths=(4, 0, 3),
+                reset=[[1, 0, 1, 0]] * 3,
+                state=True,
+                reverse=True,
+                recurrent_mask=True,
+                zoneout=(0.5, 0.25),
+                smooth=False,
+            ),
+            lstm_sample("heads, many rows", 17, 5, 37, 39, heads=3, **many_rows, bias=False),
+            lstm_sample("heads, random", hidden=4, heads=2, zoneout=0.5, training=True, smooth=False),
+            lstm_sample("heads, projection, layer norm", time=2, hidden=8, heads=2, projected=6, layer_norm=True),
         ),
         recurrence_errors("lstm"),
         functools.partial(by_length, "lstm"),
@@ -221,6 +244,8 @@ CASES = {
             gru_sample("tails", 7, 5, 65, 33, state=True, smooth=False),
             gru_sample("one row", 1, 4, 17, 129, smooth=False),
             gru_sample("many rows", 17, 5, 37, 41, **many_rows, reverse=True),
+            gru_sample("heads", hidden=4, heads=2, lengths=(4, 2), state=True),
+            gru_sample("heads, many rows", 17, 5, 37, 40, heads=5, **many_rows, reverse=True),
         ),
         recurrence_errors("gru"),
         functools.partial(by_length, "gru"),
@@ -254,6 +279,8 @@ CASES = {
             rnn_sample("saturated", scale=1e4, smooth=False),
             rnn_sample("one row", 1, 4, 17, 129, smooth=False),
             rnn_sample("many rows", 17, 5, 37, 41, **many_rows),
+            rnn_sample("heads", hidden=4, heads=4, reset=[[1, 0, 0, 1], [0, 0, 1, 0]], recurrent_mask=True),
+            rnn_sample("one head", 3, hidden=4, heads=1, nonlinearity="relu", zoneout=0.25, smooth=False),
         ),
         recurrence_errors("rnn_tanh"),
         functools.partial(by_length, "rnn_tanh"),

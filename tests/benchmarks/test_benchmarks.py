@@ -1,5 +1,6 @@
 """The benchmarks run end to end on tiny shapes, and what they compute about a run is right. No time is asserted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, harness, limits, report, results, run, tables, text, work
+from benchmarks import bench_recurrence, gpu, harness, limits, report, results, run, tables, text, work
 from benchmarks.harness import FORWARD, TRAINING, Case, Entrant, Grid
 from benchmarks.results import Group, Record
 
@@ -254,6 +255,34 @@ def test_without_a_gpu_nothing_is_done(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "command", lambda *a, **k: pytest.fail("something was run"))
     assert gpu.main([]) == 1 and gpu.main(["--present"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_gpus_grid_measures_the_choice_among_backends(monkeypatch, tmp_path):
+    calls = []
+    told = {"code": 0, "output": 'a warning\n["lstm float16"]'}
+    monkeypatch.setattr(gpu, "command", lambda words, show=False: calls.append(words) or told)
+    assert gpu.kept() == ["lstm float16"] and calls.pop()[-2:] == ["benchmarks.choice", "--probe"]
+    told["code"] = 1
+    assert gpu.kept() is None
+    calls.clear()
+    assert gpu.grid(tmp_path, 512, True).keys() == {"float32", "bfloat16", "float16"}
+    halves = calls[-1]
+    assert "benchmarks/bench_recurrence.py" in halves and "--dtype=float16" in halves and "benchmarks" not in halves
+    assert "benchmarks" in calls[0]
+
+    monkeypatch.setattr(bench_recurrence, "able", lambda *layer: [])
+    cases = bench_recurrence.for_a_gpu(Grid(device="cuda"))
+    chosen = [case for case in cases if case.sizes is not None]
+    assert len({case.name for case in cases}) == len(cases) and len(chosen) > 20
+    for case in chosen:
+        assert case.row.startswith("GPU backends ") and case.entrants[:2] == ("ours", "torch")
+        facts = {"cell", "batch", "inputs", "hidden", "width", "layers", "directions", "precision", "torch rounds"}
+        assert case.sizes.keys() == facts
+        assert f"B{case.sizes['batch']} H{case.sizes['hidden']}" in case.row
+    kinds = {(case.sizes["cell"], case.sizes["layers"], case.sizes["directions"]) for case in chosen}
+    assert {("lstm", 1, 1), ("gru", 2, 2), ("rnn_tanh", 1, 1), ("lstm", 2, 1), ("gru", 1, 2)} <= kinds
+    measured = harness.measure(dataclasses.replace(chosen[0], time=2), FORWARD, budget=0.0)
+    assert measured.keys() == set(chosen[0].entrants)
 
 
 def test_the_text_is_pythons_own_or_a_file(tmp_path):

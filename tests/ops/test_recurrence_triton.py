@@ -15,6 +15,7 @@ from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prep
 from s2s_kernels.testing.emulation import emulated, unavailable
 from s2s_kernels.testing.layouts import noise_sliced, noise_transposed, ones_expanded, sliced, transposed
 from s2s_kernels.testing.recurrence import recurrence_sample
+from s2s_kernels.testing.rule import call
 
 THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
 STEPS, SEQUENCE = ENGINES = ("triton_steps", "triton_sequence")
@@ -92,7 +93,7 @@ PERSISTENT = (
     "plain", "lengths", "lengths, reset", "reverse, reset, lengths", "poisoned", "zoneout in training",
     "zoneout in training, recurrent mask", "no positions", "empty batch", "relu",
 )  # fmt: skip
-HALVES = ("projection", "everything", "poisoned", "tails", "relu")
+HALVES = ("projection", "everything", "poisoned", "tails", "relu", "heads")
 
 
 @interpreted
@@ -356,6 +357,40 @@ def test_the_driver_with_the_cuda_engine(cell, sample, monkeypatch):
     with emulated_recurrence.emulated():
         judge(sample.build(Draw()), CASES[cell].function)
     assert calls
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("cell, time", [("gru", 5), ("lstm", 0)])
+def test_heads_without_padding(cell, time, dtype, engine):
+    """A packed sequence, whose heads don't stand apart, and no positions at all."""
+    (args, kwargs), lengths = (
+        recurrence_sample(cell, "", 3, time, 4, 6, heads=3, state=True).build(Draw(dtype)),
+        [5, 3, 1],
+    )
+    if time:
+        args = (args[0][0].new_tensor(torch.randn(sum(lengths), 4)), *args[1:])
+        kwargs = {**kwargs, "lengths": torch.tensor(lengths), "packed": True}
+    judge(call(*args, **kwargs), lambda *args, **kwargs: tuple(v for v in run(cell, *args, **kwargs) if v is not None))
+
+
+@interpreted
+@pytest.mark.parametrize("heads, launches", [(1, 2), (5, 10)])
+def test_a_program_holds_one_head(heads, launches, monkeypatch):
+    from s2s_kernels.ops.recurrence import choice, triton_sequence
+
+    monkeypatch.setattr(choice, "engine_of", lambda sizes: "triton_sequence" if sizes.units == 10 // heads else "")
+    grids, kernel = [], triton_sequence.forward_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton_sequence, "forward_kernel", Watched())
+    sample = recurrence_sample("gru", "", 18, 2, 3, 10, heads=heads, lengths=[2, 1] * 9, reverse=True)
+    judge(sample.build(Draw()), s2s.gru)
+    assert grids and set(grids) == {(launches,)}
 
 
 def test_the_choice_of_an_engine():

@@ -1,5 +1,6 @@
 """Recurrent layers over a whole sequence: LSTM, GRU and the plain RNN, one layer and direction a call."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,21 +8,62 @@ import torch
 
 from ... import checks, dispatch
 from ..random import draw_seed
-from . import autograd, cuda_kernels
+from . import autograd, builtin, cuda_kernels, estimates, reference
 from .reference import GATES
 
 __all__ = ["gru", "lstm", "rnn"]
 
 
 class Asked(NamedTuple):
-    """What decides which backend serves a call, whatever its batch and its time."""
+    """What decides which backend serves a call. plain: without recurrent mask, zoneout, projection and layer
+    normalisation; beyond: the first thing it asks for that torch's layers lack, in words; recording: whether a gradient
+    may be asked of it; heads: 1 for weights that are one matrix."""
 
     cell: str
-    hidden: int
     dtype: torch.dtype
     device: torch.device
+    batch: int
+    time: int
+    inputs: int
+    hidden: int
+    width: int  # P or H
     projected: bool
     normed: bool
+    plain: bool
+    beyond: str | None
+    recording: bool
+    heads: int = 1
+    layers: int = 1
+    directions: int = 1
+
+
+def beyond_torch(
+    weight_hh: torch.Tensor,
+    normed: bool,
+    lengths: Any,
+    reset: Any,
+    recurrent_mask: bool,
+    zoneout: bool,
+    weight_dropout: float,
+) -> str | None:
+    """What of a call torch's own layers don't have; None where it is plain."""
+    if weight_hh.dim() == 3:
+        return "heads"
+    if lengths is not None:
+        return "lengths that may stay on the device"
+    if reset is not None:
+        return "resets"
+    if normed:
+        return "layer normalisation"
+    return (
+        "recurrent mask" if recurrent_mask else "zoneout" if zoneout else "weight dropout" if weight_dropout else None
+    )
+
+
+def recording(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a gradient may be asked of a call on a GPU. Nowhere else does it decide anything."""
+    on_gpu = tensors[0] is not None and tensors[0].is_cuda
+    return on_gpu and torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
 def _not_in_cuda(asked: Asked) -> str | None:
@@ -30,10 +72,35 @@ def _not_in_cuda(asked: Asked) -> str | None:
     )
 
 
+def _deferral(backend: str, asked: Asked) -> str | None:
+    """Why a backend that covers a call leaves it to a faster one. A compiled call takes the first of the order: its
+    sizes are symbols, and to compare them would compile anew for each."""
+    if torch.compiler.is_compiling() or 0 in (asked.batch, asked.time, asked.inputs):
+        return None
+    if asked.device.type != "cuda":
+        return "the last bits of torch's layers depend on the number of threads" if backend == "torch" else None
+    operator = OPERATORS[asked.cell.partition("_")[0]]
+    able = tuple(b for b in COMPARED if dispatch.gap(operator, b, asked.device, asked) is None)
+    if len(able) < 2 or backend not in able:
+        return None
+    seconds, source = estimates.compared(asked, able)
+    best = min(able, key=seconds.__getitem__)
+    if backend == best:
+        return None
+    told = f"{source}: {', '.join(f'{name} {seconds[name] * 1e3:.3g} ms' for name in able)}"
+    return f"{told}; it serves under torch.compile" if able[0] == best == "torch" and backend == able[1] else told
+
+
+COMPARED = ("torch", "cuda", "triton")  # the first of equals
 # Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
 OPERATORS = {
     name: dispatch.register(
-        name, cpu=lambda asked: None, triton=lambda asked: dispatch.not_in_triton(asked.dtype), cuda=_not_in_cuda
+        name,
+        {backend: functools.partial(_deferral, backend) for backend in COMPARED},
+        cpu=lambda asked: None,
+        triton=lambda asked: dispatch.not_in_triton(asked.dtype),
+        cuda=_not_in_cuda,
+        torch=builtin.gap,
     )
     for name in ("lstm", "gru", "rnn")
 }
@@ -64,7 +131,10 @@ def lstm(
 
     Args:
         x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
-        weight_ih, weight_hh: (4H, I) and (4H, P or H), gates in torch's order i, f, g, o.
+        weight_ih, weight_hh: (4H, I) and (4H, P or H), gates in torch's order i, f, g, o. Of heads, recurrences of
+            H / heads units that share their input, weight_hh is (heads, 4H / heads, (P or H) / heads), the gates of
+            a head in the same order: the matrix that has these blocks on the diagonal of each gate, and 0 elsewhere,
+            W_hh[g H + k H/heads + i, k P/heads + j] = weight_hh[k, g H/heads + i, j].
         bias_ih, bias_hh: (4H,).
         h0, c0: state before the first step, (B, P or H) and (B, H); zeros if none.
         lengths: (B,) int32 or int64, on the CPU or beside x, unsorted. Positions at or past it never matter, and the
@@ -134,7 +204,8 @@ def gru(
 
     Args:
         x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
-        weight_ih, weight_hh: (3H, I) and (3H, H), gates in torch's order r, z, n.
+        weight_ih, weight_hh: (3H, I) and (3H, H), gates in torch's order r, z, n; weight_hh of heads, as `lstm`'s,
+            (heads, 3H / heads, H / heads).
         bias_ih, bias_hh: (3H,).
         h0, lengths, reset, reverse, recurrent_mask, training: as `lstm`.
         zoneout: the probability p of a unit to keep its previous value, as `lstm`.
@@ -188,7 +259,7 @@ def rnn(
 
     Args:
         x: input (B, T, I), any strides; float64, float32, bfloat16 or float16, and so is everything else that floats.
-        weight_ih, weight_hh: (H, I) and (H, H).
+        weight_ih, weight_hh: (H, I) and (H, H); weight_hh of heads, as `lstm`'s, (heads, H / heads, H / heads).
         bias_ih, bias_hh: (H,).
         h0, lengths, reset, reverse, recurrent_mask, training: as `lstm`.
         zoneout: the probability p of a unit to keep its previous value, as `lstm`.
@@ -278,7 +349,7 @@ def run(
         checks.wrong_value(name, "weight_ih", f"({rows}, I)", tuple(weight_ih.shape))
     hidden = weight_ih.shape[0] // gates
     checks.like(name, "weight_ih", weight_ih, x, "x", (gates * hidden, inputs), f"({rows}, I)")
-    projected = hidden
+    projected, heads = hidden, 1
     if weight_hr is not None:
         checks.tensor(name, "weight_hr", weight_hr)
         if weight_hr.dim() != 2 or weight_hr.shape[0] == 0:
@@ -286,7 +357,15 @@ def run(
         projected = weight_hr.shape[0]
         checks.like(name, "weight_hr", weight_hr, x, "x", (projected, hidden), "(P, H)")
     checks.tensor(name, "weight_hh", weight_hh)
-    checks.like(name, "weight_hh", weight_hh, x, "x", (gates * hidden, projected), f"({rows}, {suffix})")
+    if weight_hh.dim() == 3:
+        heads = weight_hh.shape[0]
+        if heads == 0 or hidden % heads or projected % heads:
+            expected = f"(heads, {rows} / heads, {suffix} / heads), heads a divisor of {hidden} and {projected}"
+            checks.wrong_value(name, "weight_hh", expected, tuple(weight_hh.shape))
+        shape = (heads, gates * hidden // heads, projected // heads)
+        checks.like(name, "weight_hh", weight_hh, x, "x", shape, f"(heads, {rows} / heads, {suffix} / heads)")
+    else:
+        checks.like(name, "weight_hh", weight_hh, x, "x", (gates * hidden, projected), f"({rows}, {suffix})")
     checks.like(name, "bias_ih", bias_ih, x, "x", (gates * hidden,), f"({rows},)")
     checks.like(name, "bias_hh", bias_hh, x, "x", (gates * hidden,), f"({rows},)")
     checks.like(name, "h0", h0, x, "x", (batch, projected), f"(B, {suffix})")
@@ -301,18 +380,30 @@ def run(
     zoneout_h, zoneout_c = _zoneout(name, zoneout)
     checks.probability(name, "weight_dropout", weight_dropout)
 
-    random = weight_dropout > 0 or (training and (zoneout_h > 0 or zoneout_c > 0))
+    zoned = zoneout_h > 0 or zoneout_c > 0
+    random = weight_dropout > 0 or (training and zoned)
     seed = draw_seed(x.device) if random else None
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    asked = Asked(cell, hidden, x.dtype, x.device, weight_hr is not None, norms[0] is not None)
+    beyond = beyond_torch(
+        weight_hh, norms[0] is not None, lengths, reset, recurrent_mask is not None, zoned, weight_dropout
+    )
+    asked = Asked(
+        cell, x.dtype, x.device, batch, time, inputs, hidden, projected, weight_hr is not None, norms[0] is not None,
+        not zoned and weight_hr is recurrent_mask is norms[0] is None, beyond, recording(tensors), heads,
+    )  # fmt: skip
     backend = dispatch.choose(OPERATORS[name], x.device, asked)
     options = (
         cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed, backend == "cuda"
     )  # fmt: skip
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
+    if backend == "torch":
+        return builtin.one(tensors, options)  # type: ignore[return-value]
+    # What goes across heads, or numbers its random draws by all units, is given the matrix.
+    if weight_hh.dim() == 3 and (backend == "cuda" or random or weight_hr is not None or norms[0] is not None):
+        tensors = (x, weight_ih, reference.block_diagonal(weight_hh, gates), *tensors[3:])
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
 
 

@@ -37,7 +37,8 @@ if dispatch.extension_missing is None:
         save,
     ):  # fmt: skip
         batch, positions = (lengths if packed else x).shape[0], x.shape[:-1]
-        rows, width = weight_hh.shape
+        rows, width = reference.whole_shape(weight_hh)
+        heads = weight_hh.shape[:1] if weight_hh.dim() == 3 else ()
         name = CELLS[cell]
         hidden = rows // reference.GATES[name]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -48,7 +49,9 @@ if dispatch.extension_missing is None:
             (save and wide != x.dtype, width),
             (save and norm_ih is not None, normed_row(rows)),
         )
-        saved = [x.new_empty(*positions, size, dtype=wide) for wanted, size in kept if wanted]
+        # Of heads it is laid out head by head.
+        parts = heads[0] if heads else 1
+        saved = [x.new_empty(*heads, *positions, size // parts, dtype=wide) for wanted, size in kept if wanted]
         return [x.new_empty(*positions, width), x.new_empty(batch, width), *lstm, *saved]
 
     @torch.library.register_fake("s2s::recurrence_backward")
@@ -57,10 +60,11 @@ if dispatch.extension_missing is None:
         norm_c, norm_b, lengths, reset, seed, gates, extra, hidden, normed, cell, reverse, zoneout_h, zoneout_c,
         training, weight_dropout, packed, cuda, needs,
     ):  # fmt: skip
-        batch, inputs, (rows, width) = (lengths if packed else x).shape[0], x.shape[-1], weight_hh.shape
+        batch, inputs = (lengths if packed else x).shape[0], x.shape[-1]
+        rows, width = reference.whole_shape(weight_hh)
         units = rows // reference.GATES[CELLS[cell]]
         shapes = (
-            x.shape, (rows, inputs), (rows, width), (rows,), (rows,), (batch, width), (batch, units),
+            x.shape, (rows, inputs), weight_hh.shape, (rows,), (rows,), (batch, width), (batch, units),
             (width, units), (batch, width), (rows,), (rows,), (units,), (units,),
         )  # fmt: skip
         return [x.new_empty(shape) for place, shape in enumerate(shapes) if needs >> place & 1]
@@ -121,16 +125,17 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
         assert output is not None
         return output.transpose(0, 1).flatten(0, 1).index_select(0, where), *states
     (batch, time, _), hidden = x.shape, weight_ih.shape[0] // reference.GATES[cell]
+    shape = reference.whole_shape(weight_hh)
     update_h = update_c = factors = None
     if training and zoneout_h > 0:
         assert seed is not None
-        update_h = keep_mask(seed, (batch, time, weight_hh.shape[1]), zoneout_h, STREAM_H)
+        update_h = keep_mask(seed, (batch, time, shape[1]), zoneout_h, STREAM_H)
     if training and zoneout_c > 0:
         assert seed is not None
         update_c = keep_mask(seed, (batch, time, hidden), zoneout_c, STREAM_C)
     if weight_dropout > 0:
         assert seed is not None
-        factors = keep_mask(seed, tuple(weight_hh.shape), weight_dropout, STREAM_WEIGHT).to(torch.float64)
+        factors = keep_mask(seed, shape, weight_dropout, STREAM_WEIGHT).to(torch.float64)
         factors = factors / (1 - weight_dropout if weight_dropout < 1 else 1)
     with checks.without_autocast(x):
         return reference.recurrence(

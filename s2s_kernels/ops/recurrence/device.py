@@ -24,6 +24,9 @@ product; both are 0 past a length. From these the driver has, with h the state t
     the result of LN(W_hh h), which b_hh is added to: grad_inputs, a GRU's candidate rows times r
     LN(W_hh h): its weight's gradient from that and the normalised product, which is made again
 
+Of heads, an engine that takes a whole sequence in one kernel gets rows of a batch of their own (`device_heads`) and
+weight_hh (heads, G, H); every other the matrix that the heads stand for.
+
 The engines' layouts are their own, so layer normalisation costs two products more in backward than it must. A packed
 sequence is padded between the products; its longest row is read by the host, the one synchronisation of this file.
 """
@@ -34,8 +37,9 @@ import torch.nn.functional as F
 from .autograd import CELLS
 from .device_call import call_of, check, contiguous, wide
 from .device_gradients import WANTED, Gradients
+from .device_heads import apart, together
 from .products import product
-from .reference import EPS
+from .reference import EPS, GATES, diagonal_blocks
 from .triton_steps import step
 
 Optional = torch.Tensor | None
@@ -62,13 +66,23 @@ def recurrence_forward(
         if bias is not None:
             inputs += bias
     padded = inputs.view(*x.shape[:-1], inputs.shape[1]) if call.packing is None else call.packing.pad(inputs)
+    gates = GATES[CELLS[cell]]
+    if call.heads > 1:
+        padded = apart(padded, call.heads, gates)
+        bias_hh = None if bias_hh is None else apart(bias_hh.unsqueeze(0), call.heads, gates)
     output, h_n, c_n, *saved = call.engine.forward(
         padded, call.weight_hh, bias_hh, *call.recurrent(), save=bool(save), **call.options
     )
     states = [h_n] if c_n is None else [h_n, c_n]
+    if call.heads > 1:
+        output, *states = (together(v, call.heads) for v in (output, *states))
     shown = call.packed(output)
     assert shown is not None
-    return [shown, *states, *(v for v in map(call.packed, saved) if v is not None)]
+    kept = [v for v in map(call.packed, saved) if v is not None]
+    if weight_hh.dim() == 3:  # as others lay it out, though where heads aren't apart it is one matrix's
+        each = 1 if call.apart else weight_hh.shape[0]
+        kept = [v.view(weight_hh.shape[0], *x.shape[:-1], v.shape[-1] // each) for v in kept]
+    return [shown, *states, *kept]
 
 
 def recurrence_backward(
@@ -84,6 +98,21 @@ def recurrence_backward(
         (norm_ih, norm_hh, norm_c, norm_b), lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training,
         weight_dropout, packed, cuda,
     )  # fmt: skip
+    if weight_hh.dim() == 3:
+
+        def engines(kept: Optional) -> Optional:
+            if kept is None:
+                return None
+            return kept.flatten(0, 1) if call.apart else kept.reshape(*x.shape[:-1], kept.shape[0] * kept.shape[-1])
+
+        gates, extra = engines(gates), engines(extra)
+        states = hidden if x.dtype == torch.float32 else engines(hidden)
+        assert states is not None
+        hidden = apart(states, call.heads) if call.apart and x.dtype == torch.float32 else states
+    if call.heads > 1:
+        grad_output, grad_h, grad_c = (
+            None if v is None else apart(v, call.heads) for v in (grad_output, grad_h, grad_c)
+        )
     gates, extra, normed, grad_output = map(call.padded, (gates, extra, normed, grad_output))
     states = call.padded(hidden)
     assert states is not None
@@ -93,7 +122,10 @@ def recurrence_backward(
         **call.options,
     )  # fmt: skip
     found = Gradients(call, x, weight_ih, gates, extra, states, weight_dropout, *grads)
-    return [getattr(found, name).to(x.dtype) for place, name in enumerate(WANTED) if needs >> place & 1]
+    wanted = {name: getattr(found, name) for place, name in enumerate(WANTED) if needs >> place & 1}
+    if weight_hh.dim() == 3 and not call.apart and "weight_hh" in wanted:
+        wanted["weight_hh"] = diagonal_blocks(wanted["weight_hh"], weight_hh.shape[0], GATES[CELLS[cell]])
+    return [grad.to(x.dtype) for grad in wanted.values()]
 
 
 def recurrence_step(

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from ..random import threshold
 from . import choice
 from .autograd import CELLS, STREAM_WEIGHT
-from .reference import GATES
+from .device_heads import apart
+from .reference import GATES, block_diagonal, whole_shape
 from .triton_rows import dropped
 
 Optional = torch.Tensor | None
@@ -52,8 +53,11 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What forward and backward share: the tensors as an engine takes them, and its options."""
+    """What forward and backward share: the tensors as an engine takes them, and its options. heads: of which the rows
+    stand apart (`device_heads`) and weight_hh keeps three dimensions; 1 where it is one matrix, made of them or given.
+    """
 
+    heads: int
     sizes: choice.Sizes
     packing: Packing | None
     lengths: Optional
@@ -69,6 +73,11 @@ class Call:
     norm_b: Optional
     seed: Optional
     options: dict[str, Any]  # of both directions of an engine
+
+    @property
+    def apart(self) -> bool:
+        """Whether heads are rows of their own."""
+        return self.weight_hh.dim() == 3
 
     @property
     def engine(self) -> Any:
@@ -91,7 +100,8 @@ class Call:
         """Which positions count, (B, T, 1); None where all do."""
         if self.lengths is None:
             return None
-        return (torch.arange(self.sizes.time, device=self.lengths.device) < self.lengths[:, None]).unsqueeze(2)
+        lengths = self.lengths[: self.sizes.batch]
+        return (torch.arange(self.sizes.time, device=lengths.device) < lengths[:, None]).unsqueeze(2)
 
 
 def contiguous(tensor: Optional) -> Optional:
@@ -116,22 +126,33 @@ def call_of(
         batch, time = packing.batch, packing.time
     else:
         batch, time, _ = x.shape
-    rows, width = weight_hh.shape
+    rows, width = whole_shape(weight_hh)
+    gates = GATES[CELLS[cell]]
+    plain = zoneout_h == zoneout_c == 0 and weight_hr is mask is norms[0] is None
+    shared = choice.shared_memory(x.device)
+    sizes = choice.Sizes(cell, batch, time, rows // gates, width, x.dtype, weight_hr is not None, plain, shared, cuda)
+    heads = 1
+    if weight_hh.dim() == 3:
+        heads = weight_hh.shape[0]
+        own = dataclasses.replace(sizes, units=sizes.units // heads, width=width // heads)
+        # A kernel for the whole sequence holds a head's weights. What takes a step at a time takes all heads' at once.
+        if not packed and choice.engine_of(own) == "triton_sequence":
+            sizes = own
+            h0, c0, mask = (None if v is None else apart(v, heads) for v in (h0, c0, mask))
+            lengths = None if lengths is None else lengths.repeat(heads)
+            reset = None if reset is None else reset.repeat(heads, 1)
+        else:
+            heads, weight_hh = 1, block_diagonal(weight_hh, gates)
     if weight_dropout > 0:
         assert seed is not None
         weight_hh = dropped(weight_hh, seed, *dropout(weight_dropout), STREAM_WEIGHT)
-    given = (weight_hr, mask, norms[0])
-    sizes = choice.Sizes(
-        cell, batch, time, rows // GATES[CELLS[cell]], width, x.dtype, weight_hr is not None,
-        zoneout_h == zoneout_c == 0 and all(tensor is None for tensor in given), choice.shared_memory(x.device), cuda,
-    )  # fmt: skip
     options = {
         "cell": cell, "reverse": reverse, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "training": training,
         "dtype": x.dtype,
     }  # fmt: skip
     norm_ih, norm_hh, norm_c, norm_b = map(wide, norms)
     return Call(
-        sizes, packing, contiguous(lengths), contiguous(reset), weight_hh.contiguous(), contiguous(h0),
+        heads, sizes, packing, contiguous(lengths), contiguous(reset), weight_hh.contiguous(), contiguous(h0),
         contiguous(c0), contiguous(weight_hr), contiguous(mask), norm_ih, norm_hh, norm_c, norm_b, seed, options,
     )  # fmt: skip
 
@@ -149,13 +170,17 @@ def check(
     """What a raw call could get wrong about the sizes by which the kernels read."""
     gates = GATES[CELLS[cell]] if 0 <= cell < len(CELLS) else 0
     fits = gates > 0 and x.dim() == (2 if packed or operator == "recurrence_step" else 3)
-    fits = fits and weight_ih.dim() == weight_hh.dim() == 2 and weight_ih.shape[1] == x.shape[-1]
-    fits = fits and weight_ih.shape[0] == weight_hh.shape[0] > 0 and weight_hh.shape[0] % gates == 0
+    ranks = (2, 3) if operator != "recurrence_step" else (2,)
+    fits = fits and weight_ih.dim() == 2 and weight_hh.dim() in ranks and weight_ih.shape[1] == x.shape[-1]
+    fits = fits and weight_ih.shape[0] == whole_shape(weight_hh)[0] > 0 and weight_ih.shape[0] % gates == 0
+    if fits and weight_hh.dim() == 3:  # without what goes across heads
+        fits = weight_hh.shape[1] == gates * weight_hh.shape[2]
+        fits = fits and all(v is None for v in (weight_hr, *norms))
     fits = fits and x.dtype != torch.float64
     fits = fits and (not packed or (lengths is not None and lengths.dim() == 1 and reset is None))
     if fits:
         batch = lengths.shape[0] if packed and lengths is not None else x.shape[0]
-        rows, width = weight_hh.shape
+        rows, width = whole_shape(weight_hh)
         units = rows // gates
         fits = width == units if weight_hr is None else weight_hr.shape == (width, units) and CELLS[cell] == "lstm"
         states = ((h0, (batch, width)), (c0, (batch, units)), (mask, (batch, width)))

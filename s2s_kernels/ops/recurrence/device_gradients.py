@@ -6,8 +6,9 @@ import torch
 
 from .autograd import CELLS, STREAM_WEIGHT
 from .device_call import Call, dropout
+from .device_heads import together
 from .products import product
-from .reference import EPS
+from .reference import EPS, GATES
 from .triton_rows import dropped, recurrent_input, unprojected
 
 Optional = torch.Tensor | None
@@ -29,8 +30,15 @@ class Gradients:
     ) -> None:  # fmt: skip
         self._call, self._x, self._weight_ih, self._weight_dropout = call, x, weight_ih, weight_dropout
         self._gates, self._extra, self._states = gates, extra, states
-        self._grad_inputs, self._grad_recurrent, self._grad_projected = grad_inputs, grad_recurrent, grad_projected
-        self.h0, self.c0, self.norm_c, self.norm_b = h0, c0, norm_c, norm_b
+        self._grad_recurrent, self._grad_projected = grad_recurrent, grad_projected
+        self._grad_inputs = self._of_all_heads(grad_inputs)
+        self.h0, self.c0 = (v if v is None or call.heads == 1 else together(v, call.heads) for v in (h0, c0))
+        self.norm_c, self.norm_b = norm_c, norm_b
+
+    def _of_all_heads(self, grad: torch.Tensor) -> torch.Tensor:
+        """Of the gates, from an engine's rows."""
+        heads, gates = self._call.heads, GATES[CELLS[self._call.options["cell"]]]
+        return grad if heads == 1 else together(grad, heads, gates)
 
     @functools.cached_property
     def x(self) -> torch.Tensor:
@@ -46,7 +54,11 @@ class Gradients:
         seen = recurrent_input(
             self._states, call.h0, call.mask, call.lengths, call.reset, call.options["reverse"], self._x.dtype
         )
-        grad = product(self._recurrent_product.t(), seen.flatten(0, 1))
+        seen = seen.flatten(0, 1)
+        if call.apart:
+            pairs = zip(self._recurrent_product.chunk(call.heads), seen.chunk(call.heads), strict=True)
+            return torch.stack([product(grad.t(), before) for grad, before in pairs])
+        grad = product(self._recurrent_product.t(), seen)
         if self._weight_dropout > 0:
             assert call.seed is not None
             grad = dropped(grad, call.seed, *dropout(self._weight_dropout), STREAM_WEIGHT)
@@ -74,11 +86,17 @@ class Gradients:
     @functools.cached_property
     def mask(self) -> torch.Tensor:
         call = self._call
-        through = product(self._recurrent_product, call.weight_hh).view(self._states.shape)
+        if call.apart:
+            pairs = zip(self._recurrent_product.chunk(call.heads), call.weight_hh, strict=True)
+            through = torch.cat([product(grad, weight) for grad, weight in pairs])
+        else:
+            through = product(self._recurrent_product, call.weight_hh)
+        through = through.view(self._states.shape)
         seen = recurrent_input(
             self._states, call.h0, None, call.lengths, call.reset, call.options["reverse"], torch.float32
         )  # fmt: skip
-        return (through * seen).sum(1)
+        grad = (through * seen).sum(1)
+        return grad if call.heads == 1 else together(grad, call.heads)
 
     @functools.cached_property
     def norm_ih(self) -> torch.Tensor:
@@ -131,7 +149,7 @@ class Gradients:
         if CELLS[call.options["cell"]] != "gru":
             return self._grad_inputs
         if call.norm_hh is None:
-            return self._grad_recurrent
+            return self._of_all_heads(self._grad_recurrent)
         assert self._gates is not None
         units = call.sizes.units
         present, r = call.present(), self._gates[..., :units]

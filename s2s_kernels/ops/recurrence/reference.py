@@ -2,7 +2,8 @@
 
 LSTM: Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000. GRU: Cho et al. 2014, in the form that
 resets after the product. Layer normalisation: Ba et al. 2016. Zoneout: Krueger et al. 2017. Variational dropout: Gal
-and Ghahramani 2016. Projection: Sak et al. 2014.
+and Ghahramani 2016. Projection: Sak et al. 2014. Heads, as in xLSTM (Beck et al. 2024): recurrent weights that are
+block diagonal, of which only the blocks are given.
 """
 
 import torch
@@ -24,6 +25,31 @@ def zoned(new: torch.Tensor, before: torch.Tensor, p: float, update: Optional) -
     if update is not None:
         return torch.where(update, new, before)
     return new if p == 0 else p * before + (1 - p) * new
+
+
+def whole_shape(weight_hh: torch.Tensor) -> tuple[int, int]:
+    """(G H, P) of recurrent weights, those of heads (heads, G H / heads, P / heads) too."""
+    if weight_hh.dim() == 2:
+        return weight_hh.shape[0], weight_hh.shape[1]
+    return weight_hh.shape[0] * weight_hh.shape[1], weight_hh.shape[0] * weight_hh.shape[2]
+
+
+def block_diagonal(weight_hh: torch.Tensor, gates: int) -> torch.Tensor:
+    """The matrix (G H, P) of which the weights of heads, (heads, G H / heads, P / heads), are the blocks: those of each
+    gate stand on its diagonal, and 0 elsewhere.
+
+        W[g H + k H/heads + i, k P/heads + j] = weight_hh[k, g H/heads + i, j]
+    """
+    heads, rows, width = weight_hh.shape
+    blocks = weight_hh.reshape(heads, gates, rows // gates, width).permute(1, 2, 3, 0)
+    return torch.diag_embed(blocks).permute(0, 3, 1, 4, 2).reshape(heads * rows, heads * width)
+
+
+def diagonal_blocks(weight_hh: torch.Tensor, heads: int, gates: int) -> torch.Tensor:
+    """What `block_diagonal` makes a matrix of: its blocks on the diagonal of each gate."""
+    rows, width = weight_hh.shape
+    parts = weight_hh.reshape(gates, heads, rows // gates // heads, heads, width // heads)
+    return parts.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2).reshape(heads, rows // heads, width // heads)
 
 
 def padded(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,9 +85,10 @@ def recurrence(
 
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        weight_hh: (G H, P), or of heads, as `block_diagonal` takes it.
         zoneout: the probabilities of h and c to keep their value.
         update: under zoneout in training the units of h (B, T, P or H) and c (B, T, H) that take their new value.
-        weight_factors: what multiplies weight_hh, in its shape.
+        weight_factors: what multiplies the matrix of weight_hh, (G H, P).
     """
     batch, time, _ = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -73,6 +100,8 @@ def recurrence(
     w_ih, w_hh, b_ih, b_hh, w_hr, mask = parameters
     assert w_ih is not None and w_hh is not None
     norm_ih, norm_hh, norm_c, norm_b = map(widened, layer_norm)
+    if w_hh.dim() == 3:
+        w_hh = block_diagonal(w_hh, GATES[cell])
     if weight_factors is not None:
         w_hh = w_hh * weight_factors.to(wide)
     hidden = w_ih.shape[0] // GATES[cell]

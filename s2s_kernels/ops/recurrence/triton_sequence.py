@@ -28,6 +28,10 @@ def _tile(units: int, width: int, dtype: torch.dtype, zones: Zones, *options: Op
     }  # fmt: skip
 
 
+def _heads(weight_hh: torch.Tensor) -> int:
+    return weight_hh.shape[0] if weight_hh.dim() == 3 else 1
+
+
 def forward(
     inputs: torch.Tensor, weight_hh: torch.Tensor, bias_hh: Optional, h0: Optional, c0: Optional, weight_hr: Optional,
     recurrent_mask: Optional, norm_hh: Optional, norm_c: Optional, norm_b: Optional, lengths: Optional,
@@ -35,15 +39,15 @@ def forward(
     save: bool, dtype: torch.dtype,
 ) -> tuple[Any, ...]:  # fmt: skip
     """An engine's forward, as device.py describes it. normed_hh is laid out as by `triton_steps`."""
-    (batch, time, sums), width = inputs.shape, weight_hh.shape[1]
+    (batch, time, sums), width, heads = inputs.shape, weight_hh.shape[-1], _heads(weight_hh)
     r = Results.of(inputs, width, h0, c0, cell, zoneout_h, norm_hh is not None, save, dtype)
     if inputs.numel():
         units, zones = width if weight_hr is None else weight_hr.shape[1], Zones.of(zoneout_h, zoneout_c, training)
         tile = _tile(units, width, dtype, zones, norm_hh, weight_hr, recurrent_mask)
         with device_of(inputs):
-            forward_kernel[(triton.cdiv(batch, tile["ROWS"]),)](
+            forward_kernel[(heads * triton.cdiv(batch // heads, tile["ROWS"]),)](
                 inputs, weight_hh, bias_hh, r.h, r.c, weight_hr, recurrent_mask, norm_hh, norm_c, norm_b, lengths,
-                reset, seed, r.output, r.hidden, r.gates, r.extra, r.normed, batch, time, *zones.numbers,
+                reset, seed, r.output, r.hidden, r.gates, r.extra, r.normed, batch // heads, time, *zones.numbers,
                 CELL=cell, UNITS=units, WIDTH=width, GATES=sums // units, REVERSE=reverse, **zones.kinds,
                 PRECISION=precision(), AHEAD=tile["COLUMNS"] <= 64, **tile,
             )  # fmt: skip
@@ -58,17 +62,17 @@ def backward(
     training: bool, dtype: torch.dtype,
 ) -> tuple[Any, ...]:  # fmt: skip
     """An engine's backward, as device.py describes it."""
-    (batch, time, width), sums = output.shape, weight_hh.shape[0]
+    (batch, time, width), sums, heads = output.shape, weight_hh.shape[-2], _heads(weight_hh)
     g = Gradients.of(output, sums, grad_h, grad_c, cell, weight_hr is not None, norm_hh is not None)
     if g.inputs.numel():
         units, zones = width if weight_hr is None else weight_hr.shape[1], Zones.of(zoneout_h, zoneout_c, training)
         tile = _tile(units, width, dtype, zones, norm_hh, weight_hr, recurrent_mask)
         with device_of(output):
-            backward_kernel[(triton.cdiv(batch, tile["ROWS"]),)](
+            backward_kernel[(heads * triton.cdiv(batch // heads, tile["ROWS"]),)](
                 grad_output, g.h, g.c, weight_hh, h0, c0, weight_hr, recurrent_mask, norm_hh, norm_c, norm_b, lengths,
                 reset, seed, output if hidden is None else hidden, gates, extra, normed_hh, g.inputs, g.recurrent,
                 g.projected, g.norm_c, g.norm_b, *((0, 0, 0) if grad_output is None else grad_output.stride()),
-                batch, time, *zones.numbers,
+                batch // heads, time, *zones.numbers,
                 CELL=cell, UNITS=units, WIDTH=width, GATES=sums // units, REVERSE=reverse, **zones.kinds,
                 PRECISION=precision(), **tile,
             )  # fmt: skip

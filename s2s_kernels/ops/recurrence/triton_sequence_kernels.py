@@ -43,6 +43,15 @@ def _weight(weight, down, across, exists, down_stride, across_stride):
 
 
 @triton.jit
+def _rows(batch, ROWS: tl.constexpr):
+    """The head of this program, its rows among those of all heads, and which of them there are."""
+    tiles = tl.cdiv(batch, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    row = program % tiles * ROWS + tl.arange(0, ROWS)
+    return program // tiles, program // tiles * batch + tl.minimum(row, batch - 1), row < batch
+
+
+@triton.jit
 def _moments(a, b, c, d, fits, SIZE: tl.constexpr, GATES: tl.constexpr):
     """Mean and reciprocal deviation of rows over all their gates, whose columns beyond the units are 0."""
     total = tl.sum(a, 1)
@@ -102,12 +111,12 @@ def forward_kernel(
     ZONE_H: tl.constexpr, ZONE_C: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """All steps of inputs (B, T, GATES * UNITS). h (B, WIDTH) and c (B, UNITS), float32, change in place. COLUMNS and
+    """All steps of inputs (B, T, GATES * UNITS). h (B, WIDTH) and c (B, UNITS), float32, change in place. The rows are
+    those of each head, `batch` of them, and so are the weights (heads, GATES * UNITS, WIDTH) and bias_hh. COLUMNS and
     DEPTH are the powers of two that hold UNITS and WIDTH. AHEAD: ask for the inputs a step before they are used."""
     SUMS: tl.constexpr = GATES * UNITS
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < batch
-    row = tl.minimum(row, batch - 1)
+    head, row, exists = _rows(batch, ROWS)
+    weight_hh += head * SUMS * WIDTH
     length = lengths_of(lengths, row, time)
     unit, place = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     fits, fits_h = unit < UNITS, place < WIDTH
@@ -121,6 +130,8 @@ def forward_kernel(
         weight_2 = _weight(weight_hh + 2 * UNITS * WIDTH, place, unit, whole, 1, WIDTH)
     if GATES > 3:
         weight_3 = _weight(weight_hh + 3 * UNITS * WIDTH, place, unit, whole, 1, WIDTH)
+    if bias_hh is not None:
+        bias_hh += head * SUMS
     if weight_hr is not None:
         projection = _weight(weight_hr, unit, place, fits[:, None] & fits_h[None, :], 1, UNITS)
     if mask is not None:
@@ -259,9 +270,8 @@ def backward_kernel(
     """grad_inputs and grad_recurrent (B, T, GATES * UNITS) of all steps. carry (B, WIDTH) and carry_c (B, UNITS),
     float32, hold the gradients of the states after the last step, and take those of the states before the first."""
     SUMS: tl.constexpr = GATES * UNITS
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < batch
-    row = tl.minimum(row, batch - 1)
+    head, row, exists = _rows(batch, ROWS)
+    weight_hh += head * SUMS * WIDTH
     length = lengths_of(lengths, row, time)
     unit, place = tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     fits, fits_h = unit < UNITS, place < WIDTH
