@@ -83,6 +83,15 @@ struct AttentionBackward {
       ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
     }
+    if (sole(p, span)) {
+      const auto results = [&](const S* grad, const int64_t* stride, int64_t row, int64_t h, int64_t heads, int64_t rows, int64_t columns) {
+        const int64_t strides[3] = {stride[0], stride[1], row};
+        if (grad) ahead.add(grad, strides, b, h, p.batch, heads, rows, columns, true);
+      };
+      results(g.query, g.query_stride, g.query_row, kv * group + group - 1, p.heads, p.time, p.width);
+      results(g.key, g.key_stride, g.key_row, kv, p.kv_heads, p.source, p.width);
+      results(g.value, g.value_stride, g.value_row, kv, p.kv_heads, p.source, p.value_width);
+    }
     const int64_t tiles = turned_tiles<T>(p.width), value_tiles = turned_tiles<T>(p.value_width);
     ahead.begin(group * (AttentionForward<S>::turned(p, span)
                              ? turned_steps<T>(span.queries, span.keys, p.width + p.value_width, tiles, tiles + value_tiles)

@@ -94,6 +94,7 @@ struct AttentionForward {
       ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
     }
     const int64_t rows = present - query_begin, blocks = block_end - block_begin;
+    if (turned && blocks == 1) ahead.add(p.out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
     ahead.begin(group * (turned
                              ? turned_steps<T>(rows, min(span.keys, blocks * attention_block), p.width, turned_tiles<T>(p.value_width), 0)
                              : rows / (tiled ? tiled_rows : attention_rows) * blocks));
