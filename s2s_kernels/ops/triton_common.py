@@ -4,6 +4,8 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,12 @@ from .random import threshold
 # How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
 # products, in one.
 PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """A kernel that is compiled for no value of its numbers: of what is annotated as tl.int64 or tl.float32."""
+    numbers = [name for name, kind in function.__annotations__.items() if kind in (tl.int64, tl.float32)]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from s2s_kernels.ops.attention import triton_kernels
+from s2s_kernels.ops.attention import triton_kernels, triton_tiles
 
 PRODUCTS = ("forward_kernel", "query_kernel", "key_value_kernel", "bias_kernel")  # whose instructions are read
 EVERYWHERE = PRODUCTS
@@ -43,7 +43,7 @@ def call(
 def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
     """Makes the calls, some for one architecture only; yields the dtype and the precision of what they launched, and
     whether that is a sample."""
-    triton_kernels.generation = lambda x: arch // 10
+    triton_tiles.generation = lambda x: arch // 10
     call(torch.bfloat16, 64)
     yield torch.bfloat16, "highest", arch == 90
     call(torch.bfloat16, 128, **EVERYTHING)

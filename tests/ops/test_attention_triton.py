@@ -38,7 +38,7 @@ def real_tiles():
         return
     from s2s_kernels.ops.attention import triton_kernels
 
-    names = ("_forward_tiles", "_backward_tiles")
+    names = ("forward_tiles", "backward_tiles")
     chosen = {name: getattr(triton_kernels, name) for name in names}
 
     def larger(name):
