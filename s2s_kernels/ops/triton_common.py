@@ -63,7 +63,7 @@ def sigmoid(x):
 def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STREAM: tl.constexpr = 0):
     """Which elements of columns first..first + COLUMNS of some rows dropout keeps, as `random.keep_mask` draws them.
 
-    row: (ROWS,) int64; first: a multiple of COLUMNS, that of 32, or 16; threshold: the least word that is kept.
+    row: (ROWS,) int64; first: a multiple of 32, or of COLUMNS where that is 16; threshold: the least word that is kept.
     """
     # 32 columns are four words of eight neighbouring counters.
     COUNTERS: tl.constexpr = COLUMNS // 4 if COLUMNS >= 32 else 8

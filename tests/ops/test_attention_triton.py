@@ -254,17 +254,18 @@ def test_the_gradient_of_a_bias_has_its_shape(shape):
 
 @interpreted
 @pytest.mark.parametrize("source, width", [(200, 4), (70, 300)])
-@pytest.mark.parametrize("time", [1, 50])
-def test_dropout_drops_what_the_definition_drops(time, source, width):
-    """To the bit, in tiles of any width."""
+@pytest.mark.parametrize("time, left", [(1, None), (50, None), (50, 49), (50, 62)])
+def test_dropout_drops_what_the_definition_drops(time, left, source, width):
+    """To the bit, in tiles of any width, from wherever a window or a share of the keys begins."""
     draw = Draw(torch.float16)
     query, key = draw(1, 3, time, width), draw(1, 3, source, width)
     identity = torch.eye(source, dtype=torch.float16).expand(1, 3, source, source)
     torch.manual_seed(3)
-    ours = s2s.attention(query, key, identity, dropout_p=0.3)
+    ours = s2s.attention(query, key, identity, dropout_p=0.3, window=(left, None), causal="bottom-right")
     torch.manual_seed(3)
     keep = keep_mask(torch.randint(0, 2**63 - 1, (2,)), (1, 3, time, source), 0.3)
-    assert torch.equal(ours != 0, keep)
+    distance = torch.arange(source) - torch.arange(source - time, source)[:, None]
+    assert torch.equal(ours != 0, keep & (distance <= 0) & (distance >= -(source if left is None else left)))
 
 
 @interpreted

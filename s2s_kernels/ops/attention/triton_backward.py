@@ -123,7 +123,8 @@ def query_kernel(
     first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
-    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    ALIGNED: tl.constexpr = EDGE if seed is None or EDGE >= 32 else 32  # what keep_tile asks of large blocks
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, ALIGNED, MASK + BIAS > 0)
     blocks = (whole_stop - whole_first) * EDGE // KEYS
     whole_stop = whole_first + blocks * (KEYS // EDGE)
 
@@ -250,7 +251,7 @@ def key_value_kernel(
     begin, end, whole_begin, whole_end = seen_queries(first_key, last_key, queries, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_key < keys, end, 0)
     first, stop, whole_first, whole_stop = edges_of(
-        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, EDGE, MASK + BIAS > 0
+        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, EDGE, EDGE, MASK + BIAS > 0
     )
     blocks = (whole_stop - whole_first) * EDGE // ROWS
     whole_stop = whole_first + blocks * (ROWS // EDGE)

@@ -121,12 +121,14 @@ def forward_kernel(
     first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
-    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    ALIGNED: tl.constexpr = EDGE if seed is None or EDGE >= 32 else 32  # what keep_tile asks of large blocks
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, ALIGNED, MASK + BIAS > 0)
     if parts is not None:
         share = tl.cdiv(stop - first, splits.to(tl.int32))
         first = tl.minimum(first + split * share, stop)
         stop = tl.minimum(first + share, stop)
-        whole_first = tl.minimum(tl.maximum(whole_first, first), stop)
+        whole_first = tl.cdiv(tl.maximum(whole_first, first), ALIGNED // EDGE) * (ALIGNED // EDGE)
+        whole_first = tl.minimum(whole_first, stop)
         whole_stop = tl.minimum(tl.maximum(whole_stop, whole_first), stop)
     blocks = (whole_stop - whole_first) * EDGE // KEYS
     whole_stop = whole_first + blocks * (KEYS // EDGE)

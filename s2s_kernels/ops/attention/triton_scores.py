@@ -140,15 +140,17 @@ def seen_queries(first, last, queries, diagonal, left, right, LEFT: tl.constexpr
 
 
 @triton.jit
-def edges_of(begin, end, whole_begin, whole_end, EDGE: tl.constexpr, MASKED: tl.constexpr):
+def edges_of(
+    begin, end, whole_begin, whole_end, EDGE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     """Blocks of EDGE: first..stop reach into begin..end; of these whole_first..whole_stop lie in the interval
-    whole_begin..whole_end, where nothing is hidden. A mask or bias hides anywhere."""
+    whole_begin..whole_end, where nothing is hidden, from a multiple of ALIGNED on. A mask or bias hides anywhere."""
     first = begin // EDGE
     stop = tl.where(begin < end, tl.cdiv(tl.maximum(end, 0), EDGE), first)
     if MASKED:
         return first, stop, first, first
     else:
-        whole_first = tl.minimum(tl.cdiv(whole_begin, EDGE), stop)
+        whole_first = tl.minimum(tl.cdiv(whole_begin, ALIGNED) * (ALIGNED // EDGE), stop)
         whole_stop = tl.maximum(tl.minimum(tl.maximum(whole_end, 0) // EDGE, stop), whole_first)
         return first, stop, whole_first, whole_stop
 
