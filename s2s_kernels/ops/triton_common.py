@@ -63,7 +63,8 @@ def sigmoid(x):
 def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STREAM: tl.constexpr = 0):
     """Which elements of columns first..first + COLUMNS of some rows dropout keeps, as `random.keep_mask` draws them.
 
-    row: (ROWS,) int64; first: a multiple of 32, or of COLUMNS where that is 16; threshold: the least word that is kept.
+    row: (ROWS,) int64; first: a multiple of 32, or of COLUMNS where that is 8 or 16; threshold: the least word that is
+    kept.
     """
     # 32 columns are four words of eight neighbouring counters.
     COUNTERS: tl.constexpr = COLUMNS // 4 if COLUMNS >= 32 else 8
@@ -78,9 +79,12 @@ def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.const
         words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLUMNS // 32, 8, 4)
         return words.permute(0, 1, 3, 2).reshape(ROWS, COLUMNS) != 0
     else:
-        later = first % 32 != 0
-        words = tl.join(tl.where(later, c, a), tl.where(later, d, b))
-        return words.permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
+        later = first % 32 >= 16
+        a, b = tl.where(later, c, a), tl.where(later, d, b)
+        if COLUMNS == 16:
+            return tl.join(a, b).permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
+        else:
+            return tl.where(first % 16 != 0, b, a) != 0
 
 
 @triton.jit
@@ -88,7 +92,7 @@ def is_finite(x):
     return x * 0.0 == 0.0
 
 
-@triton.jit(do_not_specialize=["count", "splits"])
+@kernel
 def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
     """The splits' shares added in their order: the same bits on every run."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -120,6 +120,19 @@ def test_wide_heads(width, value_width, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("width", [70, 520])
+def test_small_tiles_of_wide_heads(width, monkeypatch, real_tiles):
+    """Those of float32 on a GPU, down to eight queries and keys, and dropout's mask in them."""
+    from s2s_kernels.ops.attention import triton_kernels
+
+    for name, tiles in real_tiles.items():
+        monkeypatch.setattr(triton_kernels, name, tiles)
+    draw = Draw()
+    tensors = (draw(1, 2, 9, width), draw(1, 1, 43, width), draw(1, 1, 43, width))
+    judge((tensors, {"dropout_p": 0.3, "alibi_slopes": draw(2).abs(), "causal": "bottom-right", "enable_gqa": True}))
+
+
+@interpreted
 def test_what_is_hidden_never_leaks():
     """In a block of which others see a part, and in one that a mask hides; in results and in gradients."""
     time = 40

@@ -20,7 +20,8 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32 or wide_out:
-        tiles = _tiles(64, 32, 16, 32, 8, 2) if most <= 128 else _tiles(max(16, 8192 // most), 32, 16, 32, 8, 2)
+        rows = min(64, max(16, 8192 // most))
+        tiles = _tiles(rows, 16 if most > 512 or (most > 64 and call.busy) else 32, 16, 32, 8, 2)
     elif most > 256:
         tiles = _tiles(32 if most <= 512 else 16, 32, 16, 64, 8, 2)
     elif most > 128:
@@ -47,8 +48,14 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
     width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32:
-        rows = 32 if most <= 64 or direction == "bias" else 16
-        tiles = _tiles(rows, 32 if direction == "key" and most <= 256 else rows, 16, 32, 8, 2)
+        if direction == "bias":
+            tiles = _tiles(32, 32, 16, 32, 8, 2)
+        elif direction == "query":
+            rows = 32 if most <= 64 else 16 if most <= 256 else 8
+            tiles = _tiles(rows, max(rows, 16), 16, 32, 8, 1)
+        else:
+            keys = 32 if most <= 256 else 16 if most <= 512 else 8
+            tiles = _tiles(32 if most <= 64 else 16, keys, 16, 32, 8, 2 if most <= 256 else 1)
     elif direction == "bias":
         tiles = _tiles(64, 64 if major >= 9 else 32, 16, 64, 8, 2)
     elif most > 128:
@@ -58,7 +65,7 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
         if call.busy:
             tiles = _tiles(64 if major == 9 else 32, 32, 16, 128, 8, 2)
         else:
-            tiles = _tiles(128 if major >= 9 else 64, 64, 16, 128, 8, 2)
+            tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
     elif call.busy:
         tiles = _tiles(32, 64, 16, 128, 8, 2)
     else:
