@@ -52,7 +52,7 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
             tiles = _tiles(32, 32, 16, 32, 8, 2)
         elif direction == "query":
             rows = 32 if most <= 64 else 16 if most <= 256 else 8
-            tiles = _tiles(rows, max(rows, 16), 16, 32, 8, 1)
+            tiles = _tiles(rows, max(rows, 16), 16, 32, 8, 2 if rows == 16 else 1)
         else:
             keys = 32 if most <= 256 else 16 if most <= 512 else 8
             tiles = _tiles(32 if most <= 64 else 16, keys, 16, 32, 8, 2 if most <= 256 else 1)
