@@ -73,11 +73,15 @@ def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
     if arch == 100:
         call(torch.bfloat16, 128)
         yield torch.bfloat16, "highest", True
+    call(torch.float32, 1024)
+    yield torch.float32, "highest", arch == 80
+    call(torch.float32, 128, packed=True, **BUSY)
+    yield torch.float32, "highest", False
     if arch == 80:
         call(torch.float16, 64, bias=torch.float32)
-        yield torch.float16, "highest", False
+        yield torch.float16, "highest", True
         call(torch.float32, 64)
-        yield torch.float32, "highest", False
+        yield torch.float32, "highest", True
     torch.set_float32_matmul_precision("high")
     call(torch.float32, 64, backward=False)
     yield torch.float32, "high", arch == 90
@@ -89,6 +93,6 @@ def again() -> None:
     call(torch.bfloat16, 64, batch=1, time=1001, source=777)
     call(torch.bfloat16, 128, batch=1, time=640, source=1024, **EVERYTHING)
     call(torch.bfloat16, 128, heads=32, time=1, source=3001, causal=False, lengths=True, backward=False)
-    call(torch.bfloat16, 64, packed=True, batch=5, time=1001, source=777)
+    call(torch.bfloat16, 64, packed=True, batch=3, time=201, source=177)
     call(torch.bfloat16, 128, packed=True, batch=1, time=640, source=1024, **BUSY)
     call(torch.bfloat16, 128, packed=True, heads=32, batch=1, time=1, source=3001, backward=False)
