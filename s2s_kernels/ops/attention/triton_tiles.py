@@ -15,22 +15,33 @@ def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int)
     return {"ROWS": rows, "KEYS": keys, "EDGE": edge, "CHUNK": chunk, "num_warps": warps, "num_stages": stages}
 
 
+def _registers(call: Call) -> dict[str, int]:
+    """All there are, where the assembler might spill a few to fit two programs into 128 each."""
+    return {"maxnreg": 255} if call.busy else {}
+
+
 # Sizes with which the compiler doesn't spill, on any of the architectures.
 def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
     if call.query.dtype == torch.float32 or wide_out:
-        rows = min(64, max(16, 8192 // most))
-        tiles = _tiles(rows, 16 if most > 512 or (most > 64 and call.busy) else 32, 16, 32, 8, 2)
+        if most <= 64:
+            tiles = _tiles(64, 32, 16, 32, 8, 2)
+        elif most <= 128:
+            tiles = _tiles(64, 16, 16, 32, 8, 2) if call.busy else _tiles(32, 32, 16, 32, 8, 2)
+        elif most <= 512:
+            tiles = _tiles(8192 // most, 32, 16, 32, 8, 2)
+        else:
+            tiles = _tiles(8, 16, 16, 16, 8, 1) if call.busy or wide_out else _tiles(16, 16, 16, 32, 8, 2)
     elif most > 256:
-        tiles = _tiles(32 if most <= 512 else 16, 32, 16, 64, 8, 2)
+        tiles = _tiles(32 if most <= 512 else 16, 32, 16, 64, 8, 1 if most > 512 and call.busy else 2)
     elif most > 128:
         tiles = _tiles(128, 64, 16, 256, 8, 2) if major == 9 and not call.busy else _tiles(64, 32, 16, 256, 8, 2)
     elif call.hides:
         edge = 64 if most <= 64 else 32
         tiles = _tiles(128, 32, 16, 128, 8, 2) if call.busy else _tiles(64, edge, edge, 128, 8, 2)
     elif call.busy:
-        tiles = _tiles(128, 64, 32, 128, 8, 2) if major >= 9 else _tiles(128, 32, 16, 128, 8, 2)
+        tiles = _tiles(128, 64 if major >= 9 else 32, 16, 128, 8, 2)
     else:
         tiles = _tiles(128, 128, 32, 128, 8, 2) if major >= 9 or most <= 64 else _tiles(128, 32, 16, 128, 8, 2)
     rows = call.rows  # a few, as in decoding, or some: not a compilation for each number of queries
@@ -38,10 +49,10 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
         keys = 32 if tiles["CHUNK"] == 32 else 128 if most <= 128 else 64
         tiles = _tiles(16, keys, 32, tiles["CHUNK"], 4, 2)
     elif rows <= 16:
-        tiles |= {"ROWS": 16}
+        tiles |= {"ROWS": min(tiles["ROWS"], 16)}
     elif rows <= 64 and tiles["ROWS"] > 64:
         tiles |= {"ROWS": 64}
-    return {**tiles, "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
+    return {**tiles, **_registers(call), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
 def backward_tiles(call: Call, direction: str) -> dict[str, int]:
@@ -52,15 +63,19 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
             tiles = _tiles(32, 32, 16, 32, 8, 2)
         elif direction == "query":
             rows = 32 if most <= 64 else 16 if most <= 256 else 8
-            tiles = _tiles(rows, max(rows, 16), 16, 32, 8, 2 if rows == 16 else 1)
+            tiles = _tiles(rows, max(rows, 16), 16, 16 if most <= 64 else 32, 8, 2 if most <= 256 else 1)
         else:
-            keys = 32 if most <= 256 else 16 if most <= 512 else 8
+            keys = 32 if most <= 128 else 16 if most <= 512 else 8
             tiles = _tiles(32 if most <= 64 else 16, keys, 16, 32, 8, 2 if most <= 256 else 1)
     elif direction == "bias":
         tiles = _tiles(64, 64 if major >= 9 else 32, 16, 64, 8, 2)
     elif most > 128:
-        rows = 16 if most > 512 else 32 if most > 256 or major < 9 else 64
-        tiles = _tiles(rows, rows, 16, 64, 8, 2)
+        rows = keys = 16 if most > 512 else 32 if most > 256 or major < 9 else 64
+        if call.busy and direction == "key":
+            rows = min(rows, 32)
+        elif call.busy and most > 256:
+            rows, keys = min(rows, 8192 // most), 16
+        tiles = _tiles(rows, keys, 16, 64, 8, 2)
     elif direction == "query":
         if call.busy:
             tiles = _tiles(64 if major == 9 else 32, 32, 16, 128, 8, 2)
@@ -70,4 +85,5 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
         tiles = _tiles(32, 64, 16, 128, 8, 2)
     else:
         tiles = _tiles(64 if most <= 64 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
-    return {**tiles, "CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
+    chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
+    return {**tiles, **_registers(call), **chunks}
