@@ -189,8 +189,10 @@ def forward_kernel(
                 if wide_out is None:
                     sums = tl.dot(p.to(v.dtype), v, sums * factor[:, None], input_precision=PRECISION)
                 else:
-                    # A result that keeps its precision must come of weights that do.
-                    sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision="tf32x3")
+                    # A result that keeps its precision must come of weights that do; as three products, a wide one has
+                    # no room in the registers.
+                    EXACT: tl.constexpr = "ieee" if COLUMNS > 512 else "tf32x3"
+                    sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision=EXACT)
 
     exists = i < last
     sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))

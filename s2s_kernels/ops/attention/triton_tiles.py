@@ -15,9 +15,9 @@ def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int)
     return {"ROWS": rows, "KEYS": keys, "EDGE": edge, "CHUNK": chunk, "num_warps": warps, "num_stages": stages}
 
 
-def _registers(call: Call) -> dict[str, int]:
+def _registers(many: bool) -> dict[str, int]:
     """All there are, where the assembler might spill a few to fit two programs into 128 each."""
-    return {"maxnreg": 255} if call.busy else {}
+    return {"maxnreg": 255} if many else {}
 
 
 # Sizes with which the compiler doesn't spill, on any of the architectures.
@@ -34,7 +34,7 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
         else:
             tiles = _tiles(8, 16, 16, 16, 8, 1) if call.busy or wide_out else _tiles(16, 16, 16, 32, 8, 2)
     elif most > 256:
-        tiles = _tiles(32 if most <= 512 else 16, 32, 16, 64, 8, 1 if most > 512 and call.busy else 2)
+        tiles = _tiles(32 if most <= 512 else 8 if call.busy else 16, 32, 16, 64, 8, 2)
     elif most > 128:
         tiles = _tiles(128, 64, 16, 256, 8, 2) if major == 9 and not call.busy else _tiles(64, 32, 16, 256, 8, 2)
     elif call.hides:
@@ -52,7 +52,7 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
         tiles |= {"ROWS": min(tiles["ROWS"], 16)}
     elif rows <= 64 and tiles["ROWS"] > 64:
         tiles |= {"ROWS": 64}
-    return {**tiles, **_registers(call), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
+    return {**tiles, **_registers(call.busy), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
 def backward_tiles(call: Call, direction: str) -> dict[str, int]:
@@ -86,4 +86,4 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
     else:
         tiles = _tiles(64 if most <= 64 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
-    return {**tiles, **_registers(call), **chunks}
+    return {**tiles, **_registers(call.busy or direction == "bias"), **chunks}
