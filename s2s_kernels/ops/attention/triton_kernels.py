@@ -160,7 +160,7 @@ def _fill(
     width, columns = query.shape[3], value.shape[3]
     delta = query.new_empty(call.lse_shape, dtype=torch.float32)
     wide = power(columns, 1, 1024)
-    lines = power(2048 // wide, 1, 64)
+    lines = power(1024 // wide, 1, 64)
     lse_strides = (0, 0, 0) if grad_lse is None else (0, 0, *grad_lse.stride())[-3:]
     delta_kernel[(-(-delta.numel() // lines),)](
         grad_out, grad_lse, out, softmax, delta, *grad_out.stride(), *out.stride()[:3], *lse_strides,

@@ -41,7 +41,7 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
         edge = 64 if most <= 64 else 32
         tiles = _tiles(128, 32, 16, 128, 8, 2) if call.busy else _tiles(64, edge, edge, 128, 8, 2)
     elif call.busy:
-        tiles = _tiles(128, 64 if major >= 9 else 32, 16, 128, 8, 2)
+        tiles = _tiles(128 if call.group == 1 else 64, 64 if major >= 9 else 32, 16, 128, 8, 2)
     else:
         tiles = _tiles(128, 128, 32, 128, 8, 2) if major >= 9 or most <= 64 else _tiles(128, 32, 16, 128, 8, 2)
     rows = call.rows  # a few, as in decoding, or some: not a compilation for each number of queries
@@ -84,6 +84,6 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
     elif call.busy:
         tiles = _tiles(32, 64, 16, 128, 8, 2)
     else:
-        tiles = _tiles(64 if most <= 64 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
+        tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
     return {**tiles, **_registers(call.busy or direction == "bias"), **chunks}
