@@ -78,7 +78,7 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
         tiles = _tiles(rows, keys, 16, 64, 8, 2)
     elif direction == "query":
         if call.busy:
-            tiles = _tiles(64 if major == 9 else 32, 32, 16, 128, 8, 2)
+            tiles = _tiles(64 if major == 9 and call.group == 1 else 32, 32, 16, 128, 8, 2)
         else:
             tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
     elif call.busy:
