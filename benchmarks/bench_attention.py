@@ -12,7 +12,7 @@ import s2s_kernels as s2s
 
 from . import work
 from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
-from .peers import biased_score, compiled_flex_attention, naive_attention
+from .peers import biased_score, compiled_flex_attention, naive_attention, varlen_attention
 
 sdpa = F.scaled_dot_product_attention
 NAIVE = 1024  # longest T of the form that writes the matrix of scores out
@@ -119,12 +119,16 @@ def padded(batch: int = 8, time: int = 256) -> Case:
     return Case(row, time, batch * time, build, amount, ("ours", "sdpa mask"), quick=True)
 
 
-def packed(time: int, causal: bool, batch: int = 8, quick: bool = False) -> Case:
+def packed(
+    grid: Grid, time: int, causal: bool, batch: int = 8, count: int = 8, width: int = 64, quick: bool = False
+) -> Case:
     """Sequences of unequal length, half of T on average, one after another; against padded ones under a mask (their
-    inputs padded beforehand, the result's rows picked out), a loop over sequences, and nested tensors, which have no
-    causal mask on a CPU."""
-    count, width = 8, 64
-    names = ("ours", "sdpa mask", "sdpa loop", *([] if causal else ["sdpa nested"]))
+    inputs padded beforehand, the result's rows picked out), a loop over sequences, nested tensors, which have no causal
+    mask on a CPU, and on a GPU in 16 bits torch's own kernel for such sequences."""
+    on_gpu = grid.device == "cuda"
+    names = ["ours", "sdpa mask", "sdpa loop"]
+    names += ["sdpa nested"] if on_gpu or not causal else []
+    names += ["torch varlen"] if on_gpu and grid.dtype.itemsize == 2 else []
 
     def lengths_of(time: int) -> torch.Tensor:
         share = torch.rand(batch, generator=torch.Generator().manual_seed(11))
@@ -158,13 +162,17 @@ def packed(time: int, causal: bool, batch: int = 8, quick: bool = False) -> Case
 
         def nested() -> torch.Tensor:
             q, k, v = (torch.nested.nested_tensor_from_jagged(x, starts).transpose(1, 2) for x in leaves)
-            return sdpa(q, k, v).transpose(1, 2).values()
+            return sdpa(q, k, v, is_causal=causal).transpose(1, 2).values()
+
+        def varlen() -> torch.Tensor:
+            return varlen_attention(query, key, value, starts.int(), int(lengths.max()), causal)
 
         functions: dict[str, Callable[[], torch.Tensor]] = {
             "ours": lambda: s2s.attention_packed(query, key, value, starts, starts, causal=causal),
             "sdpa mask": under_a_mask,
             "sdpa loop": one_by_one,
             "sdpa nested": nested,
+            "torch varlen": varlen,
         }
         return {name: Entrant(functions[name], padded if name == "sdpa mask" else leaves) for name in names}
 
@@ -174,7 +182,7 @@ def packed(time: int, causal: bool, batch: int = 8, quick: bool = False) -> Case
         return work.simple(4 * count * width * pairs, 4 * lengths.sum().item() * count * width)
 
     row = f"packed {'causal ' if causal else ''}attention B{batch} H{count} D{width}"
-    return Case(row, time, int(lengths_of(time).sum()), build, amount, names, quick=quick)
+    return Case(row, time, int(lengths_of(time).sum()), build, amount, tuple(names), quick=quick)
 
 
 def banded(time: int = 2048, window: int = 256) -> Case:
@@ -324,7 +332,10 @@ def on_a_gpu(grid: Grid, width: int, kind: str, time: int = 2048) -> Case:
 def for_a_gpu(grid: Grid) -> list[Case]:
     if grid.device != "cuda":
         return []
-    return [on_a_gpu(grid, width, kind) for width in (64, 128, 256) for kind in ("dense", "causal", "lengths", "bias")]
+    return [
+        *(on_a_gpu(grid, width, kind) for width in (64, 128, 256) for kind in ("dense", "causal", "lengths", "bias")),
+        *(packed(grid, 2048, causal, 16, 16, 128, quick=causal) for causal in (False, True)),
+    ]
 
 
 def cases(grid: Grid) -> list[Case]:
@@ -334,9 +345,9 @@ def cases(grid: Grid) -> list[Case]:
         *dense(grid, 1, True, quick=(32, 128, 512, 2048)),
         *dense(grid, 1, False, quick=(1024,)),
         padded(),
-        packed(64, causal=False, batch=32),
-        packed(256, causal=False, quick=True),
-        packed(1024, causal=True),
+        packed(grid, 64, causal=False, batch=32),
+        packed(grid, 256, causal=False, quick=True),
+        packed(grid, 1024, causal=True),
         banded(),
         dropped(256, quick=True),
         dropped(1024, quick=False),

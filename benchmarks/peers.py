@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,18 @@ def naive_attention(
     """softmax(Q K^T / sqrt(D) + bias) V with the matrix of scores written out; query (B, H, T, D)."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     return (scores if bias is None else scores + bias).softmax(-1) @ value
+
+
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, causal: bool
+) -> torch.Tensor:
+    """torch's attention of packed sequences, (T of all, H, D); on a GPU, in 16 bits."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    named: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
+    if "is_causal" in inspect.signature(varlen_attn).parameters:
+        named = {"is_causal": causal}
+    return varlen_attn(query, key, value, starts, starts, longest, longest, **named)  # type: ignore[return-value]
 
 
 @functools.cache

@@ -4,6 +4,8 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,12 @@ from .random import threshold
 # How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
 # products, in one.
 PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """A kernel that is compiled for no value of its numbers: of what is annotated as tl.int64 or tl.float32."""
+    numbers = [name for name, kind in function.__annotations__.items() if kind in (tl.int64, tl.float32)]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 @triton.jit
@@ -55,7 +63,8 @@ def sigmoid(x):
 def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STREAM: tl.constexpr = 0):
     """Which elements of columns first..first + COLUMNS of some rows dropout keeps, as `random.keep_mask` draws them.
 
-    row: (ROWS,) int64; first: a multiple of COLUMNS, that of 32, or 16; threshold: the least word that is kept.
+    row: (ROWS,) int64; first: a multiple of 32, or of COLUMNS where that is 8 or 16; threshold: the least word that is
+    kept.
     """
     # 32 columns are four words of eight neighbouring counters.
     COUNTERS: tl.constexpr = COLUMNS // 4 if COLUMNS >= 32 else 8
@@ -70,9 +79,12 @@ def keep_tile(seed, row, first, threshold, ROWS: tl.constexpr, COLUMNS: tl.const
         words = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, COLUMNS // 32, 8, 4)
         return words.permute(0, 1, 3, 2).reshape(ROWS, COLUMNS) != 0
     else:
-        later = first % 32 != 0
-        words = tl.join(tl.where(later, c, a), tl.where(later, d, b))
-        return words.permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
+        later = first % 32 >= 16
+        a, b = tl.where(later, c, a), tl.where(later, d, b)
+        if COLUMNS == 16:
+            return tl.join(a, b).permute(0, 2, 1).reshape(ROWS, COLUMNS) != 0
+        else:
+            return tl.where(first % 16 != 0, b, a) != 0
 
 
 @triton.jit
@@ -80,7 +92,7 @@ def is_finite(x):
     return x * 0.0 == 0.0
 
 
-@triton.jit(do_not_specialize=["count", "splits"])
+@kernel
 def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
     """The splits' shares added in their order: the same bits on every run."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

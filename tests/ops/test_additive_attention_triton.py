@@ -5,40 +5,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import emulating, interpreted, judging, needs_extension, needs_triton
 from torch.profiler import ProfilerActivity, profile
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
-from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare
-from s2s_kernels.testing.emulation import emulated, unavailable
+from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare
+from s2s_kernels.testing.emulation import unavailable
 from s2s_kernels.testing.layouts import noise_transposed, ones_expanded, sliced, transposed
 
-# numpy, in which the interpreter computes, warns of what a GPU does in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = emulating()
+judge = judging(s2s.additive_attention)
 NAN, INF = float("nan"), float("inf")
 HALVES = ("plain", "everything", "lengths")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def real_tiles():
-    """Every test of this module but those of the compiler runs the Triton kernels on CPU tensors. Of the gradients
-    with larger tiles, which the interpreter takes no longer for; yields the real ones."""
+def real_tiles(kernels):
+    """Gradients are made with larger tiles, which the interpreter takes no longer for; yields the real ones."""
     if unavailable() is not None:
         yield
         return
     from s2s_kernels.ops.additive_attention import triton_kernels
 
-    chosen = triton_kernels._gradient_tiles
-    triton_kernels._gradient_tiles = lambda dtype: {**chosen(dtype), "KEYS": 64}
-    with emulated():
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = triton_kernels._gradient_tiles
+        patch.setattr(triton_kernels, "_gradient_tiles", lambda dtype: {**chosen(dtype), "KEYS": 64})
         yield chosen
-    triton_kernels._gradient_tiles = chosen
-
-
-def judge(arguments, function=s2s.additive_attention, **options):
-    broken = {name: by for name, by in compare(function, arguments, "cpu", **options).items() if not by <= 0}
-    assert not broken, broken
 
 
 def samples():
@@ -298,8 +291,8 @@ def test_raw_calls_are_checked_clamped_and_keep_to_their_fakes():
             torch.ops.s2s.attention_pool_forward(*good[:place], wrong, *good[place + 1 :])
 
 
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
-@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
+@needs_extension
+@needs_triton
 def test_tensors_on_a_gpu_are_served_by_triton():
     """As far as fake ones show it."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import emulating, interpreted, judging, needs_extension, needs_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.ops.random import keep_mask
-from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
-from s2s_kernels.testing.emulation import emulated, unavailable
+from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare, to_device
 from s2s_kernels.testing.layouts import sliced, transposed
 
 SAMPLES = [
@@ -23,42 +23,8 @@ SAMPLES = [
 ]
 by_name = {sample.name: sample for sample in CASES["attention"].samples}
 INF, NAN = float("inf"), float("nan")
-# numpy, in which the interpreter computes, warns of what a GPU does in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-needs_triton = pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def real_tiles():
-    """Every test of this module runs the Triton kernels on CPU tensors: in 16 bits with the tiles of a GPU, in float32
-    with larger ones, which the interpreter takes no longer for. Yields the real ones."""
-    if unavailable() is not None:
-        yield
-        return
-    from s2s_kernels.ops.attention import triton_kernels
-
-    names = ("_forward_tiles", "_backward_tiles")
-    chosen = {name: getattr(triton_kernels, name) for name in names}
-
-    def larger(name):
-        def tiles(call, *rest):
-            found = chosen[name](call, *rest)
-            if call.query.dtype == torch.float32:
-                found |= {size: 2 * found[size] for size in ("KEYS", "EDGE")}
-            return found
-
-        return tiles
-
-    with emulated(), pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(triton_kernels, name, larger(name))
-        yield chosen
-
-
-def judge(arguments, function=s2s.attention, **options):
-    broken = {name: by for name, by in compare(function, arguments, "cpu", **options).items() if not by <= 0}
-    assert not broken, broken
+pytestmark = emulating("real_tiles")
+judge = judging(s2s.attention)
 
 
 @interpreted
@@ -151,6 +117,19 @@ def test_wide_heads(width, value_width, dtype):
     draw = Draw(dtype)
     tensors = (draw(1, 2, 19, width), draw(1, 1, 35, width), draw(1, 1, 35, value_width))
     judge((tensors, {"causal": True, "enable_gqa": True, "bias": draw(19, 35), "key_lengths": torch.tensor([34])}))
+
+
+@interpreted
+@pytest.mark.parametrize("width", [70, 520])
+def test_small_tiles_of_wide_heads(width, monkeypatch, real_tiles):
+    """Those of float32 on a GPU, down to eight queries and keys, and dropout's mask in them."""
+    from s2s_kernels.ops.attention import triton_kernels
+
+    for name, tiles in real_tiles.items():
+        monkeypatch.setattr(triton_kernels, name, tiles)
+    draw = Draw()
+    tensors = (draw(1, 2, 9, width), draw(1, 1, 43, width), draw(1, 1, 43, width))
+    judge((tensors, {"dropout_p": 0.3, "alibi_slopes": draw(2).abs(), "causal": "bottom-right", "enable_gqa": True}))
 
 
 @interpreted
@@ -254,17 +233,18 @@ def test_the_gradient_of_a_bias_has_its_shape(shape):
 
 @interpreted
 @pytest.mark.parametrize("source, width", [(200, 4), (70, 300)])
-@pytest.mark.parametrize("time", [1, 50])
-def test_dropout_drops_what_the_definition_drops(time, source, width):
-    """To the bit, in tiles of any width."""
+@pytest.mark.parametrize("time, left", [(1, None), (50, None), (50, 49), (50, 62)])
+def test_dropout_drops_what_the_definition_drops(time, left, source, width):
+    """To the bit, in tiles of any width, from wherever a window or a share of the keys begins."""
     draw = Draw(torch.float16)
     query, key = draw(1, 3, time, width), draw(1, 3, source, width)
     identity = torch.eye(source, dtype=torch.float16).expand(1, 3, source, source)
     torch.manual_seed(3)
-    ours = s2s.attention(query, key, identity, dropout_p=0.3)
+    ours = s2s.attention(query, key, identity, dropout_p=0.3, window=(left, None), causal="bottom-right")
     torch.manual_seed(3)
     keep = keep_mask(torch.randint(0, 2**63 - 1, (2,)), (1, 3, time, source), 0.3)
-    assert torch.equal(ours != 0, keep)
+    distance = torch.arange(source) - torch.arange(source - time, source)[:, None]
+    assert torch.equal(ours != 0, keep & (distance <= 0) & (distance >= -(source if left is None else left)))
 
 
 @interpreted
@@ -450,7 +430,7 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
         torch.ops.s2s.attention_backward(draw(2, 4, 3, 6), *backward[1:])
 
 
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
+@needs_extension
 @needs_triton
 def test_tensors_on_a_gpu_are_served_by_triton():
     """As far as fake ones show it."""
@@ -476,8 +456,7 @@ def test_tensors_on_a_gpu_are_served_by_triton():
 def test_any_strides_on_a_gpu(layout, dtype):
     args, kwargs = to_device(everything(Draw(dtype), time=300, source=400, width=64, value_width=64), "cuda")
     kwargs = {n: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
-    broken = compare(s2s.attention, (tuple(layout(v) for v in args), kwargs), "triton")
-    assert all(by <= 0 for by in broken.values()), broken
+    judge((tuple(layout(v) for v in args), kwargs), backend="triton")
 
 
 @pytest.mark.gpu
@@ -489,8 +468,7 @@ def test_every_width_on_a_gpu(width, dtype):
     for time, options in ((300, {}), (1, {"key_lengths": torch.tensor([500, 77])}), (333, {"dropout_p": 0.1})):
         tensors = (draw(2, 4, time, width), draw(2, 2, 500, width), draw(2, 2, 500, width))
         arguments = (tensors, {"causal": "bottom-right", "enable_gqa": True, "return_lse": True, **options})
-        broken = compare(s2s.attention, arguments, "triton")
-        assert all(by <= 0 for by in broken.values()), (time, broken)
+        judge(arguments, backend="triton")
 
 
 @pytest.mark.gpu

@@ -5,37 +5,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import emulating, interpreted, judging, needs_extension, needs_triton
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.nn import ConvState
 from s2s_kernels.ops.convolution import conditioned_conv1d
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS, GATES
-from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
-from s2s_kernels.testing.emulation import emulated, unavailable
+from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare, to_device
 from s2s_kernels.testing.layouts import noise_sliced, noise_transposed, ones_expanded, sliced, transposed
 
 CASE = CASES["causal_conv1d"]
 SAMPLES = [pytest.param(sample, id=sample.name) for sample in CASE.samples]
 by_name = {sample.name: sample for sample in CASE.samples}
-# numpy, in which the interpreter computes, warns of what a GPU does in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    """Every test of this module but those of the compiler runs the Triton kernels on CPU tensors."""
-    if unavailable() is not None:
-        yield
-        return
-    with emulated():
-        yield
-
-
-def judge(arguments, function=s2s.causal_conv1d, **options):
-    broken = {name: by for name, by in compare(function, arguments, "cpu", **options).items() if not by <= 0}
-    assert not broken, broken
+pytestmark = emulating()
+judge = judging(s2s.causal_conv1d)
 
 
 @interpreted
@@ -213,8 +197,8 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
             torch.ops.s2s.causal_conv1d_forward(*good[:place], value, *good[place + 1 :])
 
 
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
-@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
+@needs_extension
+@needs_triton
 def test_tensors_on_a_gpu_are_served_by_triton():
     """As far as fake ones show it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,8 +222,7 @@ def test_tensors_on_a_gpu_are_served_by_triton():
 def test_any_strides_on_a_gpu(name, layout, dtype):
     args, kwargs = to_device(by_name[name].build(Draw(dtype)), "cuda")
     kwargs = {n: layout(v) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
-    broken = compare(s2s.causal_conv1d, (tuple(layout(v) for v in args if v is not None), kwargs), "triton")
-    assert all(by <= 0 for by in broken.values()), broken
+    judge((tuple(layout(v) for v in args if v is not None), kwargs), backend="triton")
 
 
 @pytest.mark.gpu

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import emulating, interpreted, judging, needs_extension, needs_triton
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.ops.recurrence import autograd, run
 from s2s_kernels.ops.recurrence.reference import GATES
-from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare, to_device
-from s2s_kernels.testing.emulation import emulated, unavailable
+from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare, to_device
 from s2s_kernels.testing.layouts import noise_sliced, noise_transposed, ones_expanded, sliced, transposed
 from s2s_kernels.testing.recurrence import recurrence_sample
 from s2s_kernels.testing.rule import call
@@ -20,19 +20,8 @@ from s2s_kernels.testing.rule import call
 THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
 STEPS, SEQUENCE = ENGINES = ("triton_steps", "triton_sequence")
 CELLS = ("lstm", "gru", "rnn")
-# numpy, in which the interpreter computes, warns of what a GPU does in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
-interpreted = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    """Every test of this module runs the kernels for CUDA tensors on CPU tensors."""
-    if unavailable() is not None:
-        yield
-        return
-    with emulated():
-        yield
+pytestmark = emulating()
+judge = judging()
 
 
 @pytest.fixture(params=ENGINES)
@@ -41,11 +30,6 @@ def engine(request, monkeypatch):
 
     monkeypatch.setattr(choice, "engine_of", lambda sizes: request.param)
     return request.param
-
-
-def judge(arguments, function, **options):
-    broken = {name: by for name, by in compare(function, arguments, "cpu", **options).items() if not by <= 0}
-    assert not broken, broken
 
 
 def named(cell, name):
@@ -416,8 +400,8 @@ def test_the_choice_of_an_engine():
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
-@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
+@needs_extension
+@needs_triton
 def test_tensors_on_a_gpu_are_served_by_triton():
     """As far as fake ones show it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -447,8 +431,7 @@ def test_each_engine_on_a_gpu(cell, hidden, dtype):
     for extra in ({}, {"recurrent_mask": True, "zoneout": 0.3, "training": True}):
         sample = recurrence_sample(cell, "", 33, 9, 24, hidden, **options, **extra)
         arguments = to_device(sample.build(Draw(dtype)), "cuda")
-        broken = compare(CASES[cell.partition("_")[0]].function, arguments, "triton")
-        assert all(by <= 0 for by in broken.values()), broken
+        judge(arguments, CASES[cell.partition("_")[0]].function, backend="triton")
 
 
 @pytest.mark.gpu

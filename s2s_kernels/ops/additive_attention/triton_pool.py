@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..convolution.triton_kernels import causal_conv1d_backward
-from ..triton_common import dense, device_of, length_of, power, precision, reduce, spread
+from ..triton_common import dense, device_of, kernel, length_of, power, precision, reduce, spread
 from .triton_kernels import hardware_tanh
 from .triton_scores import tanh, tanh_slope
 
@@ -44,7 +44,7 @@ def _mapped(
     return total
 
 
-@triton.jit(do_not_specialize=["x_b", "x_t", "x_i", "weight_a", "weight_i", "time"])
+@kernel
 def pool_scores_kernel(
     x, weight, bias, context, lengths, scores,
     x_b: tl.int64, x_t: tl.int64, x_i: tl.int64, weight_a: tl.int64, weight_i: tl.int64, time: tl.int64,
@@ -72,7 +72,7 @@ def pool_scores_kernel(
     tl.store(scores + batch * time + position, score, mask=position < length)
 
 
-@triton.jit(do_not_specialize=["time"])
+@kernel
 def pool_softmax_kernel(weights, lengths, time: tl.int64, LINE: tl.constexpr):
     """Scores (B, T) become weights where they lie; absent positions get 0."""
     batch = tl.program_id(0).to(tl.int64)
@@ -94,7 +94,7 @@ def pool_softmax_kernel(weights, lengths, time: tl.int64, LINE: tl.constexpr):
         tl.store(line + start + offset, weight, mask=offset < time - start)
 
 
-@triton.jit(do_not_specialize=["x_b", "x_t", "x_i", "time"])
+@kernel
 def pool_sum_kernel(
     weights, x, lengths, pooled, x_b: tl.int64, x_t: tl.int64, x_i: tl.int64, time: tl.int64,
     WIDTH: tl.constexpr, X_UNIT: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -117,7 +117,7 @@ def pool_sum_kernel(
     tl.store(pooled + batch * WIDTH + width, tl.sum(total, 0).to(pooled.dtype.element_ty), mask=width < WIDTH)
 
 
-@triton.jit(do_not_specialize=["x_b", "x_t", "x_i", "grad_b", "grad_i", "given_b", "given_t", "time"])
+@kernel
 def pool_weight_gradient_kernel(
     x, grad_pooled, grad_weights, lengths, grads,
     x_b: tl.int64, x_t: tl.int64, x_i: tl.int64, grad_b: tl.int64, grad_i: tl.int64, given_b: tl.int64,
@@ -146,7 +146,7 @@ def pool_weight_gradient_kernel(
     tl.store(grads + batch * time + position, gradient, mask=present)
 
 
-@triton.jit(do_not_specialize=["time"])
+@kernel
 def pool_score_gradient_kernel(weights, grads, lengths, time: tl.int64, LINE: tl.constexpr):
     """The gradients of weights become those of scores where they lie."""
     batch = tl.program_id(0).to(tl.int64)
@@ -163,7 +163,7 @@ def pool_score_gradient_kernel(weights, grads, lengths, time: tl.int64, LINE: tl
         tl.store(grads + at, tl.load(weights + at, mask=present, other=0.0) * (gradient - mean), mask=present)
 
 
-@triton.jit(do_not_specialize=["x_b", "x_t", "x_i", "weight_a", "weight_i", "time"])
+@kernel
 def pool_map_gradient_kernel(
     x, weight, bias, context, lengths, grads, into, sums,
     x_b: tl.int64, x_t: tl.int64, x_i: tl.int64, weight_a: tl.int64, weight_i: tl.int64, time: tl.int64,

@@ -8,7 +8,7 @@ own tanh; the accurate one is bound by its multiplications.
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, spread
+from ..triton_common import kernel, length_of, spread
 
 
 @triton.jit
@@ -45,9 +45,7 @@ def tanh_slope(x, t, HARDWARE: tl.constexpr):
     return slope if HARDWARE else tl.where(tl.abs(x) >= 9.0, 0.0, slope)
 
 
-@triton.jit(
-    do_not_specialize=["query_b", "query_i", "query_a", "key_b", "key_j", "key_a", "rows", "keys"]
-)  # fmt: skip
+@kernel
 def scores_kernel(
     query, key, weight, lengths, scores,
     query_b: tl.int64, query_i: tl.int64, query_a: tl.int64, key_b: tl.int64, key_j: tl.int64, key_a: tl.int64,
@@ -85,11 +83,7 @@ def scores_kernel(
     tl.store(at, tl.sum(total, 2), mask=(row < rows)[None, :] & (column < length)[:, None])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "query_b", "query_i", "query_a", "key_b", "key_j", "key_a", "batches", "rows", "keys", "parts", "begun",
-    ]
-)  # fmt: skip
+@kernel
 def gradient_kernel(
     query, key, weight, grads, lengths, grad_query, key_sums, weight_sums,
     query_b: tl.int64, query_i: tl.int64, query_a: tl.int64, key_b: tl.int64, key_j: tl.int64, key_a: tl.int64,

@@ -7,7 +7,7 @@ some rows of a call at a time. What is hidden is selected away, never multiplied
 import triton
 import triton.language as tl
 
-from ..triton_common import is_finite, keep_tile, length_of, spread
+from ..triton_common import is_finite, keep_tile, kernel, length_of, spread
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def weights_at(scores, statistics, batch, row, column, rows, keys, visible):
     return tl.where(visible, tl.exp(score - most) / total, 0.0)
 
 
-@triton.jit(do_not_specialize=["mask_b", "mask_i", "mask_j", "rows", "keys"])
+@kernel
 def statistics_kernel(
     scores, mask, lengths, statistics, weights,
     mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, rows: tl.int64, keys: tl.int64,
@@ -83,11 +83,7 @@ def _add_strays(total, used, visible, v, finite, COUNT: tl.constexpr):
     return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        "value_b", "value_j", "value_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "threshold", "kept",
-    ]
-)  # fmt: skip
+@kernel
 def context_kernel(
     scores, statistics, value, mask, lengths, seed, context,
     value_b: tl.int64, value_j: tl.int64, value_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
@@ -126,9 +122,7 @@ def context_kernel(
     tl.store(to, total.to(context.dtype.element_ty), mask=(row < rows) & (width < VALUES)[None, :])
 
 
-@triton.jit(
-    do_not_specialize=["grad_b", "grad_i", "grad_v", "value_b", "value_j", "value_v", "rows", "keys"]
-)  # fmt: skip
+@kernel
 def product_kernel(
     grad, value, lengths, products,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, value_b: tl.int64, value_j: tl.int64, value_v: tl.int64,
@@ -184,11 +178,7 @@ def _weight_gradient_at(
     return gradient
 
 
-@triton.jit(
-    do_not_specialize=[
-        "mask_b", "mask_i", "mask_j", "grad_b", "grad_i", "grad_j", "rows", "keys", "first_row", "threshold", "kept",
-    ]
-)  # fmt: skip
+@kernel
 def score_gradient_kernel(
     scores, statistics, products, grad_weights, mask, lengths, seed,
     mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, grad_b: tl.int64, grad_i: tl.int64, grad_j: tl.int64,
@@ -225,12 +215,7 @@ def score_gradient_kernel(
         tl.store(at, result, mask=(row < rows) & (column < length))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_b", "grad_i", "grad_v", "mask_b", "mask_i", "mask_j", "rows", "keys", "first_row", "threshold", "kept",
-        "begun",
-    ]
-)  # fmt: skip
+@kernel
 def value_gradient_kernel(
     scores, statistics, grad, mask, lengths, seed, result,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,

@@ -13,9 +13,6 @@ from .packed import attention_packed
 
 __all__ = ["attention", "attention_packed", "scaled_dot_product_attention"]
 
-# With which sums of a few positions and lengths fit 32 bits.
-TRITON_POSITIONS = 2**29
-
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -49,15 +46,7 @@ def _torch_gap(call: Call) -> str | None:
 def _triton_gap(call: Call) -> str | None:
     query, key = call.tensors[:2]
     assert query is not None and key is not None
-    if query.dtype == torch.float64:
-        return dispatch.NO_FLOAT64
-    sizes = (query.shape[1] * query.shape[2], key.shape[2])
-    # torch.compile's symbols are left alone: to compare one would make a condition of the compilation.
-    if any(isinstance(size, int) and size >= TRITON_POSITIONS for size in sizes):
-        return (
-            "its kernels count positions in 32 bits: all queries of a batch element, and its keys, must be below 2^29"
-        )
-    return None
+    return arguments.triton_gap(query, query.shape[2], query.shape[1], key.shape[2], key.shape[1])
 
 
 OPERATOR = dispatch.register("attention", cpu=lambda call: None, triton=_triton_gap, torch=_torch_gap)

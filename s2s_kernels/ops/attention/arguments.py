@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
-from ... import checks
+from ... import checks, dispatch
 
 MAXIMUM_WIDTH = 1024
+# With which sums of a few positions and lengths fit 32 bits.
+TRITON_POSITIONS = 2**29
 
 
 def width(name: str, argument: str, x: torch.Tensor, letter: str) -> None:
@@ -66,3 +68,17 @@ def real(name: str, argument: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         checks.wrong_type(name, argument, "a number or None", type(value).__name__)
+
+
+def triton_gap(query: torch.Tensor, time: Any, heads: Any, source: Any, kv_heads: Any) -> str | None:
+    """What the Triton kernels don't cover of a call; of packed sequences time and source are those of all."""
+    if query.dtype == torch.float64:
+        return dispatch.NO_FLOAT64
+    sizes = (time * (heads // kv_heads if kv_heads else 1), source)
+    # torch.compile's symbols are left alone: to compare one would make a condition of the compilation.
+    if any(isinstance(size, int) and size >= TRITON_POSITIONS for size in sizes):
+        return (
+            "its kernels count positions in 32 bits: the queries that read one key head, and its keys, must be "
+            "below 2^29"
+        )
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ... import checks, dispatch
+from .. import python_kernels
 from ..differentiation import Options, Tensors, differentiable
 from ..random import draw_seed, keep_mask
 from . import arguments, reference
@@ -16,7 +17,22 @@ from .autograd import gradients
 # tensors: query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed.
 # options: left, right, bottom_right, dropout_p, scale, softcap.
 
-OPERATOR = dispatch.register("attention_packed", cpu=lambda call: None)
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a gap function looks at."""
+
+    tensors: Tensors
+    options: Options
+
+
+def _triton_gap(call: Call) -> str | None:
+    query, key = call.tensors[:2]
+    assert query is not None and key is not None
+    return arguments.triton_gap(query, *query.shape[:2], *key.shape[:2])
+
+
+OPERATOR = dispatch.register("attention_packed", cpu=lambda call: None, triton=_triton_gap)
 
 
 def attention_packed(
@@ -94,14 +110,6 @@ def attention_packed(
     return (out, lse) if return_lse else out
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What a gap function looks at."""
-
-    tensors: Tensors
-    options: Options
-
-
 def _batch(name: str, starts: Any) -> int:
     checks.tensor(name, "cu_seqlens_q", starts)
     if starts.dim() != 1 or starts.shape[0] == 0:
@@ -152,6 +160,9 @@ if dispatch.extension_missing is None:
     ):  # fmt: skip
         pairs = ((query, need_query), (key, need_key), (value, need_value), (alibi_slopes, need_slopes))
         return tuple(x.new_empty(x.shape) if need else query.new_empty((0,)) for x, need in pairs)
+
+
+python_kernels.register(f"{__package__}.triton_kernels", "attention_packed_forward", "attention_packed_backward")
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:

@@ -5,9 +5,10 @@ by tiles of rows, of keys and values by tiles of keys, of a bias by tiles of its
 import triton
 import triton.language as tl
 
-from ..triton_common import keep_tile, spread
+from ..triton_common import keep_tile, kernel
 from .triton_scores import (
     aligned,
+    count_of,
     edges_of,
     finite,
     load_rows,
@@ -18,53 +19,11 @@ from .triton_scores import (
     seen_keys,
     seen_queries,
     span_of,
+    strides_of,
+    tile_of,
     weight,
     wide_product,
 )
-
-
-@triton.jit(
-    do_not_specialize=["grad_b", "grad_h", "grad_t", "grad_d", "lse_b", "lse_h", "lse_t", "heads", "time", "count"]
-)
-def delta_kernel(
-    grad_out, grad_lse, out, softmax, delta,
-    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
-    lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, heads: tl.int64, time: tl.int64, count: tl.int64,
-    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key."""
-    row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    exists = row < count
-    i, h, b = row % time, row // time % heads, row // time // heads
-    alive = tl.load(softmax + count + row, mask=exists, other=0.0) != 0  # a NaN passes
-    d = tl.arange(0, WIDE)[None, :]
-    inside = alive[:, None] & (d < VALUE_WIDTH)
-    at = grad_out + (b * grad_b + h * grad_h + i * grad_t)[:, None] + spread(d, grad_d, DENSE)
-    grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    result = tl.load(out + row[:, None] * VALUE_WIDTH + d, mask=inside, other=0.0).to(tl.float32)
-    total = tl.sum(grad * result, 1)
-    if grad_lse is not None:
-        total -= tl.load(grad_lse + b * lse_b + h * lse_h + i * lse_t, mask=alive, other=0.0)
-    tl.store(delta + row, total, mask=exists)
-
-
-@triton.jit(do_not_specialize=["value_b", "value_h", "value_s", "value_d", "heads", "source", "count"])
-def drop_kernel(
-    value, grad_value,
-    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
-    heads: tl.int64, source: tl.int64, count: tl.int64,
-    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
-):  # fmt: skip
-    """Takes the gradient from what is not finite in values, which had no part in the products. In a kernel of its own:
-    in key_value_kernel it would cost registers that the loops need."""
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    j, h, b = line % source, line // source % heads, line // source // heads
-    d = tl.arange(0, WIDE)[None, :]
-    inside = (line < count)[:, None] & (d < VALUE_WIDTH)
-    at = value + (b * value_b + h * value_h + j * value_s)[:, None] + spread(d, value_d, DENSE)
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.zeros((LINES, WIDE), grad_value.dtype.element_ty)
-    tl.store(grad_value + line[:, None] * VALUE_WIDTH + d, zero, mask=inside & (x * 0.0 != 0.0))
 
 
 @triton.jit
@@ -93,14 +52,7 @@ def _differentiate(
     return dropped, grad, before
 
 
-@triton.jit(
-    do_not_specialize=[
-        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
-        "value_b", "value_h", "value_s", "value_d", "grad_b", "grad_h", "grad_t", "grad_d",
-        "mask_b", "mask_h", "mask_t", "mask_s", "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
-        "batches", "kv_heads", "time", "source", "left", "right", "factor", "scale", "softcap", "threshold", "kept",
-    ]
-)  # fmt: skip
+@kernel
 def query_kernel(
     query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into, slope_sums,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
@@ -113,33 +65,42 @@ def query_kernel(
     factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries (B, H, T, D), and of each row's slope (B, H, T). factor: what products are scaled by;
-    scale is that of the exponent. The rest as in forward_kernel."""
-    program = tl.program_id(0).to(tl.int64)
-    rows = (time * GROUP).to(tl.int32)
-    tiles = tl.cdiv(rows, ROWS)
-    tile = (program % tiles).to(tl.int32)
+    """The gradient of queries (B, H, T, D), PACKED (T, H, D), and of each row's slope (B, H, T). factor: what products
+    are scaled by; scale is that of the exponent. The rest as in forward_kernel."""
+    tile, _split, head, batch, sequence = tile_of(
+        batches, kv_heads, 1, time, query_lengths, GROUP, ROWS, PACKED
+    )  # fmt: skip
+    queries, keys, diagonal, query_begin, key_begin = span_of(
+        query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
+    )  # fmt: skip
+    last = time.to(tl.int32)
+    if PACKED:
+        last = queries
+        if tile * ROWS >= last * GROUP:
+            return
     if RIGHT:
-        tile = tiles - 1 - tile
-    head, batch = program // tiles % kv_heads, program // tiles // kv_heads
+        tile = tl.cdiv(last * GROUP, ROWS) - 1 - tile
     query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
     key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
     grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
 
-    queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
     first_row = tile * ROWS
-    i, member, start, place = offsets_of(first_row, batch, head, kv_heads, time, ROWS, GROUP)
+    i, member, start, place = offsets_of(first_row, query_begin, batch, head, kv_heads, time, ROWS, GROUP)
     present = i < queries
-    query, query_offset = rows_of(query, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP)
-    grad_out, grad_offset = rows_of(grad_out, first_row, i, member, batch, head, grad_b, grad_h, grad_t, ROWS, GROUP)
-    key += batch * key_b + head * key_h
-    value += batch * value_b + head * value_h
+    query, query_offset = rows_of(
+        query + query_begin * query_t, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP
+    )  # fmt: skip
+    grad_out, grad_offset = rows_of(
+        grad_out + query_begin * grad_t, first_row, i, member, batch, head, grad_b, grad_h, grad_t, ROWS, GROUP
+    )  # fmt: skip
+    key += batch * key_b + head * key_h + key_begin * key_s
+    value += batch * value_b + head * value_h + key_begin * value_s
     mask_row = None
     bias_row = None
     slope = None
@@ -152,8 +113,8 @@ def query_kernel(
             bias, i[:, None], member[:, None], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
         )  # fmt: skip
     if slopes is not None:
-        slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
-    count = batches * kv_heads * GROUP * time
+        slope = tl.load(slopes + sequence * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
+    count = count_of(batches, kv_heads, time, GROUP, PACKED)
     level = tl.load(softmax + start + place, mask=present, other=0.0)
     share = tl.load(softmax + count + start + place, mask=present, other=0.0)
     alive = present & (share != 0)
@@ -162,7 +123,8 @@ def query_kernel(
     first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
-    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    ALIGNED: tl.constexpr = EDGE if seed is None or EDGE >= 32 else 32  # what keep_tile asks of large blocks
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, ALIGNED, MASK + BIAS > 0)
     blocks = (whole_stop - whole_first) * EDGE // KEYS
     whole_stop = whole_first + blocks * (KEYS // EDGE)
 
@@ -225,25 +187,21 @@ def query_kernel(
                     k = finite(k)
                 sums = tl.dot(inner.to(k.dtype), k, sums, input_precision=PRECISION)
 
-    exists = i < time
+    exists = i < last
     if into is not None:
+        into_b, into_h, into_t = strides_of(kv_heads * GROUP, time, WIDTH, PACKED)
+        into, into_row = rows_of(
+            into + query_begin * into_t, first_row, i, member, batch, head, into_b, into_h, into_t, ROWS, GROUP
+        )  # fmt: skip
         element = tl.arange(0, ELEMENTS)[None, :]
         sums = tl.where(alive[:, None], sums * factor, 0.0)
         inside = exists[:, None] & (element < WIDTH)
-        at = into + start * WIDTH + (place[:, None] * WIDTH + element)
-        tl.store(at, sums.to(into.dtype.element_ty), mask=inside)
+        tl.store(into + (into_row[:, None] + element), sums.to(into.dtype.element_ty), mask=inside)
     if slope_sums is not None:
         tl.store(slope_sums + start + place, tl.where(alive, slope_sum, 0.0), mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
-        "value_b", "value_h", "value_s", "value_d", "grad_b", "grad_h", "grad_t", "grad_d",
-        "mask_b", "mask_h", "mask_t", "mask_s", "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
-        "batches", "kv_heads", "time", "source", "left", "right", "factor", "scale", "softcap", "threshold", "kept",
-    ]
-)  # fmt: skip
+@kernel
 def key_value_kernel(
     query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed,
     into_key, into_value,
@@ -257,35 +215,43 @@ def key_value_kernel(
     factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     ELEMENTS: tl.constexpr, VALUE_ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), or of one of them, over all heads that read
-    them. Tiles of products have keys along their first dimension."""
-    program = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(source, KEYS)
-    first_key = (program % tiles).to(tl.int32) * KEYS
-    head, batch = program // tiles % kv_heads, program // tiles // kv_heads
+    """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), PACKED (S, Hkv, D) and (S, Hkv, Dv), or of one
+    of them, over all heads that read them. Tiles of products have keys along their first dimension."""
+    tile, _split, head, batch, sequence = tile_of(batches, kv_heads, 1, source, key_lengths, 1, KEYS, PACKED)
+    queries, keys, diagonal, query_begin, key_begin = span_of(
+        query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
+    )  # fmt: skip
+    first_key = tile * KEYS
+    last = source.to(tl.int32)
+    if PACKED:
+        last = keys
+        if first_key >= last:
+            return
     query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
     key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
     grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
 
-    queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
     line = tl.arange(0, KEYS)
     j = first_key + line
     present = j < keys
-    key, key_offset = key + batch * key_b + head * key_h + first_key * key_s, line * key_s
-    value, value_offset = value + batch * value_b + head * value_h + first_key * value_s, line * value_s
-    count = batches * kv_heads * GROUP * time
+    key += batch * key_b + head * key_h + (key_begin + first_key) * key_s
+    value += batch * value_b + head * value_h + (key_begin + first_key) * value_s
+    key_offset, value_offset = line * key_s, line * value_s
+    query += query_begin * query_t
+    grad_out += query_begin * grad_t
+    count = count_of(batches, kv_heads, time, GROUP, PACKED)
 
     last_key = tl.minimum(first_key + KEYS, keys) - 1
     begin, end, whole_begin, whole_end = seen_queries(first_key, last_key, queries, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_key < keys, end, 0)
     first, stop, whole_first, whole_stop = edges_of(
-        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, EDGE, MASK + BIAS > 0
+        begin * GROUP, end * GROUP, whole_begin * GROUP, whole_end * GROUP, EDGE, EDGE, MASK + BIAS > 0
     )
     blocks = (whole_stop - whole_first) * EDGE // ROWS
     whole_stop = whole_first + blocks * (ROWS // EDGE)
@@ -308,7 +274,7 @@ def key_value_kernel(
                 else:
                     at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
                 i, member, start, place = offsets_of(
-                    at, batch, head, kv_heads, time, ROWS if phase == 0 else EDGE, GROUP
+                    at, query_begin, batch, head, kv_heads, time, ROWS if phase == 0 else EDGE, GROUP
                 )  # fmt: skip
                 queries_at, query_offset = rows_of(
                     query, at, i, member, batch, head, query_b, query_h, query_t, ROWS if phase == 0 else EDGE, GROUP
@@ -340,7 +306,7 @@ def key_value_kernel(
                         bias, i[None, :], member[None, :], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
                     )  # fmt: skip
                 if slopes is not None:
-                    slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h)
+                    slope = tl.load(slopes + sequence * slope_b + (head * GROUP + member) * slope_h)
                     slope = slope.to(tl.float32)[None, :]
                 if CHUNK >= WIDTH:
                     q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
@@ -388,31 +354,26 @@ def key_value_kernel(
                         q = finite(q)
                     key_sums = tl.dot(inner.to(q.dtype), q, key_sums, input_precision=PRECISION)
 
-    exists = j < source
-    origin = (batch * kv_heads + head) * source + first_key
+    exists = j < last
     if into_key is not None:
+        into_b, into_h, into_s = strides_of(kv_heads, source, WIDTH, PACKED)
+        into_key += batch * into_b + head * into_h + (key_begin + first_key) * into_s
         element = tl.arange(0, ELEMENTS)[None, :]
         key_sums = tl.where(present[:, None], key_sums * factor, 0.0)
         inside = exists[:, None] & (element < WIDTH)
-        at = into_key + origin * WIDTH + (line[:, None] * WIDTH + element)
+        at = into_key + (line[:, None] * into_s + element)
         tl.store(at, key_sums.to(into_key.dtype.element_ty), mask=inside)
     if into_value is not None:
+        into_b, into_h, into_s = strides_of(kv_heads, source, VALUE_WIDTH, PACKED)
+        into_value += batch * into_b + head * into_h + (key_begin + first_key) * into_s
         element = tl.arange(0, VALUE_ELEMENTS)[None, :]
         value_sums = tl.where(present[:, None], value_sums, 0.0)
         inside = exists[:, None] & (element < VALUE_WIDTH)
-        at = into_value + origin * VALUE_WIDTH + (line[:, None] * VALUE_WIDTH + element)
+        at = into_value + (line[:, None] * into_s + element)
         tl.store(at, value_sums.to(into_value.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
-        "value_b", "value_h", "value_s", "value_d", "grad_b", "grad_h", "grad_t", "grad_d",
-        "mask_b", "mask_h", "mask_t", "mask_s", "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
-        "batches", "heads", "time", "source", "left", "right", "factor", "scale", "softcap", "threshold", "kept",
-        "own_batches", "own_heads", "splits",
-    ]
-)  # fmt: skip
+@kernel
 def bias_kernel(
     query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
@@ -460,7 +421,9 @@ def bias_kernel(
         tile = own_tile if OWN_ROWS else n % several_tiles
         head = own_head + n // several_tiles % several_heads
         batch = own_batch + n // several_tiles // several_heads
-        queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
+        queries, keys, diagonal, _query_begin, _key_begin = span_of(
+            query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT, False
+        )  # fmt: skip
         first_query = tl.cast(tile, tl.int32) * ROWS
         last_query = tl.minimum(first_query + ROWS, queries) - 1
         begin, end, _whole_begin, _whole_end = seen_keys(

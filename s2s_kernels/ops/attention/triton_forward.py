@@ -4,10 +4,11 @@
 import triton
 import triton.language as tl
 
-from ..triton_common import keep_tile
+from ..triton_common import keep_tile, kernel
 from .triton_scores import (
     LN2,
     aligned,
+    count_of,
     edges_of,
     finite,
     load_rows,
@@ -17,6 +18,8 @@ from .triton_scores import (
     score,
     seen_keys,
     span_of,
+    strides_of,
+    tile_of,
     weight,
     wide_product,
 )
@@ -24,10 +27,11 @@ from .triton_scores import (
 
 @triton.jit
 def _write(
-    sums, peak, total, alive, start, row, exists, out, lse, softmax, wide_out, count,
+    sums, peak, total, alive, start, row, exists, out, wide_out, out_row, lse, softmax, count,
     VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Results of rows from their sums; a row that has no key is 0. start + row: where in (B, H, T)."""
+    """Results of rows from their sums; a row that has no key is 0. start + row: where in (B, H, T); out_row: where in
+    out, which the launcher need not have laid out so."""
     column = tl.arange(0, COLUMNS)[None, :]
     alive = alive & (total != 0)  # a NaN passes
     result = sums * tl.where(alive, 1 / total, 0.0)[:, None]
@@ -35,10 +39,10 @@ def _write(
     result = tl.where((tl.sum(result * 0.0, 1) == 0.0)[:, None], result, float("nan"))
     result = tl.where(alive[:, None], result, 0.0)
     inside = exists[:, None] & (column < VALUE_WIDTH)
-    at = row[:, None] * VALUE_WIDTH + column
-    tl.store(out + start * VALUE_WIDTH + at, result.to(out.dtype.element_ty), mask=inside)
+    at = out_row[:, None] + column
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     if wide_out is not None:
-        tl.store(wide_out + start * VALUE_WIDTH + at, result, mask=inside)
+        tl.store(wide_out + at, result, mask=inside)
     if FOLDED:
         level = peak + tl.log2(total)
         natural = level * LN2
@@ -53,14 +57,7 @@ def _write(
         tl.store(softmax + count + start + row, share, mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "query_b", "query_h", "query_t", "query_d", "key_b", "key_h", "key_s", "key_d",
-        "value_b", "value_h", "value_s", "value_d", "mask_b", "mask_h", "mask_t", "mask_s",
-        "bias_b", "bias_h", "bias_t", "bias_s", "slope_b", "slope_h",
-        "batches", "kv_heads", "time", "source", "left", "right", "scale", "softcap", "threshold", "kept", "splits",
-    ]
-)  # fmt: skip
+@kernel
 def forward_kernel(
     query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, out, lse, softmax, wide_out, parts,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
@@ -72,39 +69,41 @@ def forward_kernel(
     scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32, splits: tl.int64,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, T, Dv), lse (B, H, T) and softmax (2, B, H, T), or with `parts` one share of the keys' sums of values
-    (splits, B H T, Dv + 2), each row followed by its greatest score and its sum of weights.
+    """out (B, H, T, Dv), PACKED (T, H, Dv), lse (B, H, T) and softmax (2, B, H, T), or with `parts` one share of the
+    keys' sums of values (splits, B H T, Dv + 2), each row followed by its greatest score and its sum of weights.
 
     DENSE: the last dimensions are contiguous. VECTOR: by how many elements strides are divisible. What the options say
     is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it.
     """
-    program = tl.program_id(0).to(tl.int64)
-    rows = (time * GROUP).to(tl.int32)
-    tiles = tl.cdiv(rows, ROWS)
-    tile = (program % tiles).to(tl.int32)
+    tile, split, head, batch, sequence = tile_of(
+        batches, kv_heads, splits, time, query_lengths, GROUP, ROWS, PACKED
+    )  # fmt: skip
+    queries, keys, diagonal, query_begin, key_begin = span_of(
+        query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
+    )  # fmt: skip
+    last = time.to(tl.int32)
+    if PACKED:
+        last = queries
+        if tile * ROWS >= last * GROUP:
+            return
     if RIGHT:
-        tile = tiles - 1 - tile  # those with the most keys first
-    rest = program // tiles
-    split = (rest % splits).to(tl.int32)
-    rest = rest // splits
-    head, batch = rest % kv_heads, rest // kv_heads
+        tile = tl.cdiv(last * GROUP, ROWS) - 1 - tile  # those with the most keys first
     query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
     key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
 
-    queries, keys, diagonal = span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT)
     left, right = left.to(tl.int32), right.to(tl.int32)
     first_row = tile * ROWS
-    i, member, start, place = offsets_of(first_row, batch, head, kv_heads, time, ROWS, GROUP)
+    i, member, start, place = offsets_of(first_row, query_begin, batch, head, kv_heads, time, ROWS, GROUP)
     present = i < queries
     query, query_offset = rows_of(
-        query, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP
+        query + query_begin * query_t, first_row, i, member, batch, head, query_b, query_h, query_t, ROWS, GROUP
     )  # fmt: skip
-    key += batch * key_b + head * key_h
-    value += batch * value_b + head * value_h
+    key += batch * key_b + head * key_h + key_begin * key_s
+    value += batch * value_b + head * value_h + key_begin * value_s
     mask_row = None
     bias_row = None
     slope = None
@@ -117,17 +116,19 @@ def forward_kernel(
             bias, i[:, None], member[:, None], batch, head, bias_b, bias_h, bias_t, BIAS, GROUP
         )  # fmt: skip
     if slopes is not None:
-        slope = tl.load(slopes + batch * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
+        slope = tl.load(slopes + sequence * slope_b + (head * GROUP + member) * slope_h).to(tl.float32)[:, None]
 
     first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
     end = tl.where(first_query < queries, end, 0)
-    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, MASK + BIAS > 0)
+    ALIGNED: tl.constexpr = EDGE if seed is None or EDGE >= 32 else 32  # what keep_tile asks of large blocks
+    first, stop, whole_first, whole_stop = edges_of(begin, end, whole_begin, whole_end, EDGE, ALIGNED, MASK + BIAS > 0)
     if parts is not None:
         share = tl.cdiv(stop - first, splits.to(tl.int32))
         first = tl.minimum(first + split * share, stop)
         stop = tl.minimum(first + share, stop)
-        whole_first = tl.minimum(tl.maximum(whole_first, first), stop)
+        whole_first = tl.cdiv(tl.maximum(whole_first, first), ALIGNED // EDGE) * (ALIGNED // EDGE)
+        whole_first = tl.minimum(whole_first, stop)
         whole_stop = tl.minimum(tl.maximum(whole_stop, whole_first), stop)
     blocks = (whole_stop - whole_first) * EDGE // KEYS
     whole_stop = whole_first + blocks * (KEYS // EDGE)
@@ -188,15 +189,25 @@ def forward_kernel(
                 if wide_out is None:
                     sums = tl.dot(p.to(v.dtype), v, sums * factor[:, None], input_precision=PRECISION)
                 else:
-                    # A result that keeps its precision must come of weights that do.
-                    sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision="tf32x3")
+                    # A result that keeps its precision must come of weights that do; as three products, a wide one has
+                    # no room in the registers.
+                    EXACT: tl.constexpr = "ieee" if COLUMNS > 512 else "tf32x3"
+                    sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision=EXACT)
 
-    exists = i < time
+    exists = i < last
     sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
-    count = batches * kv_heads * GROUP * time
+    count = count_of(batches, kv_heads, time, GROUP, PACKED)
     if parts is None:
+        out_b, out_h, out_t = strides_of(kv_heads * GROUP, time, VALUE_WIDTH, PACKED)
+        out, out_row = rows_of(
+            out + query_begin * out_t, first_row, i, member, batch, head, out_b, out_h, out_t, ROWS, GROUP
+        )  # fmt: skip
+        if wide_out is not None:
+            wide_out, out_row = rows_of(
+                wide_out + query_begin * out_t, first_row, i, member, batch, head, out_b, out_h, out_t, ROWS, GROUP
+            )  # fmt: skip
         _write(
-            sums, peak, total, present, start, place, exists, out, lse, softmax, wide_out, count,
+            sums, peak, total, present, start, place, exists, out, wide_out, out_row, lse, softmax, count,
             VALUE_WIDTH, COLUMNS, FOLDED,
         )  # fmt: skip
     else:
@@ -207,10 +218,10 @@ def forward_kernel(
         tl.store(into + VALUE_WIDTH + 1, tl.where(present, total, 0.0), mask=exists)
 
 
-@triton.jit(do_not_specialize=["splits", "count"])
+@kernel
 def combine_kernel(
-    parts, out, lse, softmax, wide_out, splits: tl.int64, count: tl.int64,
-    VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr,
+    parts, out, lse, softmax, wide_out, splits: tl.int64, heads: tl.int64, time: tl.int64, count: tl.int64,
+    VALUE_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The shares' sums brought to their common greatest score and added up, in their order."""
     start, row = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
@@ -231,6 +242,10 @@ def combine_kernel(
         sums = sums * before[:, None] + part * now[:, None]
         total = total * before + tl.load(at + VALUE_WIDTH + 1, mask=exists, other=0.0) * now
         peak = higher
+    out_row = (start + row) * VALUE_WIDTH
+    if PACKED:
+        out_row = ((start + row) % time * heads + (start + row) // time) * VALUE_WIDTH
     _write(
-        sums, peak, total, exists, start, row, exists, out, lse, softmax, wide_out, count, VALUE_WIDTH, COLUMNS, FOLDED,
+        sums, peak, total, exists, start, row, exists, out, wide_out, out_row, lse, softmax, count,
+        VALUE_WIDTH, COLUMNS, FOLDED,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 The query heads that read one key head lie in one list of rows: row r is query r // GROUP of the r % GROUP-th of them,
 so that a tile of rows reads its keys once. Positions are 32-bit (the launcher sees to that), offsets 64-bit.
+
+PACKED: sequences lie one after another within one batch element, (1, H, T of all, D).
 """
 
 import triton
@@ -27,23 +29,81 @@ def aligned(batch, head, row, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def span_of(query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT: tl.constexpr):
-    """How many queries and keys are present, and the key at which query 0 stands."""
-    queries = length_of(query_lengths, batch, time).to(tl.int32)
-    keys = length_of(key_lengths, batch, source).to(tl.int32)
-    return queries, keys, keys - queries if BOTTOM_RIGHT else 0
+def between(starts, sequence, length):
+    """Where a packed sequence begins, and of how many of all `length` positions it is, whatever `starts` holds."""
+    begin = tl.minimum(tl.maximum(tl.load(starts + sequence), 0), length)
+    end = tl.minimum(tl.maximum(tl.load(starts + sequence + 1), begin), length)
+    return begin, (end - begin).to(tl.int32)
 
 
 @triton.jit
-def offsets_of(first, batch, head, kv_heads, time, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Of rows from `first` on: their queries, their heads within the group, and where they lie in (B, H, T), as one
-    number and what each row adds to it. Without a group that is 32-bit and known to the compiler."""
+def tile_of(
+    batches, kv_heads, splits, length, starts, GROUP: tl.constexpr, SIZE: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Of a program: its tile of SIZE rows, GROUP to a position; its share of what is split, its head, and its batch
+    element. PACKED: the element is the only one, and the last result the sequence that lies in it.
+
+    How many tiles a packed sequence has is known on the device alone. It is given those from that of its first row plus
+    its own number on: as many as it may need, with at most one too many, whatever the others' lengths.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles = length * GROUP // SIZE + batches if PACKED else tl.cdiv(length * GROUP, SIZE)
+    tile, rest = program % tiles, program // tiles
+    split, rest = rest % splits, rest // splits
+    head, batch = rest % kv_heads, rest // kv_heads
+    sequence = batch
+    if PACKED:
+        last = batches - 1
+        while sequence < last:
+            middle = (sequence + last + 1) // 2
+            reached = tl.load(starts + middle) * GROUP // SIZE + middle <= tile
+            sequence, last = tl.where(reached, middle, sequence), tl.where(reached, last, middle - 1)
+        tile = tl.maximum(tile - tl.load(starts + sequence) * GROUP // SIZE - sequence, 0)
+    return tile.to(tl.int32), split.to(tl.int32), head, batch, sequence
+
+
+@triton.jit
+def span_of(
+    query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """How many queries and keys are present, the key at which query 0 stands, and where both begin. PACKED: what are
+    lengths else says where sequences begin."""
+    if PACKED:
+        query_begin, queries = between(query_lengths, sequence, time)
+        key_begin, keys = between(key_lengths, sequence, source)
+    else:
+        queries = length_of(query_lengths, sequence, time).to(tl.int32)
+        keys = length_of(key_lengths, sequence, source).to(tl.int32)
+        query_begin, key_begin = 0, 0
+    return queries, keys, keys - queries if BOTTOM_RIGHT else 0, query_begin, key_begin
+
+
+@triton.jit
+def count_of(batches, kv_heads, time, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """The number of all rows."""
+    return (1 if PACKED else batches) * kv_heads * GROUP * time
+
+
+@triton.jit
+def offsets_of(first, begin, batch, head, kv_heads, time, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Of rows from `first` on, in a sequence that begins at `begin`: their queries, their heads within the group, and
+    where they lie in (B, H, T), as one number and what each row adds to it. Without a group that is 32-bit and known to
+    the compiler."""
     row = first + tl.arange(0, ROWS)
     i, member = row // GROUP, row % GROUP
     if GROUP == 1:
-        return i, member, (batch * kv_heads + head) * time + first, tl.arange(0, ROWS)
+        return i, member, (batch * kv_heads + head) * time + begin + first, tl.arange(0, ROWS)
     else:
-        return i, member, (batch * kv_heads + head) * GROUP * time, member * time + i
+        return i, member, (batch * kv_heads + head) * GROUP * time + begin, member * time + i
+
+
+@triton.jit
+def strides_of(heads, length, WIDTH: tl.constexpr, PACKED: tl.constexpr):
+    """Those of a contiguous result (B, heads, length, WIDTH), or if PACKED (length, heads, WIDTH)."""
+    if PACKED:
+        return 0, WIDTH, heads * WIDTH
+    else:
+        return heads * length * WIDTH, length * WIDTH, WIDTH
 
 
 @triton.jit
@@ -80,15 +140,17 @@ def seen_queries(first, last, queries, diagonal, left, right, LEFT: tl.constexpr
 
 
 @triton.jit
-def edges_of(begin, end, whole_begin, whole_end, EDGE: tl.constexpr, MASKED: tl.constexpr):
+def edges_of(
+    begin, end, whole_begin, whole_end, EDGE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     """Blocks of EDGE: first..stop reach into begin..end; of these whole_first..whole_stop lie in the interval
-    whole_begin..whole_end, where nothing is hidden. A mask or bias hides anywhere."""
+    whole_begin..whole_end, where nothing is hidden, from a multiple of ALIGNED on. A mask or bias hides anywhere."""
     first = begin // EDGE
     stop = tl.where(begin < end, tl.cdiv(tl.maximum(end, 0), EDGE), first)
     if MASKED:
         return first, stop, first, first
     else:
-        whole_first = tl.minimum(tl.cdiv(whole_begin, EDGE), stop)
+        whole_first = tl.minimum(tl.cdiv(whole_begin, ALIGNED) * (ALIGNED // EDGE), stop)
         whole_stop = tl.maximum(tl.minimum(tl.maximum(whole_end, 0) // EDGE, stop), whole_first)
         return first, stop, whole_first, whole_stop
 

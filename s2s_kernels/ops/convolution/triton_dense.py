@@ -7,17 +7,11 @@ round (`channel` and `output` change places, the taps run backwards) and another
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, spread
+from ..triton_common import kernel, length_of, spread
 from .triton_epilogue import CHANNEL, GLU, TIME, finish
 
 
-@triton.jit(
-    do_not_specialize=[
-        "x_b", "x_c", "x_t", "state_b", "state_c", "state_t", "condition_b", "condition_c", "condition_t",
-        "residual_b", "residual_c", "residual_t", "time", "begin", "end", "origin", "step", "low", "first_tile",
-        "tiles",
-    ]
-)  # fmt: skip
+@kernel
 def dense_kernel(
     x, state, weight, bias, condition, residual, lengths, saved, y,
     x_b: tl.int64, x_c: tl.int64, x_t: tl.int64, state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
@@ -150,12 +144,7 @@ def _weight_products(
     return products
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_b", "grad_c", "grad_t", "x_b", "x_c", "x_t", "state_b", "state_c", "state_t",
-        "batches", "time", "chunk", "rows", "origin", "step", "low",
-    ]
-)  # fmt: skip
+@kernel
 def dense_weight_kernel(
     grad, x, state, lengths, sums,
     grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64, x_b: tl.int64, x_c: tl.int64, x_t: tl.int64,
@@ -209,7 +198,7 @@ def dense_weight_kernel(
     tl.store(sums + place, products, mask=(output < OUTPUTS)[:, None] & (channel < INPUTS)[None, :])
 
 
-@triton.jit(do_not_specialize=["grad_b", "grad_c", "grad_t", "batches", "time", "chunk", "rows"])
+@kernel
 def bias_kernel(
     grad, lengths, sums, grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64,
     batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, spread
+from ..triton_common import kernel, length_of, spread
 from .triton_epilogue import CHANNEL, GLU, TIME, finish
 
 
@@ -40,12 +40,7 @@ def _some_taps(
     return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        "x_b", "x_c", "x_t", "state_b", "state_c", "state_t", "condition_b", "condition_c", "condition_t",
-        "residual_b", "residual_c", "residual_t", "time", "begin", "end", "origin", "step", "low",
-    ]
-)  # fmt: skip
+@kernel
 def depthwise_kernel(
     x, state, weight, bias, condition, residual, lengths, saved, y,
     x_b: tl.int64, x_c: tl.int64, x_t: tl.int64, state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
@@ -129,12 +124,7 @@ def depthwise_kernel(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_b", "grad_c", "grad_t", "x_b", "x_c", "x_t", "state_b", "state_c", "state_t",
-        "batches", "time", "chunk", "rows", "origin", "step", "low",
-    ]
-)  # fmt: skip
+@kernel
 def depthwise_weight_kernel(
     grad, x, state, lengths, sums,
     grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64, x_b: tl.int64, x_c: tl.int64, x_t: tl.int64,

@@ -6,7 +6,7 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 import triton
 import triton.language as tl
 
-from ..triton_common import length_of, sigmoid, spread, tanh
+from ..triton_common import kernel, length_of, sigmoid, spread, tanh
 
 # The numbers of the activations, as the schema passes them; from GLU on they are gates.
 NONE = tl.constexpr(0)
@@ -135,7 +135,7 @@ def finish(
         _write(value, a, b, channel, exists, at, first, batch, present, time, saved, y, RESULTS, GATE)
 
 
-@triton.jit(do_not_specialize=["residual_b", "residual_c", "residual_t", "time"])
+@kernel
 def finish_kernel(
     u, residual, lengths, y,
     residual_b: tl.int64, residual_c: tl.int64, residual_t: tl.int64, time: tl.int64,
@@ -190,7 +190,7 @@ def _activation_gradient(
         tl.store(to + RESULTS * into_c, tl.where(here, grad_b_half, 0.0).to(into.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["grad_b", "grad_c", "grad_t", "into_b", "into_c", "into_t", "time"])
+@kernel
 def activation_gradient_kernel(
     grad, saved, lengths, into,
     grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64, into_b: tl.int64, into_c: tl.int64, into_t: tl.int64,

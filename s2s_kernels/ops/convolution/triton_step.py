@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import device_of, power
+from ..triton_common import device_of, kernel, power
 from .triton_epilogue import GLU, activate
 
 
@@ -38,7 +38,7 @@ def _sums(
     return total
 
 
-@triton.jit(do_not_specialize=["channels", "span", "dilation", "residual_b", "residual_c"])
+@kernel
 def step_kernel(
     x, ring, position, weight, bias, residual, y,
     channels: tl.int64, span: tl.int64, dilation: tl.int64, residual_b: tl.int64, residual_c: tl.int64,
@@ -71,7 +71,7 @@ def step_kernel(
     tl.store(y + batch * RESULTS + result, value, mask=exists)
 
 
-@triton.jit(do_not_specialize=["elements", "channels", "span"])
+@kernel
 def push_kernel(x, ring, position, elements: tl.int64, channels: tl.int64, span: tl.int64, BLOCK: tl.constexpr):
     """x (B, channels) in the place of the oldest inputs."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -80,7 +80,7 @@ def push_kernel(x, ring, position, elements: tl.int64, channels: tl.int64, span:
     tl.store(ring + to, value, mask=element < elements)
 
 
-@triton.jit(do_not_specialize=["span"])
+@kernel
 def advance_kernel(position, span: tl.int64):
     after = tl.load(position) + 1
     tl.store(position, tl.where(after < span, after, 0))

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import device_of, keep_tile, power, tanh
+from ..triton_common import device_of, keep_tile, kernel, power, tanh
 from .triton_cells import EPS, is_first, lengths_of, load_gate, load_vector, starts_at, state_before
 
 
@@ -22,7 +22,7 @@ def _position(lengths, reset, batch, time, REVERSE: tl.constexpr):
     return row, t, present, present & is_first(t, length, REVERSE), starts
 
 
-@triton.jit(do_not_specialize=["batch", "time"])
+@kernel
 def recurrent_input_kernel(
     hidden, h0, mask, lengths, reset, result, batch: tl.int64, time: tl.int64,
     WIDTH: tl.constexpr, REVERSE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -49,7 +49,7 @@ def _cell(
     return load_gate(gates, at, column, inside, 1, UNITS, 4) * before + product
 
 
-@triton.jit(do_not_specialize=["batch", "time"])
+@kernel
 def unprojected_kernel(
     gates, extra, c0, norm_c, norm_b, lengths, reset, result, batch: tl.int64, time: tl.int64,
     UNITS: tl.constexpr, REVERSE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -87,7 +87,7 @@ def unprojected_kernel(
         tl.store(to, value.to(result.dtype.element_ty), mask=fits[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "source_r", "source_c", "least", "factor"])
+@kernel
 def drop_kernel(
     source, seed, result, rows: tl.int64, columns: tl.int64, source_r: tl.int64, source_c: tl.int64, least: tl.int64,
     factor: tl.float32, STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

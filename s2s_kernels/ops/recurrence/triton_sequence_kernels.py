@@ -12,7 +12,7 @@ is read and written is that of `triton_step_forward`, from the few multiprocesso
 import triton
 import triton.language as tl
 
-from ..triton_common import tanh
+from ..triton_common import kernel, tanh
 from .triton_cells import (
     EPS,
     GRU,
@@ -102,7 +102,7 @@ def _inputs(inputs, row, exists, t, length, time, unit, fits, UNITS: tl.constexp
     return a, b, c, d
 
 
-@triton.jit(do_not_specialize=["batch", "time", "zoneout_h", "zoneout_c", "least_h", "least_c"])
+@kernel
 def forward_kernel(
     inputs, weight_hh, bias_hh, h, c, weight_hr, mask, norm_hh, norm_c, norm_b, lengths, reset, seed,
     output, hidden, gates, extra, normed,
@@ -253,11 +253,7 @@ def _before_norm(weighted, normal, direct, slope, scale):
     return (weighted - direct[:, None] - normal * slope[:, None]) * scale[:, None]
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_b", "grad_t", "grad_u", "batch", "time", "zoneout_h", "zoneout_c", "least_h", "least_c",
-    ]
-)  # fmt: skip
+@kernel
 def backward_kernel(
     grad_output, carry, carry_c, weight_hh, h0, c0, weight_hr, mask, norm_hh, norm_c, norm_b, lengths, reset, seed,
     hidden, gates, extra, normed, grad_inputs, grad_recurrent, grad_projected, grad_norm_c, grad_norm_b,

@@ -8,7 +8,7 @@ of each with a projection. The kernel ends the step after, of which it adds the 
 import triton
 import triton.language as tl
 
-from ..triton_common import tanh
+from ..triton_common import kernel, tanh
 from .triton_cells import (
     GRU,
     LSTM,
@@ -81,7 +81,7 @@ def _keep(passed, arrived, carry, place, inside, present, starts):
     tl.store(carry + place, kept, mask=inside)
 
 
-@triton.jit(do_not_specialize=["t", "batch", "time"])
+@kernel
 def finish_kernel(
     product, mask, carry, lengths, reset, t: tl.int64, batch: tl.int64, time: tl.int64,
     WIDTH: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -96,7 +96,7 @@ def finish_kernel(
     tl.store(carry + place, _arrived(product, mask, carry, place, inside, followed), mask=inside)
 
 
-@triton.jit(do_not_specialize=["grad_b", "grad_t", "grad_u", "t", "batch", "time", "zoneout", "least"])
+@kernel
 def project_gradient_kernel(
     grad_output, product, mask, carry, lengths, reset, seed, grad_projected, operand,
     grad_b: tl.int64, grad_t: tl.int64, grad_u: tl.int64, t: tl.int64, batch: tl.int64, time: tl.int64,
@@ -158,11 +158,7 @@ def _sum_weighted(
     return tl.sum(weighted, 1), tl.sum(weighted * normal, 1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_b", "grad_t", "grad_u", "t", "batch", "time", "zoneout_h", "zoneout_c", "least_h", "least_c",
-    ]
-)  # fmt: skip
+@kernel
 def cell_gradient_kernel(
     grad_output, from_projection, product, mask, carry, carry_c, h0, c0, norm_hh, norm_c, norm_b, lengths, reset, seed,
     hidden, gates, extra, normed, grad_inputs, grad_recurrent, operand, grad_norm_c, grad_norm_b,

@@ -10,7 +10,7 @@ normalisation a program has whole rows, and reads the sums from the cache again 
 import triton
 import triton.language as tl
 
-from ..triton_common import tanh
+from ..triton_common import kernel, tanh
 from .triton_cells import (
     EPS,
     GRU,
@@ -122,7 +122,7 @@ def _put_state(
     _put_operand(new, operand, mask, place, inside, parts)
 
 
-@triton.jit(do_not_specialize=["t", "batch", "time"])
+@kernel
 def begin_kernel(
     h, operand, mask, lengths, reset, t: tl.int64, batch: tl.int64, time: tl.int64,
     WIDTH: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -137,7 +137,7 @@ def begin_kernel(
     _put_operand(tl.load(h + place, mask=inside, other=0.0), operand, mask, place, inside, starts)
 
 
-@triton.jit(do_not_specialize=["t", "batch", "time", "zoneout", "least"])
+@kernel
 def project_kernel(
     product, h, operand, mask, lengths, reset, seed, output, hidden,
     t: tl.int64, batch: tl.int64, time: tl.int64, zoneout: tl.float32, least: tl.int64,
@@ -157,7 +157,7 @@ def project_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["t", "batch", "time", "zoneout_h", "zoneout_c", "least_h", "least_c"])
+@kernel
 def cell_kernel(
     inputs, bias_ih, product, bias_hh, h, c, operand, unprojected, mask, norm_hh, norm_c, norm_b, lengths, reset, seed,
     output, hidden, gates, extra, normed,

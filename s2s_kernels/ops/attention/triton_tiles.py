@@ -1,0 +1,89 @@
+"""The sizes of what a program of the Triton kernels of attention works on at a time. Not measured on a GPU yet."""
+
+import torch
+
+from ..triton_common import power
+from .triton_call import Call
+
+
+def generation(x: torch.Tensor) -> int:
+    """The major compute capability: from 9 on a program has twice the shared memory."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
+
+
+def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int) -> dict[str, int]:
+    return {"ROWS": rows, "KEYS": keys, "EDGE": edge, "CHUNK": chunk, "num_warps": warps, "num_stages": stages}
+
+
+def _registers(many: bool) -> dict[str, int]:
+    """All there are, where the assembler might spill a few to fit two programs into 128 each."""
+    return {"maxnreg": 255} if many else {}
+
+
+# Sizes with which the compiler doesn't spill, on any of the architectures.
+def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
+    width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
+    most, major = max(width, columns), generation(call.query)
+    if call.query.dtype == torch.float32 or wide_out:
+        if most <= 64:
+            tiles = _tiles(64, 32, 16, 32, 8, 2)
+        elif most <= 128:
+            tiles = _tiles(64, 16, 16, 32, 8, 2) if call.busy else _tiles(32, 32, 16, 32, 8, 2)
+        elif most <= 512:
+            tiles = _tiles(8192 // most, 32, 16, 32, 8, 2)
+        else:
+            tiles = _tiles(8, 16, 16, 16, 8, 1) if call.busy or wide_out else _tiles(16, 16, 16, 32, 8, 2)
+    elif most > 256:
+        tiles = _tiles(32 if most <= 512 else 8 if call.busy else 16, 32, 16, 64, 8, 2)
+    elif most > 128:
+        tiles = _tiles(128, 64, 16, 256, 8, 2) if major == 9 and not call.busy else _tiles(64, 32, 16, 256, 8, 2)
+    elif call.hides:
+        edge = 64 if most <= 64 else 32
+        tiles = _tiles(128, 32, 16, 128, 8, 2) if call.busy else _tiles(64, edge, edge, 128, 8, 2)
+    elif call.busy:
+        tiles = _tiles(128 if call.group == 1 else 64, 64 if major >= 9 else 32, 16, 128, 8, 2)
+    else:
+        tiles = _tiles(128, 128, 32, 128, 8, 2) if major >= 9 or most <= 64 else _tiles(128, 32, 16, 128, 8, 2)
+    rows = call.rows  # a few, as in decoding, or some: not a compilation for each number of queries
+    if rows <= 16 and most <= 256:
+        keys = 32 if tiles["CHUNK"] == 32 else 128 if most <= 128 else 64
+        tiles = _tiles(16, keys, 32, tiles["CHUNK"], 4, 2)
+    elif rows <= 16:
+        tiles |= {"ROWS": min(tiles["ROWS"], 16)}
+    elif rows <= 64 and tiles["ROWS"] > 64:
+        tiles |= {"ROWS": 64}
+    return {**tiles, **_registers(call.busy), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
+
+
+def backward_tiles(call: Call, direction: str) -> dict[str, int]:
+    width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
+    most, major = max(width, columns), generation(call.query)
+    if call.query.dtype == torch.float32:
+        if direction == "bias":
+            tiles = _tiles(32, 32, 16, 32, 8, 2)
+        elif direction == "query":
+            rows = 32 if most <= 64 else 16 if most <= 256 else 8
+            tiles = _tiles(rows, max(rows, 16), 16, 16 if most <= 64 else 32, 8, 2 if most <= 256 else 1)
+        else:
+            keys = 32 if most <= 128 else 16 if most <= 512 else 8
+            tiles = _tiles(32 if most <= 64 else 16, keys, 16, 32, 8, 2 if most <= 256 else 1)
+    elif direction == "bias":
+        tiles = _tiles(64, 64 if major >= 9 else 32, 16, 64, 8, 2)
+    elif most > 128:
+        rows = keys = 16 if most > 512 else 32 if most > 256 or major < 9 else 64
+        if call.busy and direction == "key":
+            rows = min(rows, 32)
+        elif call.busy and most > 256:
+            rows, keys = min(rows, 8192 // most), 16
+        tiles = _tiles(rows, keys, 16, 64, 8, 2)
+    elif direction == "query":
+        if call.busy:
+            tiles = _tiles(64 if major == 9 and call.group == 1 else 32, 32, 16, 128, 8, 2)
+        else:
+            tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
+    elif call.busy:
+        tiles = _tiles(32, 64, 16, 128, 8, 2)
+    else:
+        tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
+    chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
+    return {**tiles, **_registers(call.busy or direction == "bias"), **chunks}
