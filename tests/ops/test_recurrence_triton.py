@@ -90,7 +90,8 @@ def test_values_and_gradients(cell, sample, engine):
 
 PERSISTENT = (
     "plain", "lengths", "lengths, reset", "reverse, reset, lengths", "poisoned", "zoneout in training",
-    "zoneout in training, recurrent mask", "no positions", "empty batch", "relu",
+    "zoneout in training, recurrent mask", "no positions", "empty batch", "relu", "projection", "layer norm",
+    "everything", "tails, projection",
 )  # fmt: skip
 HALVES = ("projection", "everything", "poisoned", "tails", "relu")
 

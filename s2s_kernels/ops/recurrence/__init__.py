@@ -18,6 +18,7 @@ class Asked(NamedTuple):
 
     cell: str
     hidden: int
+    width: int
     dtype: torch.dtype
     device: torch.device
     projected: bool
@@ -25,9 +26,10 @@ class Asked(NamedTuple):
 
 
 def _not_in_cuda(asked: Asked) -> str | None:
-    return cuda_kernels.gap(
-        asked.hidden, autograd.CELLS.index(asked.cell), asked.dtype, asked.device, asked.projected, asked.normed
+    shape = cuda_kernels.Shape(
+        1, asked.hidden, asked.width, autograd.CELLS.index(asked.cell), asked.dtype, asked.normed, asked.projected
     )
+    return cuda_kernels.gap(shape, asked.device)
 
 
 # Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.
@@ -306,7 +308,7 @@ def run(
     tensors = (
         x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, *norms, lengths, reset, seed,
     )  # fmt: skip
-    asked = Asked(cell, hidden, x.dtype, x.device, weight_hr is not None, norms[0] is not None)
+    asked = Asked(cell, hidden, weight_hh.shape[1], x.dtype, x.device, weight_hr is not None, norms[0] is not None)
     backend = dispatch.choose(OPERATORS[name], x.device, asked)
     options = (
         cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed, backend == "cuda"

@@ -64,7 +64,8 @@ def stack(
     dropped = dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0
     random = training and (dropped or zoneout_h > 0 or zoneout_c > 0)
     tensors = (x, h0, c0, lengths, reset, *weights)
-    asked = Asked(cell, weights[1].shape[0] // reference.GATES[cell], x.dtype, x.device, projected, normed)
+    rows, width = weights[1].shape
+    asked = Asked(cell, rows // reference.GATES[cell], width, x.dtype, x.device, projected, normed)
     backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
     if not random and backend == "cpu" and not dispatch.transformed(*tensors):
         options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
