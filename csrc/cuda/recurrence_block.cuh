@@ -194,6 +194,8 @@ class RecurrenceBlock {
   // The `Scale`s of a row, read ahead too.
   __device__ float* scale(int row) const { return shared<float>(layout_.scales) + row * 4; }
 
+  __device__ int most_own() const { return extended ? most_units(a_.plan) : a_.plan.units; }
+
   const int rank, team, teams;
   const OwnUnits of_hidden, of_width;
   int rows = 0;
@@ -202,8 +204,6 @@ class RecurrenceBlock {
   device::Pair* pairs;  // in shared memory of a cluster's blocks, in global memory of a grid's
 
  private:
-  __device__ int most_own() const { return extended ? most_units(a_.plan) : a_.plan.units; }
-
   const Recurrence& a_;
   const RecurrenceLayout layout_;
   unsigned char* rows_;

@@ -161,11 +161,11 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
       for (int row = threadIdx.x; row < block.rows; row += blockDim.x)
         if (step < block.lengths[row]) a.normed[block.position(row, step) * a.normed_row + G * H + scale] = statistics.of(row)[number];
     };
-    const auto finish = [&](int row, int unit, int step, float h) {
+    const auto finish = [&](int row, int unit, float h) {
       if (a.shape.projected)
         projected.put(0, row, 0, unit, h);
       else
-        settle(row, unit, step, starts_after(row, step), h);
+        *block.kept(row, 0, unit) = h;
     };
     take_steps([&](int step) {
       multiply(product, recurrent, step % 2, own, U, step, [&](int row, int unit, int column) {
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
           sums[g] *= a.norm_hh[g * H + own.first + unit];
         }
         const float h = cell_step(row, unit, step, starts_after(row, step), sums);
-        if (!a.norm_c) finish(row, unit, step, h);
+        if (!a.norm_c) finish(row, unit, h);
       });
       if (a.norm_c) {
         device::block_sync();
@@ -203,14 +203,18 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
         block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
           const int at = own.first + unit;
           const float normal = (*block.kept(row, 0, unit) - statistics.of(row)[0]) * statistics.of(row)[1];
-          finish(row, unit, step, *block.kept(row, 1, unit) * tanhf(fmaf(normal, a.norm_c[at], a.norm_b[at])));
+          finish(row, unit, *block.kept(row, 1, unit) * tanhf(fmaf(normal, a.norm_c[at], a.norm_b[at])));
         });
       }
       statistics.pass();
-      if (!a.shape.projected) return;
-      block.meet(projected, 0, [] {});
-      multiply(projection, projected, 0, own_h, W, step,
-               [&](int row, int unit, int column) { settle(row, unit, step, starts_after(row, step), projection.summed(unit, column)); });
+      if (a.shape.projected) {
+        block.meet(projected, 0, [] {});
+        multiply(projection, projected, 0, own_h, W, step,
+                 [&](int row, int unit, int column) { *block.kept(row, 0, unit) = projection.summed(unit, column); });
+        device::block_sync();
+      }
+      block.each_unit(own_h, W, 0, block.rows, step,
+                      [&](int row, int unit) { settle(row, unit, step, starts_after(row, step), *block.kept(row, 0, unit)); });
     });
   }
 }

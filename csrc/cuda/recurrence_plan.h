@@ -35,6 +35,7 @@ constexpr int columns = 2 * tile_n;  // rows of the batch that a pass of a step 
 constexpr int block_bytes = 64;      // of K: what four lanes read of a row at once, the K of two matrix instructions
 constexpr int most_threads = 256;
 constexpr int most_feeds = 11;
+constexpr int word_group = 8;  // words of its team that a thread asks for before it waits for the first
 constexpr int row_lanes = 16;  // that sum over a row of the batch, in layer normalisation
 
 // K-blocks whose recurrent weights fit a warp's registers: 96 a lane.
@@ -202,13 +203,18 @@ inline double step_time(const RecurrencePlan& p, const RecurrenceShape& s, bool 
   multiply(recurrent_product(p, s), s.recurrent(), s.backward ? p.units : p.width_units);
   if (s.projected) multiply(projection_product(p, s), s.projection(), s.backward ? p.width_units : p.units);
   if (s.normed) {
-    const bool cell_too = s.cell == Cell::lstm;
-    const double rounds = (batch * row_lanes + warps_of(p) * warp - 1) / (warps_of(p) * warp), sums = s.backward ? 1 : 2;
-    const double values = p.units * (s.backward ? 1 : s.gates) + (cell_too ? p.units : 0);
-    clocks += rounds * ((cell_too ? 2 : 1) * (2 * sums * 4 * 25 + 120) + sums * values / row_lanes * 10);
-    if (cell_too) clocks += passes * 60 + batch * p.units / most_threads * 60;
-    // Sums for the recurrent product's gradient go with the exchange.
-    latency += ((cell_too ? 1 : 0) + (s.backward ? 0 : 1)) * (p.cluster ? 250 + 200 : 600);
+    // Sums for the recurrent product's gradient go with its exchange, and wait for nothing else.
+    const int of_cell = s.cell == Cell::lstm ? 1 : 0, sums = s.backward ? 1 : 2, waits = of_cell + (s.backward ? 0 : 1);
+    const int threads = warps_of(p) * warp, rounds = (static_cast<int>(batch) * row_lanes + threads - 1) / threads;
+    const double words = batch * p.team, values = p.units * (s.backward ? 1 : s.gates);
+    const double summed = sums * (2 * (4 * 25 + 30) + (values + p.team) / row_lanes * 10) + 120;
+    clocks += rounds * (1 + of_cell) * summed + of_cell * (passes * 60 + batch * p.units / most_threads * 60);
+    latency += waits * (p.cluster ? 250 + 200 : 600);
+    if (!p.cluster) {
+      const double block = words * 8 / 64, all = active * words * 8 / l2_bytes;
+      clocks += (1 + of_cell) * (block > all ? block : all);
+      latency += (1 + of_cell) * 250 * static_cast<int>((words - 1) / (word_group * threads));
+    }
   }
   return latency + clocks / ghz;
 }

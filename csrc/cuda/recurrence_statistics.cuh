@@ -23,16 +23,20 @@ class RowStatistics {
   // The mean and the squares' sum about it of the block's own values of each row, the first `kinds` that it keeps of each unit, to all.
   // slot: 0 or 1, of which each is sent once a step.
   __device__ void send_moments(int slot, int kinds, int step) const {
+    const int units = block_.of_hidden.count, most = block_.most_own();
     each_row([&](int row, bool exists) {
-      const int units = block_.of_hidden.count, count = exists && step < block_.lengths[row] && units > 0 ? units * kinds : 0;
+      const int places = exists && step < block_.lengths[row] && units > 0 ? most * kinds : 0;
+      const float* const values = block_.kept(row, 0, 0);
+      const auto own = [&](int i) { return units == most || i % most < units; };
       float sum = 0.f, squares = 0.f;
-#pragma unroll 1
-      for (int i = lane(); i < count; i += row_lanes) sum += *block_.kept(row, i / units, i % units);
-      const float mean = device::half_warp_sum(sum) / static_cast<float>(count > 0 ? count : 1);
-#pragma unroll 1
-      for (int i = lane(); i < count; i += row_lanes) {
-        const float apart = *block_.kept(row, i / units, i % units) - mean;
-        squares = fmaf(apart, apart, squares);
+#pragma unroll 2
+      for (int i = lane(); i < places; i += row_lanes)
+        if (own(i)) sum += values[i];
+      const float mean = device::half_warp_sum(sum) / static_cast<float>(places > 0 ? units * kinds : 1);
+#pragma unroll 2
+      for (int i = lane(); i < places; i += row_lanes) {
+        const float apart = values[i] - mean;
+        if (own(i)) squares = fmaf(apart, apart, squares);
       }
       squares = device::half_warp_sum(squares);
       if (exists) send(slot, row, mean, squares);
@@ -135,16 +139,15 @@ class RowStatistics {
     device::Pair* from = words(slot);
     if constexpr (cluster) return from;
     device::Pair* const to = block_.template shared<device::Pair>(block_.layout().pairs);
-    constexpr int group = 4;  // so many loads are under way before the first is waited for
     const int count = block_.rows * a_.plan.team, apart = blockDim.x;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < count; first += group * apart) {
-      device::Pair pairs[group] = {};
+    for (int first = threadIdx.x; first < count; first += word_group * apart) {
+      device::Pair pairs[word_group] = {};
 #pragma unroll
-      for (int i = 0; i < group; ++i)
+      for (int i = 0; i < word_group; ++i)
         if (first + i * apart < count) pairs[i] = device::load_atomically(from + first + i * apart);
 #pragma unroll
-      for (int i = 0; i < group; ++i) {
+      for (int i = 0; i < word_group; ++i) {
         if (first + i * apart >= count) continue;
         while ((pairs[i].at[1] & 1) != stamp()) pairs[i] = device::load_atomically(from + first + i * apart);
         to[first + i * apart] = pairs[i];
