@@ -136,10 +136,11 @@ __device__ inline Pair load_atomically(const Pair* from) {
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
   return {static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32)};
 }
-// Of what other blocks write while the kernel runs: past this multiprocessor's own cache, which isn't kept coherent.
+// Of what other blocks write while the kernel runs: past this multiprocessor's own cache, which isn't kept coherent. Or of shared memory:
+// the address says which.
 __device__ inline Words load_coherent(const void* from) {
   Words w;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w.at[0]), "=r"(w.at[1]), "=r"(w.at[2]), "=r"(w.at[3])
                : "l"(from)
                : "memory");

@@ -121,6 +121,26 @@ class RecurrenceBlock {
     }
   }
 
+  // A pass's exchanged rows, from `first` on, as products read them: a grid's in shared memory, where the plan has them there.
+  __device__ const unsigned char* ready(const Exchange<operand>& exchange, int turn, int first) const {
+    const unsigned char* const from = exchange.row(turn, first);
+    if (cluster || !a_.plan.staged) return from;
+    auto* const to = shared<unsigned char>(layout_.exchange);
+    const int count = columns * exchange.row_bytes / 16, apart = blockDim.x;
+#pragma unroll 1
+    for (int begin = threadIdx.x; begin < count; begin += row_group * apart) {
+      Words words[row_group];
+#pragma unroll
+      for (int i = 0; i < row_group; ++i)
+        if (begin + i * apart < count) words[i] = device::load_coherent(from + static_cast<int64_t>(begin + i * apart) * 16);
+#pragma unroll
+      for (int i = 0; i < row_group; ++i)
+        if (begin + i * apart < count) reinterpret_cast<Words*>(to)[begin + i * apart] = words[i];
+    }
+    device::block_sync();
+    return to;
+  }
+
   // Begins with the rows of the batch from `begin` on; returns the steps of the longest.
   __device__ int enter(int64_t begin) {
     first_row = begin;

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
   const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
                             const auto& item) {
     for (int first = 0; first < block.rows; first += columns) {
-      by.run(from.row(turn, first), from.row_bytes, block.rows - first);
+      by.run(block.ready(from, turn, first), from.row_bytes, block.rows - first);
       device::copies_wait();
       device::block_sync();
       const int end = block.rows - first < columns ? block.rows : first + columns;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
   const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
                             const auto& before_sums, const auto& item) {
     for (int first = 0; first < block.rows; first += columns) {
-      by.run(from.row(turn, first), from.row_bytes, block.rows - first);
+      by.run(block.ready(from, turn, first), from.row_bytes, block.rows - first);
       if (first == 0) before_sums();
       device::block_sync();
       const int end = block.rows - first < columns ? block.rows : first + columns;

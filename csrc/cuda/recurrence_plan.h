@@ -7,12 +7,17 @@
 // bits, written once instead of by every block, summed in a fixed order without another exchange, and with one barrier a step.
 //
 // Two exchanges: a cluster (one team each) writes into its blocks' shared memories; a cooperative grid goes through the L2 cache and a
-// counter in global memory. What a step costs is modelled in `step_time`; the plan of least time is taken. Predicted for the bar GR2 (LSTM,
-// float16, B = 16, H = 768, H100), forward: 96 blocks of 8 units, 1.1 us for the barrier and the latency of L2, 0.45 us for 2.4 MiB out of
-// it, 0.2 us for products, 0.2 us for sums over warps, 0.1 us for the cell: 2.0 us a step, where cuDNN takes 1.96. Backward: 48 blocks of
-// 16 units, 2.6 us. Other sizes, forward, float16, H = 256, 512, 1024, 1536: with 16 rows 1.1, 1.7, 2.5, 4.4 us (A100: 1.7, 2.0, 3.6, 5.8),
-// with one row 0.9, 1.4, 1.8, 3.0, with 128 rows 1.1, 2.1, 11, 27: the grid's blocks all read all rows, which is dear where these are many.
-// Not measured: no number here has met a GPU.
+// counter in global memory. A grid's blocks all read all rows, which is dear where these are many: where several warps want the same ones,
+// the block reads them once, into shared memory. What a step costs is modelled in `step_time`; the plan of least time is taken. Predicted
+// for the bar GR2 (LSTM, float16, B = 16, H = 768, H100), forward: 96 blocks of 8 units, 1.1 us for the barrier and the latency of L2, 0.45
+// us for 2.4 MiB out of it, 0.2 us for products, 0.2 us for sums over warps, 0.1 us for the cell: 2.0 us a step, where cuDNN takes 1.96.
+// Backward: 48 blocks of 16 units, 2.6 us. Other sizes, forward, float16, H = 256, 512, 1024, 1536: with 16 rows 1.1, 1.7, 2.5, 4.4 us
+// (A100: 1.7, 2.0, 3.6, 5.8), with one row 0.9, 1.4, 1.8, 3.0, with 128 rows 1.1, 2.1, 11, 27, and 6.1 for H = 768.
+//
+// Layer normalisation needs sums over all units within a step (recurrence_kernels.cuh says which waits that takes), a projection has a
+// second product and its weights, which stay in shared memory. Predicted, forward and backward, B = 16, H100: an LSTM normalised, H = 512
+// 4.1 and 3.5 us, where a wait costs 0.45 us in a cluster and 0.6 in a grid and the sums themselves about as much; a GRU 2.9 and 2.3; an
+// LSTM of 768 projected to 256 3.1 and 4.0 us, 5.2 and 5.3 with both. Not measured: no number here has met a GPU.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -35,14 +40,15 @@ constexpr int columns = 2 * tile_n;  // rows of the batch that a pass of a step 
 constexpr int block_bytes = 64;      // of K: what four lanes read of a row at once, the K of two matrix instructions
 constexpr int most_threads = 256;
 constexpr int most_feeds = 11;
-constexpr int word_group = 8;  // words of its team that a thread asks for before it waits for the first
-constexpr int row_lanes = 16;  // that sum over a row of the batch, in layer normalisation
+constexpr int row_group = 4, word_group = 8;  // loads out of L2 that a thread has under way: of exchanged rows, and of sums about them
+constexpr int row_lanes = 16;                 // that sum over a row of the batch, in layer normalisation
 
 // K-blocks whose recurrent weights fit a warp's registers: 96 a lane.
 constexpr int held_blocks(Operand operand, bool backward) { return operand == Operand::float32 ? 0 : backward ? 12 : 6; }
 
 struct RecurrencePlan {
   int cluster;               // whether the exchange is a cluster's, else the grid's
+  int staged;                // whether a grid's blocks copy a pass's rows into shared memory, for warps that read the same ones
   int extended;              // whether it is for the kernels that normalise and project
   int units, width_units;    // of H and of P that each block has
   int team, teams;           // blocks that hold the weights together, and how many such teams there are
@@ -55,17 +61,19 @@ struct RecurrencePlan {
 };
 
 // A plan as integers, in the order of its fields.
-constexpr int plan_fields = 14;
+constexpr int plan_fields = 15;
 inline void write_plan(const RecurrencePlan& p, int64_t* to) {
-  const int64_t fields[plan_fields] = {p.cluster, p.extended, p.units,     p.width_units, p.team, p.teams,        p.rows,
-                                       p.warps_m, p.warps_k,  p.project_m, p.project_k,   p.held, p.shared_bytes, p.workspace_bytes};
+  const int64_t fields[plan_fields] = {p.cluster,   p.staged,    p.extended, p.units,        p.width_units,
+                                       p.team,      p.teams,     p.rows,     p.warps_m,      p.warps_k,
+                                       p.project_m, p.project_k, p.held,     p.shared_bytes, p.workspace_bytes};
   for (int i = 0; i < plan_fields; ++i) to[i] = fields[i];
 }
 inline RecurrencePlan read_plan(const int64_t* from) {
   int small[plan_fields - 1];
   for (int i = 0; i < plan_fields - 1; ++i) small[i] = static_cast<int>(from[i]);
-  return {small[0], small[1], small[2], small[3],  small[4],  small[5],  small[6],
-          small[7], small[8], small[9], small[10], small[11], small[12], from[plan_fields - 1]};
+  return {small[0],  small[1],  small[2],  small[3],  small[4],
+          small[5],  small[6],  small[7],  small[8],  small[9],
+          small[10], small[11], small[12], small[13], from[plan_fields - 1]};
 }
 
 // What a product reads of a row of the batch: `segments` runs of as many values, each of which begins at a multiple of 16 bytes.
@@ -136,7 +144,7 @@ S2S_EVERYWHERE int64_t pairs_bytes(const RecurrencePlan& p, const RecurrenceShap
 
 // Where the parts of a block's shared memory begin, in bytes.
 struct RecurrenceLayout {
-  int weights, projection, exchange, projected, partial, feeds, state, kept, pairs, moments, scales, lengths, bytes;
+  int weights, projection, exchange, partial, feeds, state, kept, pairs, moments, scales, lengths, bytes;
 
   S2S_EVERYWHERE RecurrenceLayout(const RecurrencePlan& p, const RecurrenceShape& s) {
     const ProductShape recurrent = recurrent_product(p, s), second = projection_product(p, s);
@@ -149,8 +157,10 @@ struct RecurrenceLayout {
     };
     weights = take(recurrent.weight_bytes());
     projection = take(s.projected ? second.weight_bytes() : 0);
-    exchange = take(p.cluster ? 2 * exchanged_bytes(p, s.recurrent()) : 0);
-    projected = take(p.cluster && s.projected ? exchanged_bytes(p, s.projection()) : 0);
+    const int64_t row_bytes = s.recurrent().row_bytes(), second_row = s.projected ? s.projection().row_bytes() : 0;
+    exchange = take(p.cluster  ? padded_rows(p.rows) * (2 * row_bytes + second_row)
+                    : p.staged ? columns * (row_bytes > second_row ? row_bytes : second_row)
+                               : 0);
     partial = take(partial_bytes > second_bytes ? partial_bytes : second_bytes);
     feeds = take(p.rows * s.feeds * most_units(p) * 4);
     state = take(s.states() * p.rows * most_units(p) * 4);
@@ -175,8 +185,8 @@ inline int64_t workspace_bytes(const RecurrencePlan& p, const RecurrenceShape& s
 
 // Nanoseconds of a step, from rates that are known of compute capability 8.0 and 9.0: bytes a clock of a multiprocessor from L2 (64) and
 // from shared memory (128), of all of them from L2; latencies of a barrier through L2 (850 ns), of one of a cluster (250 ns), of a read
-// past the first cache (250 ns) and of a word's way through L2 to who waits for it (600 ns); 8 clocks of a quarter, or 6.4, for a matrix
-// instruction; 25 clocks for a shuffle.
+// past the first cache (250 ns, 100 for each more of a thread's, which other warps' overlap) and of a word's way through L2 to who waits
+// for it (600 ns); 8 clocks of a quarter, or 6.4, for a matrix instruction; 25 clocks for a shuffle.
 inline double step_time(const RecurrencePlan& p, const RecurrenceShape& s, bool hopper) {
   const double ghz = hopper ? 1.7 : 1.4, l2_bytes = hopper ? 3200 : 2600;
   const int passes = padded_rows(p.rows) / columns;
@@ -196,8 +206,11 @@ inline double step_time(const RecurrencePlan& p, const RecurrenceShape& s, bool 
       clocks += product.warps_m * operand / 128 + batch * units * s.element_bytes() * row.segments * (p.team - 1) / 32;
     } else {
       latency += 850 + 250;
-      const double block = product.warps_m * operand / 64, all = active * product.warps_m * operand / l2_bytes;
-      clocks += block > all ? block : all;
+      const double reads = p.staged ? operand : product.warps_m * operand;
+      const double block = reads / 64, all = active * reads / l2_bytes;
+      clocks += (block > all ? block : all) + (p.staged ? product.warps_m * operand / 128 + 40 : 0);
+      const double pass = operand / passes, under_way = 16.0 * row_group * warps_of(p) * warp;
+      if (p.staged) latency += (passes - 1) * 250 + passes * 100 * static_cast<int>((pass - 1) / under_way);
     }
   };
   multiply(recurrent_product(p, s), s.recurrent(), s.backward ? p.units : p.width_units);
@@ -240,9 +253,10 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
   };
   double least = 0;
   bool found = false;
-  const auto consider = [&](bool cluster, int units) {
+  const auto consider = [&](bool cluster, bool staged, int units) {
     RecurrencePlan p{};
-    p.cluster = cluster, p.extended = s.extended(), p.units = p.width_units = units, p.team = (hidden + units - 1) / units;
+    p.cluster = cluster, p.staged = staged, p.extended = s.extended(), p.units = p.width_units = units,
+    p.team = (hidden + units - 1) / units;
     if (cluster)
       for (p.team = 1; p.team * units < hidden;) p.team *= 2;
     if (p.team > m.multiprocessors || (cluster && p.team > 16)) return;
@@ -253,6 +267,7 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
     }
     const int rows_m = s.backward ? p.width_units : s.gates * units;
     if (!share(rows_m, recurrent_tiles(s.backward), s.recurrent(), p.warps_m, p.warps_k)) return;
+    if (staged && p.warps_m < 2 && p.project_m < 2) return;
     p.held = held_blocks(s.operand, s.backward);
     for (int rows = columns; rows <= 128; rows *= 2) {
       p.rows = rows;
@@ -268,7 +283,10 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
   };
   for (const bool cluster : {false, true}) {
     const int step = vectors(cluster, hidden);
-    for (int units = step; units < hidden + step && units <= 128 && (m.clusters || !cluster); units += step) consider(cluster, units);
+    for (int units = step; units < hidden + step && units <= 128 && (m.clusters || !cluster); units += step) {
+      consider(cluster, false, units);
+      if (!cluster) consider(cluster, true, units);
+    }
   }
   return found;
 }

@@ -16,7 +16,7 @@ from s2s_kernels.ops.recurrence import cuda_kernels
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FIELDS = (
-    "cluster", "extended", "units", "width_units", "team", "teams", "rows", "warps_m", "warps_k", "project_m",
+    "cluster", "staged", "extended", "units", "width_units", "team", "teams", "rows", "warps_m", "warps_k", "project_m",
     "project_k", "held", "shared_bytes", "workspace_bytes",
 )  # fmt: skip
 SIZES = ("batch", "time", "hidden", "width", "cell", "operand", "reverse", "training", "normed", "projected")
@@ -59,6 +59,7 @@ class Layout(NamedTuple):
     teams: int = 1
     rows: int = 16
     warps_k: int = 1
+    staged: bool = False
 
 
 class Emulated:
@@ -75,11 +76,12 @@ class Emulated:
             if not values:
                 return []
         else:
-            cluster, units, teams, rows, warps_k = self.layout
+            cluster, units, teams, rows, warps_k, staged = self.layout
             team = -(-call.hidden // units)
             if cluster:
                 team = 1 << (team - 1).bit_length()
-            given = {"cluster": cluster, "units": units, "team": team, "teams": teams, "rows": rows, "warps_k": warps_k}
+            given = {"cluster": cluster, "staged": staged, "units": units, "team": team, "teams": teams, "rows": rows}
+            given["warps_k"] = warps_k
             values = [given.get(name, 0) for name in FIELDS]
         plan = _plan(*values)
         self.library.complete(ctypes.byref(call), int(backward), plan)

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from s2s_kernels.ops.random import keep_mask
 from s2s_kernels.ops.recurrence import cuda_kernels, reference
 from s2s_kernels.ops.recurrence.autograd import CELLS, STREAM_C, STREAM_H
-from s2s_kernels.ops.recurrence.cuda_kernels import Shape
 from s2s_kernels.testing import Draw
 from s2s_kernels.testing.compilation import SHARED, cuda_tool
 
@@ -67,10 +66,9 @@ class Case:
     def width(self):
         return self.projected or self.hidden
 
-    @property
-    def shape(self):
+    def gap(self, device):
         projected = self.projected is not None
-        return Shape(self.batch, self.hidden, self.width, self.cell, self.dtype, self.normed, projected)
+        return cuda_kernels.gap(self.hidden, self.width, self.cell, self.dtype, device, projected, self.normed)
 
     def arguments(self):
         """The engine's tensors, in the order of its parameters; absent positions hold NaN."""
@@ -344,6 +342,14 @@ CASES = [
     Case("passes", batch=35, hidden=9, time=3, layout=Layout(units=8, rows=48), lengths=RAGGED),
     Case("tiles-in-turn", batch=35, hidden=9, time=3, layout=Layout(units=16), lengths=RAGGED),
     Case("tiles-in-turn-cluster", batch=35, hidden=9, time=3, layout=Layout(cluster=True), reset=True),
+    *(
+        Case(f"staged-{name}", cell, kind, 35, 3, 19, Layout(units=13, rows=48, staged=True), reset=True, **options)
+        for name, cell, kind, options in (
+            ("plain", LSTM, BF16, {}), ("exact", GRU, F32, {}), ("lengths", LSTM, TF32, {"lengths": RAGGED}),
+            ("normed", GRU, F32, {"normed": True}), ("projected", LSTM, F16, {"projected": 7}),
+            ("wider", LSTM, F32, {"projected": 70, "normed": True}),
+        )
+    ),
     Case("teams", kind=BF16, batch=35, hidden=9, time=3, layout=Layout(teams=2), mask=True),
     Case("teams-of-clusters", TANH, batch=35, hidden=9, time=3, layout=Layout(cluster=True, teams=2)),
     Case("four-of-a-cluster", kind=BF16, hidden=27, time=3, layout=Layout(cluster=True)),
@@ -380,7 +386,7 @@ LARGE = [
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
 def test_equals_the_definition_on_a_gpu(case):
     device = torch.device("cuda", torch.cuda.current_device())
-    reason = cuda_kernels.gap(case.shape, device)
+    reason = case.gap(device)
     if reason is not None:
         pytest.skip(reason)
     check(case, device)
@@ -391,7 +397,7 @@ def test_equals_the_definition_on_a_gpu(case):
 def test_a_graph_holds_a_call(normed):
     case = Case("", LSTM, BF16, 5, 9, 100, lengths=(9, 0, 3, 4, 9), reset=True, normed=normed)
     arguments = moved(case.arguments(), "cuda")
-    reason = cuda_kernels.gap(case.shape, arguments[0].device)
+    reason = case.gap(arguments[0].device)
     if reason is not None:
         pytest.skip(reason)
     eager = cuda_kernels.forward(*arguments, **case.options(), save=False)[0]
@@ -479,20 +485,28 @@ def test_plans_stay_within_the_machine(machine, operand):
 
 
 def test_the_predicted_step():
-    """What the plan's comment says of the bar GR2."""
+    """What the plan's comment says: of the bar GR2, and of steps that do more."""
+    told = (
+        (16, 768, 768, False, False, (96, 2.0), (48, 2.6)),
+        (16, 512, 512, True, False, (16, 4.1), (32, 3.5)),
+        (16, 768, 256, False, True, (16, 3.1), (48, 4.0)),
+        (16, 768, 256, True, True, (16, 5.2), (48, 5.3)),
+        (128, 768, 768, False, False, (32, 6.1), (48, 10.6)),
+    )
     with emulated() as emulator:
-        for backward, blocks, microseconds in ((False, 96, 2.0), (True, 48, 2.6)):
-            size = (16, 1024, 768, 768, LSTM, 1, 0, 0, 0, 0)
-            plan = emulator.planned(size, backward, H100)
-            assert plan[FIELDS.index("team")] == blocks
-            assert round(emulator.modelled_step(size, backward, plan, True), 1) == microseconds
+        for batch, hidden, width, normed, projected, *directions in told:
+            for backward, (blocks, microseconds) in enumerate(directions):
+                size = (batch, 1024, hidden, width, LSTM, 1, 0, 0, normed, projected)
+                plan = emulator.planned(size, backward, H100)
+                assert plan[FIELDS.index("team")] == blocks
+                assert round(emulator.modelled_step(size, backward, plan, True), 1) == microseconds
 
 
 def test_gap():
     def told(hidden=768, cell=LSTM, dtype=BF16, machine=H100, projected=None, normed=False):
-        shape = Shape(3, hidden, projected or hidden, cell, dtype, normed, projected is not None)
+        case = Case("", cell, dtype, hidden=hidden, projected=projected, normed=normed)
         with emulated(machine=machine):
-            return cuda_kernels.gap(shape, torch.device("cpu"))
+            return case.gap(torch.device("cpu"))
 
     assert told() is None and told(dtype=F32) is None and told(hidden=1) is None
     assert "float64" in told(dtype=torch.float64)
@@ -503,9 +517,21 @@ def test_gap():
     assert told(hidden=1024, machine=A100) is None
 
 
+def test_a_traced_call_asks_too():
+    def asks(x, weight):
+        width = weight.shape[1]
+        reason = cuda_kernels.gap(weight.shape[0] // 4, width, LSTM, x.dtype, x.device, True, True)
+        return x + (0 if reason is None else 1)
+
+    x = torch.zeros(3)
+    with emulated(machine=H100):
+        traced = torch.compile(asks, fullgraph=True, backend="eager", dynamic=True)
+        assert not traced(x, x.new_empty(32, 8)).any() and traced(x, x.new_empty(4 << 12, 4096)).all()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gap_without_the_kernels():
-    assert "weren't built" in cuda_kernels.gap(Case("").shape, torch.device("cpu"))
+    assert "weren't built" in Case("").gap(torch.device("cpu"))
 
 
 def test_an_uncovered_call_is_refused():

@@ -26,10 +26,10 @@ class Asked(NamedTuple):
 
 
 def _not_in_cuda(asked: Asked) -> str | None:
-    shape = cuda_kernels.Shape(
-        1, asked.hidden, asked.width, autograd.CELLS.index(asked.cell), asked.dtype, asked.normed, asked.projected
-    )
-    return cuda_kernels.gap(shape, asked.device)
+    cell = autograd.CELLS.index(asked.cell)
+    return cuda_kernels.gap(
+        asked.hidden, asked.width, cell, asked.dtype, asked.device, asked.projected, asked.normed
+    )  # fmt: skip
 
 
 # Probabilities have the integer 0 as default: under torch.compile(dynamic=True) a float makes the trace start over.

@@ -8,6 +8,7 @@ grad_recurrent and the state before each position.
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .reference import GATES
 # What the kernels read in a product, by the numbers that the C++ side knows them by.
 OPERANDS = {torch.bfloat16: 0, torch.float16: 1}
 TF32, EXACT = 2, 3
-TEAM = 4  # where a plan says how many blocks are a team, and after it how many teams there are
+TEAM = 5  # where a plan says how many blocks are a team, and after it how many teams there are
 
 kernels: Any = torch.ops.s2s  # an emulator's in tests
 
@@ -98,22 +99,26 @@ def plan_of(shape: Shape, backward: bool, device: torch.device) -> tuple[int, ..
     return _plan(kernels, call, operand(shape.dtype), backward, index, machine_of(device))
 
 
-def gap(shape: Shape, device: torch.device) -> str | None:
+def gap(
+    hidden: int, width: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool
+) -> str | None:
     """What these kernels don't cover of a call, forward and backward; None where they serve it. Rows of the batch are
     taken in tiles, so that neither B nor T matters."""
-    if shape.dtype not in (*OPERANDS, torch.float32):
-        return (
-            f"the persistent kernels take float32, bfloat16 and float16, not {str(shape.dtype).removeprefix('torch.')}"
-        )
-    return missing(device) or _too_large(shape._replace(batch=1), device)
+    if dtype not in (*OPERANDS, torch.float32):
+        return f"the persistent kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    # As indices, symbolic sizes become constants where a call is traced.
+    return missing(device) or _too_large(
+        operator.index(hidden), operator.index(width), cell, dtype, device, projected, normed
+    )
 
 
-def _too_large(shape: Shape, device: torch.device) -> str | None:
+def _too_large(
+    hidden: int, width: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool
+) -> str | None:
+    shape = Shape(1, hidden, width, cell, dtype, normed, projected)
     if all(plan_of(shape, backward, device) for backward in (False, True)):
         return None
-    what = f"{GATES[CELLS[shape.cell]]} gates of {shape.hidden} units"
-    if shape.projected:
-        what += f", projected to {shape.width}"
+    what = f"{GATES[CELLS[cell]]} gates of {hidden} units" + (f", projected to {width}" if projected else "")
     return f"the recurrent weights ({what}) don't fit the registers and shared memory of this device"
 
 
@@ -123,7 +128,7 @@ missing._dynamo_marked_constant = _too_large._dynamo_marked_constant = True  # t
 
 
 def _checked(shape: Shape, device: torch.device) -> Shape:
-    reason = gap(shape, device)
+    reason = gap(shape.hidden, shape.width, shape.cell, shape.dtype, device, shape.projected, shape.normed)
     if reason is not None:
         raise NotImplementedError(reason)
     return shape
@@ -217,6 +222,9 @@ def backward(
         )  # fmt: skip
     if norm_hh is not None and normed_hh is not None:
         grad_recurrent = _through_norm(grad_inputs, gates if name == "gru" else None, norm_hh, normed_hh)
+        if lengths is not None:  # what a packed sequence is padded with isn't its own, and may be infinite
+            absent = torch.arange(time, device=lengths.device) >= lengths[:, None]
+            grad_recurrent.masked_fill_(absent.unsqueeze(2), 0)
     grads = grad_inputs, grad_inputs if grad_recurrent is None else grad_recurrent, grad_h0, grad_c0, grad_projected
     return *grads, *((None, None) if norms is None else norms.sum(1))
 
