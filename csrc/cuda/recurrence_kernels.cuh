@@ -1,12 +1,16 @@
 // The persistent recurrences: one launch takes a whole call through time. recurrence_plan.h says how blocks share the work.
 //
-// Where there is layer normalisation or a projection, a step has more parts, between which blocks wait for each other once more each:
-//   forward   the statistics of W_hh h; of an LSTM those of c; the exchange of what is projected
-//   backward  the exchange of the projection's gradient; of an LSTM the sums for the gradient of LN(c)
-// An LSTM's c can't wait for what a later exchange brings: tanh takes it normalised. The gradient of LN(W_hh h) can, since a product is
-// linear: of a = w * grad, with n the normalised product and s its scale, it is s (a - mean(a) - n mean(a n)), and W_hh^T of that is
-// s (W_hh^T a - mean(a) W_hh^T 1 - mean(a n) W_hh^T n). So a step exchanges a and, under the same barrier, the sums for both means; W_hh^T
-// 1 and, of all positions at once, W_hh^T n are products made before the launch, and the gradient itself is made of a after it.
+// A plain step has one barrier. Where there is layer normalisation or a projection a step has more parts, between which the blocks of a
+// team wait for each other once more:
+//   forward   for the statistics of W_hh h; for those of an LSTM's c; for what is projected
+//   backward  for the gradient of what is projected; for the sums that the gradient of an LSTM's LN(c) takes
+// so that an LSTM that normalises waits three times in forward and twice in backward, and once more each with a projection; a GRU or RNN
+// twice and once.
+// Forward's statistics can't come with a later exchange: what is exchanged is made of them, by functions that aren't linear. The gradient
+// of LN(W_hh h) can, since a product is linear: of a = w * grad, with n the normalised product and s its scale, it is s (a - mean(a) - n
+// mean(a n)), and W_hh^T of that is s (W_hh^T a - mean(a) W_hh^T 1 - mean(a n) W_hh^T n). So a step exchanges a and, under the same
+// barrier, the sums for both means; W_hh^T 1 and, of all positions at once, W_hh^T n are products made before the launch, and the gradient
+// itself is made of a after it.
 #pragma once
 #include "recurrence_statistics.cuh"
 
@@ -22,12 +26,11 @@ __device__ inline WeightRun<Element> column_of(const void* weight, int64_t row, 
   return {static_cast<const Element*>(weight) + row * columns + column, columns, exists ? left : 0};
 }
 
-// The projection's part of a step: where there is none, it is of no size.
+// The projection's part of a step: where there is none, no warps have a share of it.
 template <class Block, Operand operand, bool cluster, class Weight>
 __device__ inline auto projection_of(const Recurrence& a, const Block& block, const Weight& weight) {
-  ProductShape shape = projection_product(a.plan, a.shape);
-  if (!a.shape.projected) shape.warps_m = shape.warps_k = 0;
-  return BlockProduct<operand, cluster, 1, 0>(shape, block.template shared<device::Words>(block.layout().projection),
+  return BlockProduct<operand, cluster, 1, 0>(projection_product(a.plan, a.shape),
+                                              block.template shared<device::Words>(block.layout().projection),
                                               block.template shared<float>(block.layout().partial), weight);
 }
 
@@ -99,7 +102,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
     if (step == block.lengths[row] - 1) a.h_n[(block.first_row + row) * P + at] = h;
     hand_on(row, unit, step + 1, starts, h);
   };
-  // run(first) multiplies what is exchanged by the block's rows of weights; item(row, unit, column) gets the sums.
+  // `by` multiplies what is exchanged, pass by pass; item(row, unit, column) finds its sums there.
   const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
                             const auto& item) {
     for (int first = 0; first < block.rows; first += columns) {
