@@ -36,14 +36,19 @@ STABLE_TORCH_LIBRARY(s2s, m) {
 #if defined(S2S_CUDA)
   m.def("recurrence_persistent_resident(int[] plan, int operand, bool backward, int device) -> int");
   m.def(
-      "recurrence_persistent_forward(Tensor inputs, Tensor weight_hh, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? recurrent_mask, "
-      "Tensor? lengths, Tensor? reset, Tensor? seed, Tensor(a!) workspace, Tensor(b!) output, Tensor(c!) h_n, Tensor(d!)? c_n, "
-      "Tensor(e!)? gates, Tensor(f!)? extra, Tensor(g!)? hidden, int[] size, float zoneout_h, float zoneout_c, int[] plan) -> ()");
+      "recurrence_persistent_forward(Tensor inputs, Tensor weight_hh, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? weight_hr, Tensor? "
+      "recurrent_mask, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? reset, Tensor? seed, Tensor(a!) "
+      "workspace, "
+      "Tensor(b!) output, Tensor(c!) h_n, Tensor(d!)? c_n, Tensor(e!)? gates, Tensor(f!)? extra, Tensor(g!)? hidden, Tensor(h!)? normed, "
+      "int[] size, float zoneout_h, float zoneout_c, int[] plan) -> ()");
   m.def(
       "recurrence_persistent_backward(Tensor grad_output, Tensor? grad_h, Tensor? grad_c, Tensor weight_hh, Tensor? h0, Tensor? c0, "
-      "Tensor? recurrent_mask, Tensor? lengths, Tensor? reset, Tensor? seed, Tensor states, Tensor? gates, Tensor? extra, Tensor(a!) "
-      "workspace, Tensor(b!) grad_inputs, Tensor(c!)? grad_recurrent, Tensor(d!) grad_h0, Tensor(e!)? grad_c0, int[] size, float "
-      "zoneout_h, float zoneout_c, int[] plan) -> ()");
+      "Tensor? weight_hr, Tensor? recurrent_mask, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? reset, Tensor? "
+      "seed, Tensor states, Tensor? gates, Tensor? extra, Tensor? normed, Tensor? normed_product, Tensor? weight_sums, Tensor(a!) "
+      "workspace, "
+      "Tensor(b!) grad_inputs, Tensor(c!)? grad_recurrent, Tensor(d!) grad_h0, Tensor(e!)? grad_c0, Tensor(f!)? grad_projected, "
+      "Tensor(g!)? "
+      "grad_norm_c, Tensor(h!)? grad_norm_b, int[] size, float zoneout_h, float zoneout_c, int[] plan) -> ()");
 #endif
 
   // convolution

@@ -144,7 +144,8 @@ S2S_INLINE void load_transposed(const S* from, int64_t from_row, __m256 (&to)[8]
     __m256 rows[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(from + i * from_row + j)), load_four(from + (i + 4) * from_row + j), 1);
+      rows[i] =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(load_four(from + i * from_row + j)), load_four(from + (i + 4) * from_row + j), 1);
     const __m256 a = _mm256_unpacklo_ps(rows[0], rows[1]), b = _mm256_unpackhi_ps(rows[0], rows[1]);
     const __m256 c = _mm256_unpacklo_ps(rows[2], rows[3]), d = _mm256_unpackhi_ps(rows[2], rows[3]);
     to[j] = _mm256_shuffle_ps(a, c, 0x44);

@@ -10,6 +10,10 @@ namespace device {
 struct alignas(16) Words {
   uint32_t at[4];
 };
+// Eight, which are stored and loaded as one even while others do so.
+struct alignas(8) Pair {
+  uint32_t at[2];
+};
 
 }  // namespace device
 
@@ -60,6 +64,12 @@ __device__ T* shared_memory() {
 }
 __device__ inline void block_sync() { __syncthreads(); }
 __device__ inline void warp_sync() { __syncwarp(); }
+// The sum over each half of the warp, the same bits for all of its lanes; by the whole warp.
+__device__ inline float half_warp_sum(float value) {
+#pragma unroll
+  for (int apart = 8; apart > 0; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
+  return value;
+}
 
 // Clusters exist from compute capability 9.0 on; no kernel that uses them is launched below it.
 __device__ inline void cluster_arrive() {
@@ -82,13 +92,26 @@ __device__ inline unsigned cluster_rank() {
   return rank;
 }
 // Stores into the shared memory of another block of the cluster, at the address that `here` has in this block's.
-__device__ inline void store_in_block(Words* here, unsigned rank, const Words& value) {
 #if __CUDA_ARCH__ >= 900
+__device__ inline unsigned address_in_block(const void* here, unsigned rank) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(here));
   unsigned there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(value.at[0]), "r"(value.at[1]), "r"(value.at[2]),
-               "r"(value.at[3])
+  return there;
+}
+#endif
+__device__ inline void store_in_block(Words* here, unsigned rank, const Words& value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address_in_block(here, rank)), "r"(value.at[0]), "r"(value.at[1]),
+               "r"(value.at[2]), "r"(value.at[3])
+               : "memory");
+#else
+  __trap();
+#endif
+}
+__device__ inline void store_in_block(Pair* here, unsigned rank, const Pair& value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address_in_block(here, rank)), "r"(value.at[0]), "r"(value.at[1])
                : "memory");
 #else
   __trap();
@@ -103,10 +126,21 @@ __device__ inline unsigned arrived(const unsigned* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-// Of what other blocks write while the kernel runs: past this multiprocessor's own cache, which isn't kept coherent.
+// Both halves at once, in no order with other loads and stores, past this multiprocessor's own cache.
+__device__ inline void store_atomically(Pair* to, const Pair& value) {
+  const uint64_t both = static_cast<uint64_t>(value.at[1]) << 32 | value.at[0];
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(both) : "memory");
+}
+__device__ inline Pair load_atomically(const Pair* from) {
+  uint64_t both;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
+  return {static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32)};
+}
+// Of what other blocks write while the kernel runs: past this multiprocessor's own cache, which isn't kept coherent. Or of shared memory:
+// the address says which.
 __device__ inline Words load_coherent(const void* from) {
   Words w;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w.at[0]), "=r"(w.at[1]), "=r"(w.at[2]), "=r"(w.at[3])
                : "l"(from)
                : "memory");

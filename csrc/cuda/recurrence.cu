@@ -8,39 +8,34 @@ namespace s2s::persistent {
 namespace {
 
 template <class Arguments>
-using Kernel = void (*)(Arguments);
+using Kernel = void (*)(const Arguments);
 
-template <bool cluster>
-Kernel<const RecurrenceForward> forward_kernel(Operand operand) {
+template <Operand operand, bool cluster, bool extended>
+Kernel<RecurrenceForward> kernel_for(const RecurrenceForward*) {
+  return recurrence_forward<operand, cluster, held_blocks(operand, false), extended>;
+}
+template <Operand operand, bool cluster, bool extended>
+Kernel<RecurrenceBackward> kernel_for(const RecurrenceBackward*) {
+  return recurrence_backward<operand, cluster, held_blocks(operand, true), extended>;
+}
+template <class Arguments, bool cluster, bool extended>
+Kernel<Arguments> kernel_of(Operand operand) {
+  constexpr const Arguments* direction = nullptr;
   switch (operand) {
     case Operand::bfloat16:
-      return recurrence_forward<Operand::bfloat16, cluster, held_forward>;
+      return kernel_for<Operand::bfloat16, cluster, extended>(direction);
     case Operand::float16:
-      return recurrence_forward<Operand::float16, cluster, held_forward>;
+      return kernel_for<Operand::float16, cluster, extended>(direction);
     case Operand::tf32:
-      return recurrence_forward<Operand::tf32, cluster, held_forward>;
+      return kernel_for<Operand::tf32, cluster, extended>(direction);
     default:
-      return recurrence_forward<Operand::float32, cluster, 0>;
+      return kernel_for<Operand::float32, cluster, extended>(direction);
   }
 }
-template <bool cluster>
-Kernel<const RecurrenceBackward> backward_kernel(Operand operand) {
-  switch (operand) {
-    case Operand::bfloat16:
-      return recurrence_backward<Operand::bfloat16, cluster, held_backward>;
-    case Operand::float16:
-      return recurrence_backward<Operand::float16, cluster, held_backward>;
-    case Operand::tf32:
-      return recurrence_backward<Operand::tf32, cluster, held_backward>;
-    default:
-      return recurrence_backward<Operand::float32, cluster, 0>;
-  }
-}
-Kernel<const RecurrenceForward> kernel_of(const RecurrenceForward& a) {
-  return a.plan.cluster ? forward_kernel<true>(a.shape.operand) : forward_kernel<false>(a.shape.operand);
-}
-Kernel<const RecurrenceBackward> kernel_of(const RecurrenceBackward& a) {
-  return a.plan.cluster ? backward_kernel<true>(a.shape.operand) : backward_kernel<false>(a.shape.operand);
+template <class Arguments>
+Kernel<Arguments> kernel_of(const RecurrencePlan& plan, Operand operand) {
+  if (plan.extended) return plan.cluster ? kernel_of<Arguments, true, true>(operand) : kernel_of<Arguments, false, true>(operand);
+  return plan.cluster ? kernel_of<Arguments, true, false>(operand) : kernel_of<Arguments, false, false>(operand);
 }
 
 // How a plan is launched; both attributes outlive it.
@@ -50,7 +45,7 @@ struct Launch {
 
   Launch(const RecurrencePlan& p, cudaStream_t stream) {
     config.gridDim = dim3(p.team * p.teams);
-    config.blockDim = dim3(p.warps_m * p.warps_k * warp);
+    config.blockDim = dim3(warps_of(p) * warp);
     config.dynamicSmemBytes = p.shared_bytes;
     config.stream = stream;
     config.attrs = &attribute, config.numAttrs = 1;
@@ -84,7 +79,7 @@ cudaError_t resident(K kernel, const RecurrencePlan& p, int* teams) {
   int device = 0, processors = 0, blocks = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  const int threads = p.warps_m * p.warps_k * warp;
+  const int threads = warps_of(p) * warp;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, p.shared_bytes);
   *teams = blocks * processors / p.team;
   return error;
@@ -92,7 +87,7 @@ cudaError_t resident(K kernel, const RecurrencePlan& p, int* teams) {
 
 template <class Arguments>
 const char* launch(Arguments a, void* stream) {
-  const auto kernel = kernel_of(a);
+  const auto kernel = kernel_of<Arguments>(a.plan, a.shape.operand);
   cudaError_t error = prepare(kernel, a.plan);
   if (error == cudaSuccess) {
     Launch launch(a.plan, static_cast<cudaStream_t>(stream));
@@ -107,12 +102,8 @@ const char* launch_recurrence(const RecurrenceForward& a, void* stream) { return
 const char* launch_recurrence(const RecurrenceBackward& a, void* stream) { return launch(a, stream); }
 
 const char* resident_teams(const RecurrencePlan& plan, Operand operand, bool backward, int* teams) {
-  const bool cluster = plan.cluster;
-  cudaError_t error;
-  if (backward)
-    error = resident(cluster ? backward_kernel<true>(operand) : backward_kernel<false>(operand), plan, teams);
-  else
-    error = resident(cluster ? forward_kernel<true>(operand) : forward_kernel<false>(operand), plan, teams);
+  const cudaError_t error = backward ? resident(kernel_of<RecurrenceBackward>(plan, operand), plan, teams)
+                                     : resident(kernel_of<RecurrenceForward>(plan, operand), plan, teams);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -13,8 +13,8 @@ inline RecurrencePlan checked_plan(const std::vector<int64_t>& plan) {
 }
 
 inline RecurrenceCall checked_call(const std::vector<int64_t>& size, double zoneout_h, double zoneout_c) {
-  STD_TORCH_CHECK(size.size() == 7, op, ": size must have 7 entries, got ", size.size());
-  return {size[0], size[1], size[2], size[3], size[4], size[5], size[6], zoneout_h, zoneout_c};
+  STD_TORCH_CHECK(size.size() == call_sizes, op, ": size must have ", call_sizes, " entries, got ", size.size());
+  return {size[0], size[1], size[2], size[3], size[4], size[5], size[6], size[7], size[8], size[9], zoneout_h, zoneout_c};
 }
 
 }  // namespace s2s::persistent

@@ -21,16 +21,17 @@ __device__ inline float blended(float share, float before, float now) {
   return share == 1.f ? now : share == 0.f ? before : fmaf(1.f - share, before, share * now);
 }
 
-// input, recurrent: both products of each gate, and biases; become the activated gates, as backward reads them. Returns the new h.
-__device__ inline float lstm_step(float (&gate)[4], const float (&recurrent)[4], float& c) {
+// gate, recurrent: both products of each gate, and biases; become the activated gates, as backward reads them. The new h is what the
+// output gate makes of c.
+__device__ inline void lstm_step(float (&gate)[4], const float (&recurrent)[4], float& c) {
   gate[0] = sigmoid(gate[0] + recurrent[0]);
   gate[1] = sigmoid(gate[1] + recurrent[1]);
   gate[2] = tanhf(gate[2] + recurrent[2]);
   gate[3] = sigmoid(gate[3] + recurrent[3]);
   c = fmaf(gate[1], c, gate[0] * gate[2]);
-  return gate[3] * tanhf(c);
 }
 
+// These two return the new h.
 __device__ inline float gru_step(float (&gate)[4], const float (&recurrent)[4], float h) {
   gate[0] = sigmoid(gate[0] + recurrent[0]);
   gate[1] = sigmoid(gate[1] + recurrent[1]);
@@ -44,15 +45,23 @@ __device__ inline float rnn_step(float (&gate)[4], const float (&recurrent)[4], 
   return gate[0];
 }
 
+// What an LSTM's output gate multiplies, and what of the gradient of h reaches before the tanh.
+struct Squashed {
+  float value, gradient;
+};
+__device__ inline Squashed squashed_cell(float c, float o, float dh) {
+  const float value = tanhf(c);
+  return {value, dh * o * (1.f - value * value)};
+}
+
 // gate: activated; becomes the gradient before activation. dc: of the new cell; becomes that of the one before.
-__device__ inline void lstm_gradient(float (&gate)[4], float c_before, float dh, float& dc) {
+__device__ inline void lstm_gradient(float (&gate)[4], float c_before, float squashed, float dh, float& dc) {
   const float i = gate[0], f = gate[1], g = gate[2], o = gate[3];
-  const float squashed = tanhf(fmaf(f, c_before, i * g)), cell = dc + dh * o * (1.f - squashed * squashed);
-  gate[0] = cell * g * (i * (1.f - i));
-  gate[1] = cell * c_before * (f * (1.f - f));
-  gate[2] = cell * i * (1.f - g * g);
+  gate[0] = dc * g * (i * (1.f - i));
+  gate[1] = dc * c_before * (f * (1.f - f));
+  gate[2] = dc * i * (1.f - g * g);
   gate[3] = dh * squashed * (o * (1.f - o));
-  dc = cell * f;
+  dc *= f;
 }
 
 // recurrent_n: W_hn h + b_hn. The gradient of the recurrent product is that of the gates but for n, whose is returned.

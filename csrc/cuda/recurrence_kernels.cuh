@@ -1,375 +1,459 @@
 // The persistent recurrences: one launch takes a whole call through time. recurrence_plan.h says how blocks share the work.
+//
+// A plain step has one barrier. Where there is layer normalisation or a projection a step has more parts, between which the blocks of a
+// team wait for each other once more:
+//   forward   for the statistics of W_hh h; for those of an LSTM's c; for what is projected
+//   backward  for the gradient of what is projected; for the sums that the gradient of an LSTM's LN(c) takes
+// so that an LSTM that normalises waits three times in forward and twice in backward, and once more each with a projection; a GRU or RNN
+// twice and once.
+// Forward's statistics can't come with a later exchange: what is exchanged is made of them, by functions that aren't linear. The gradient
+// of LN(W_hh h) can, since a product is linear: of a = w * grad, with n the normalised product and s its scale, it is s (a - mean(a) - n
+// mean(a n)), and W_hh^T of that is s (W_hh^T a - mean(a) W_hh^T 1 - mean(a n) W_hh^T n). So a step exchanges a and, under the same
+// barrier, the sums for both means; W_hh^T 1 and, of all positions at once, W_hh^T n are products made before the launch, and the gradient
+// itself is made of a after it.
 #pragma once
-#include "recurrence_cells.cuh"
-#include "recurrence_product.cuh"
+#include "recurrence_statistics.cuh"
 
 namespace s2s::persistent {
 
-// A block's place in its team, and what it does with others: the exchange of rows, and the barrier of a step.
-template <Operand operand, bool cluster>
-class RecurrenceBlock {
-  using Words = device::Words;
+// The rows of a weight matrix (rows, columns) in a block's products.
+template <class Element>
+__device__ inline WeightRun<Element> row_of(const void* weight, int64_t row, int column, int columns, bool exists) {
+  return {static_cast<const Element*>(weight) + row * columns + column, 1, exists ? columns - column : 0};
+}
+template <class Element>
+__device__ inline WeightRun<Element> column_of(const void* weight, int64_t row, int column, int columns, int left, bool exists) {
+  return {static_cast<const Element*>(weight) + row * columns + column, columns, exists ? left : 0};
+}
 
- public:
-  using Element = typename OperandType<operand>::Element;
-
-  __device__ explicit RecurrenceBlock(const Recurrence& a) : a_(a), layout_(a.plan, a.shape), row_bytes_(a.shape.row_bytes()) {
-    const int rank = cluster ? device::cluster_rank() : blockIdx.x % a.plan.team;
-    team = blockIdx.x / a.plan.team;
-    teams = gridDim.x / a.plan.team;
-    first = rank * a.plan.units;
-    units = min_of(a.plan.units, a.hidden - first);
-    const int64_t exchanged = padded_rows(a.plan.rows) * row_bytes_;
-    if constexpr (cluster) {
-      rows_ = shared<unsigned char>(layout_.exchange);
-      for (int i = threadIdx.x; i < 2 * exchanged / 16; i += blockDim.x) reinterpret_cast<Words*>(rows_)[i] = Words{};
-      device::cluster_arrive();  // before others store here
-      device::cluster_wait();
-    } else {
-      counter_ = reinterpret_cast<unsigned*>(a.workspace + team * counter_bytes);
-      rows_ = a.workspace + a.plan.teams * counter_bytes + team * 2 * exchanged;
-    }
-    lengths = shared<int>(layout_.lengths);
-  }
-
-  __device__ static int min_of(int a, int b) { return a < b ? a : b; }
-  template <class T>
-  __device__ T* shared(int offset) const {
-    return reinterpret_cast<T*>(device::shared_memory<unsigned char>() + offset);
-  }
-  __device__ const RecurrenceLayout& layout() const { return layout_; }
-  __device__ int64_t row_bytes() const { return row_bytes_; }
-  __device__ float* state(int which, int row, int unit) const {
-    return shared<float>(layout_.state) + (which * a_.plan.rows + row) * a_.plan.units + unit;
-  }
-
-  // Of the exchanged rows, those that steps of this parity read.
-  __device__ unsigned char* exchanged_rows(int parity) const { return rows_ + parity * padded_rows(a_.plan.rows) * row_bytes_; }
-  __device__ void exchange(int parity, int row, int gate, int unit, float value) const {
-    reinterpret_cast<Element*>(exchanged_rows(parity) + row * row_bytes_)[gate * a_.shape.gate_stride() + first + unit] =
-        as_operand<operand>(value);
-  }
-  // Every block's values of this parity are there for all when this returns; meanwhile() is what needn't wait for them.
-  template <class Meanwhile>
-  __device__ void meet(int parity, int segments, const Meanwhile& meanwhile) {
-    if constexpr (cluster) {
-      device::block_sync();
-      const int each = 16 / static_cast<int>(sizeof(Element)), vectors = (units > 0 ? units + each - 1 : 0) / each;
-      const int count = rows * segments * vectors, peers = a_.plan.team - 1, own = static_cast<int>(device::cluster_rank());
-      for (int i = threadIdx.x; i < count * peers; i += blockDim.x) {
-        const int peer = i / count, at = i % count, vector = at % vectors, gate = at / vectors % segments, row = at / vectors / segments;
-        Words* const here =
-            reinterpret_cast<Words*>(exchanged_rows(parity) + row * row_bytes_) + (gate * a_.shape.gate_stride() + first) / each + vector;
-        device::store_in_block(here, peer < own ? peer : peer + 1, *here);
-      }
-#ifdef S2S_FORGET_THE_STEPS_BARRIER
-      meanwhile();
-#else
-      device::cluster_arrive();
-      meanwhile();
-      device::cluster_wait();
-#endif
-    } else {
-      device::block_sync();
-#ifdef S2S_FORGET_THE_STEPS_BARRIER
-      meanwhile();
-#else
-      target_ += a_.plan.team;
-      if (threadIdx.x == 0) device::arrive(counter_);
-      meanwhile();
-      if (threadIdx.x == 0) {
-        while (static_cast<int>(device::arrived(counter_) - target_) < 0) {
-        }
-      }
-#endif
-      device::block_sync();
-    }
-  }
-
-  // Begins with the rows of the batch from `begin` on; returns the steps of the longest.
-  __device__ int enter(int64_t begin) {
-    first_row = begin;
-    rows = static_cast<int>(a_.batch - begin < a_.plan.rows ? a_.batch - begin : a_.plan.rows);
-    device::block_sync();  // others may still read the lengths of the rows before
-    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-      int64_t length = a_.time;
-      if (a_.lengths) length = a_.lengths[begin + row];
-      lengths[row] = static_cast<int>(length < 0 ? 0 : length > a_.time ? a_.time : length);
-    }
-    device::block_sync();
-    int steps = 0;
-    for (int row = 0; row < rows; ++row) steps = lengths[row] > steps ? lengths[row] : steps;
-    return steps;
-  }
-
-  // Step s of a row is at this time; b T + t.
-  __device__ int time(int row, int step) const { return a_.reverse ? lengths[row] - 1 - step : step; }
-  __device__ int64_t position(int row, int step) const { return (first_row + row) * a_.time + time(row, step); }
-  // Whether the state is zeroed between the step before and this one.
-  __device__ bool starts(int row, int step) const {
-    if (!a_.reset) return false;
-    const int t = time(row, step);
-    const bool* const flags = a_.reset + (first_row + row) * a_.time;
-    return a_.reverse ? t + 1 < lengths[row] && flags[t + 1] : flags[t];
-  }
-  __device__ bool has_before(int row, int step, const float* initial) const { return !starts(row, step) && (step > 0 || initial); }
-
-  // Starts to copy what a step reads, for all rows.
-  __device__ void feed(int step) const {
-    const int each = a_.wide_copies ? 4 : 1, pieces = (units > 0 ? units : 0) / each, feeds = a_.shape.feeds, count = rows * feeds * pieces;
-    for (int i = threadIdx.x; step >= 0 && i < count; i += blockDim.x) {
-      const int unit = i % pieces * each, slot = i / pieces % feeds, row = i / pieces / feeds;
-      if (step >= lengths[row]) continue;
-      const RecurrenceFeed& from = a_.feeds[slot];
-      const float* source;
-      if (!from.before)
-        source = from.data + position(row, step) * from.width;
-      else if (!has_before(row, step, from.initial))
-        continue;
-      else
-        source = step > 0 ? from.data + position(row, step - 1) * from.width : from.initial + (first_row + row) * from.width;
-      if (each == 4)
-        device::copy_words(fed(row, slot, unit), reinterpret_cast<const float*>(source + first + unit));
-      else
-        device::copy_word(fed(row, slot, unit), source + first + unit);
-    }
-  }
-  __device__ float* fed(int row, int slot, int unit) const {
-    return shared<float>(layout_.feeds) + (row * a_.shape.feeds + slot) * a_.plan.units + unit;
-  }
-
-  // The product's sum for one of the block's rows of the weights, over the warps that share K, in a fixed order.
-  __device__ float summed(int weight_row, int column) const {
-    const int block = a_.plan.warps_m * a_.shape.tiles() * tile_m * partial_row;
-    const float* from = shared<float>(layout_.partial) + weight_row * partial_row + column;
-    float sum = from[0];
-#pragma unroll
-    for (int i = 1; i < most_threads / warp; ++i)  // unrolled, so that no load waits for another
-      if (i < a_.plan.warps_k) sum += from[i * block];
-    return sum;
-  }
-  __device__ float* partial(int warp_k, int warp_m) const {
-    return shared<float>(layout_.partial) + (warp_k * a_.plan.warps_m + warp_m) * a_.shape.tiles() * tile_m * partial_row;
-  }
-
-  int team, teams, first, units, rows = 0;
-  int64_t first_row = 0;
-  int* lengths;
-
- private:
-  const Recurrence& a_;
-  const RecurrenceLayout layout_;
-  const int64_t row_bytes_;
-  unsigned char* rows_;
-  unsigned *counter_ = nullptr, target_ = 0;
-};
-
-// The warps of a block over a product, and the weights that each keeps.
-template <Operand operand, bool cluster, int tiles, int held>
-class BlockProduct {
-  using Block = RecurrenceBlock<operand, cluster>;
-
- public:
-  template <class Weight>
-  __device__ BlockProduct(const Recurrence& a, const Block& block, const Weight& weight)
-      : block_(block),
-        index_(threadIdx.x / warp),
-        warp_m_(index_ % a.plan.warps_m),
-        warp_k_(index_ / a.plan.warps_m),
-        each_((a.shape.blocks_k() + a.plan.warps_k - 1) / a.plan.warps_k),
-        product_(weight, warp_m_ * tiles * tile_m, warp_k_ * each_, count(a.shape.blocks_k()), rest(held)) {}
-
-  __device__ void run(int parity, int first_row) const {
-    product_.run(block_.exchanged_rows(parity) + first_row * block_.row_bytes(), block_.row_bytes(), block_.rows - first_row,
-                 block_.partial(warp_k_, warp_m_));
-  }
-
- private:
-  __device__ int count(int blocks) const {
-    const int left = blocks - warp_k_ * each_;
-    return left < 0 ? 0 : left < each_ ? left : each_;
-  }
-  __device__ device::Words* rest(int kept) const {
-    const int own = each_ > kept ? each_ - kept : 0;
-    return block_.template shared<device::Words>(block_.layout().weights) + index_ * own * tiles * 2 * warp;
-  }
-
-  const Block& block_;
-  const int index_, warp_m_, warp_k_, each_;
-  const WarpProduct<operand, cluster, tiles, held> product_;
-};
+// The projection's part of a step: where there is none, no warps have a share of it.
+template <class Block, Operand operand, bool cluster, class Weight>
+__device__ inline auto projection_of(const Recurrence& a, const Block& block, const Weight& weight) {
+  return BlockProduct<operand, cluster, 1, 0>(projection_product(a.plan, a.shape),
+                                              block.template shared<device::Words>(block.layout().projection),
+                                              block.template shared<float>(block.layout().partial), weight);
+}
 
 // Shared memory: RecurrenceLayout. Blocks: teams * team, in clusters of a team or all resident at once; threads: the plan's warps.
-template <Operand operand, bool cluster, int held>
+template <Operand operand, bool cluster, int held, bool extended>
 __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __grid_constant__ RecurrenceForward a) {
-  RecurrenceBlock<operand, cluster> block(a);
-  using Element = typename RecurrenceBlock<operand, cluster>::Element;
-  const int H = a.hidden, U = a.plan.units, G = a.shape.gates;
+  using Block = RecurrenceBlock<operand, cluster, extended>;
+  using Element = typename Block::Element;
+  Block block(a);
+  const Exchange<operand> recurrent = block.recurrent();
+  const OwnUnits own = block.of_hidden, own_h = block.of_width;
+  const int H = a.hidden, P = extended ? a.width : a.hidden, U = a.plan.units, W = extended ? a.plan.width_units : U, G = a.shape.gates;
   // The block's rows of the weights are gate by gate, units * G of them.
-  const BlockProduct<operand, cluster, 2, held> product(a, block, [&](int row, int k) {
-    const int gate = row / U, unit = row % U, count = gate < G && unit < block.units ? H - k : 0;
-    const auto* const rows = static_cast<const Element*>(a.weight_hh) + (static_cast<int64_t>(gate) * H + block.first + unit) * H;
-    return WeightRun<Element>{rows + k, 1, count};
-  });
+  const BlockProduct<operand, cluster, recurrent_tiles(false), held> product(
+      recurrent_product(a.plan, a.shape), block.template shared<device::Words>(block.layout().weights),
+      block.template shared<float>(block.layout().partial), [&](int row, int k) {
+        const int gate = row / U, unit = row % U;
+        return row_of<Element>(a.weight_hh, static_cast<int64_t>(gate) * H + own.first + unit, k, P, gate < G && unit < own.count);
+      });
 
-  for (int64_t begin = static_cast<int64_t>(block.team) * a.plan.rows; begin < a.batch;
-       begin += static_cast<int64_t>(block.teams) * a.plan.rows) {
-    const int steps = block.enter(begin);
-    // What the step to come sees of a state: h, as the product's operand, and c.
-    const auto hand_on = [&](int row, int unit, int step, float h, float c) {
-      if (step < block.lengths[row] && block.starts(row, step)) h = c = 0.f;
-      *block.state(0, row, unit) = h;
-      *block.state(1, row, unit) = c;
-      if (a.mask) h *= a.mask[(begin + row) * H + block.first + unit];
-      block.exchange(step % 2, row, 0, unit, h);
-    };
-    for (int i = threadIdx.x; i < block.rows * U; i += blockDim.x) {
-      const int row = i / U, unit = i % U;
-      if (unit >= block.units) continue;
-      const int64_t at = (begin + row) * H + block.first + unit;
-      const float h = a.h0 ? a.h0[at] : 0.f, c = a.c0 ? a.c0[at] : 0.f;
-      if (block.lengths[row] == 0) {
-        a.h_n[at] = h;
-        if (a.c_n) a.c_n[at] = c;
-      }
-      hand_on(row, unit, 0, h, c);
+  // What the step to come sees of h, as its product's operand too.
+  const auto hand_on = [&](int row, int unit, int step, bool starts, float h) {
+    if (starts) h = 0.f;
+    *block.state(0, row, unit) = h;
+    if (a.mask) h *= a.mask[(block.first_row + row) * P + own_h.first + unit];
+    recurrent.put(step % 2, row, 0, unit, h);
+  };
+  const auto starts_after = [&](int row, int step) { return step + 1 < block.lengths[row] && block.starts(row, step + 1); };
+  // The cell's own step of a unit; sums: of its product. Returns what becomes h, but for an LSTM that normalises its cell: of that it keeps
+  // the cell and the output gate.
+  const auto cell_step = [&](int row, int unit, int step, bool starts, float (&sums)[4]) {
+    const int64_t position = block.position(row, step);
+    const int at = own.first + unit;
+    float gate[4];
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      gate[g] = g < G ? *block.fed(row, g, unit) : 0.f;
+      if (g < G && a.bias_hh) sums[g] += a.bias_hh[g * H + at];
     }
-    block.meet(0, 1, [&] { block.feed(0); });
-    for (int step = 0; step < steps; ++step) {
-      for (int first = 0; first < block.rows; first += columns) {
-        product.run(step % 2, first);
-        device::copies_wait();
-        device::block_sync();
-        const int here = block.rows - first < columns ? block.rows - first : columns;
-        for (int i = threadIdx.x; i < here * U; i += blockDim.x) {
-          const int column = i / U, row = first + column, unit = i % U;
-          if (unit >= block.units || step >= block.lengths[row]) continue;
-          const int64_t position = block.position(row, step);
-          float gate[4], recurrent[4];
+    const float c_before = *block.state(1, row, unit);
+    float h = 0.f, c = c_before;
+    if (a.cell == Cell::lstm) {
+      lstm_step(gate, sums, c);
+      if (extended && a.norm_c)
+        *block.kept(row, 0, unit) = c, *block.kept(row, 1, unit) = gate[3];
+      else
+        h = gate[3] * tanhf(c);
+    } else if (a.cell == Cell::gru) {
+      h = gru_step(gate, sums, *block.state(0, row, unit));
+    } else {
+      h = rnn_step(gate, sums, a.cell == Cell::rnn_relu);
+    }
+    c = blended(new_share(a, stream_c, position, at), c_before, c);
 #pragma unroll
-          for (int g = 0; g < 4; ++g) {
-            gate[g] = recurrent[g] = 0.f;
-            if (g >= G) continue;
-            gate[g] = *block.fed(row, g, unit);
-            recurrent[g] = block.summed(g * U + unit, column);
-            if (a.bias_hh) recurrent[g] += a.bias_hh[g * H + block.first + unit];
-          }
-          const float h_before = *block.state(0, row, unit), c_before = *block.state(1, row, unit);
-          float h, c = c_before;
-          if (a.cell == Cell::lstm)
-            h = lstm_step(gate, recurrent, c);
-          else if (a.cell == Cell::gru)
-            h = gru_step(gate, recurrent, h_before);
-          else
-            h = rnn_step(gate, recurrent, a.cell == Cell::rnn_relu);
-          const int at = block.first + unit;
-          c = blended(new_share(a, stream_c, position, at), c_before, c);
-          h = blended(new_share(a, stream_h, position, at), h_before, h);
-          static_cast<Element*>(a.output)[position * H + at] = device::rounded<Element>(h);
-#pragma unroll
-          for (int g = 0; g < 4; ++g)
-            if (a.gates && g < G) a.gates[(position * G + g) * H + at] = gate[g];
-          if (a.extra) a.extra[position * H + at] = a.cell == Cell::lstm ? c : recurrent[2];
-          if (a.exact) a.exact[position * H + at] = h;
-          if (step == block.lengths[row] - 1) {
-            a.h_n[(begin + row) * H + at] = h;
-            if (a.c_n) a.c_n[(begin + row) * H + at] = c;
-          }
-          hand_on(row, unit, step + 1, h, c);
+    for (int g = 0; g < 4; ++g)
+      if (a.gates && g < G) a.gates[(position * G + g) * H + at] = gate[g];
+    if (a.extra) a.extra[position * H + at] = a.cell == Cell::lstm ? c : sums[2];
+    if (a.c_n && step == block.lengths[row] - 1) a.c_n[(block.first_row + row) * H + at] = c;
+    *block.state(1, row, unit) = starts ? 0.f : c;
+    return h;
+  };
+  // The step's end for a unit of h.
+  const auto settle = [&](int row, int unit, int step, bool starts, float h) {
+    const int64_t position = block.position(row, step);
+    const int at = own_h.first + unit;
+    h = blended(new_share(a, stream_h, position, at), *block.state(0, row, unit), h);
+    static_cast<Element*>(a.output)[position * P + at] = device::rounded<Element>(h);
+    if (a.exact) a.exact[position * P + at] = h;
+    if (step == block.lengths[row] - 1) a.h_n[(block.first_row + row) * P + at] = h;
+    hand_on(row, unit, step + 1, starts, h);
+  };
+  // `by` multiplies what is exchanged, pass by pass; item(row, unit, column) finds its sums there.
+  const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
+                            const auto& item) {
+    for (int first = 0; first < block.rows; first += columns) {
+      by.run(block.ready(from, turn, first), from.row_bytes, block.rows - first);
+      device::copies_wait();
+      device::block_sync();
+      const int end = block.rows - first < columns ? block.rows : first + columns;
+      block.each_unit(of, units, first, end, step, [&](int row, int unit) { item(row, unit, row - first); });
+      if (first + columns < block.rows) device::block_sync();  // the sums' memory is the next pass's
+    }
+  };
+
+  const auto take_steps = [&](const auto& step_of) {
+    for (int64_t begin = static_cast<int64_t>(block.team) * a.plan.rows; begin < a.batch;
+         begin += static_cast<int64_t>(block.teams) * a.plan.rows) {
+      const int steps = block.enter(begin);
+      const int most = extended ? most_units(a.plan) : U;
+      for (int i = threadIdx.x; i < block.rows * most; i += blockDim.x) {
+        const int row = i / most, unit = i % most;
+        const bool starts = block.lengths[row] > 0 && block.starts(row, 0);
+        if (unit < own_h.count) {
+          const int64_t at = (begin + row) * P + own_h.first + unit;
+          const float h = a.h0 ? a.h0[at] : 0.f;
+          if (block.lengths[row] == 0) a.h_n[at] = h;
+          hand_on(row, unit, 0, starts, h);
         }
-        if (first + columns < block.rows) device::block_sync();  // the sums' memory is the next pass's
+        if (unit < own.count) {
+          const int64_t at = (begin + row) * H + own.first + unit;
+          const float c = a.c0 ? a.c0[at] : 0.f;
+          if (block.lengths[row] == 0 && a.c_n) a.c_n[at] = c;
+          *block.state(1, row, unit) = starts ? 0.f : c;
+        }
       }
-      block.meet((step + 1) % 2, 1, [&] { block.feed(step + 1); });
+      block.meet(recurrent, 0, [&] { block.feed(0); });
+      for (int step = 0; step < steps; ++step) {
+        step_of(step);
+        block.meet(recurrent, (step + 1) % 2, [&] { block.feed(step + 1); });
+      }
     }
+  };
+
+  if constexpr (!extended) {
+    take_steps([&](int step) {
+      multiply(product, recurrent, step % 2, own, U, step, [&](int row, int unit, int column) {
+        float sums[4];
+#pragma unroll
+        for (int g = 0; g < 4; ++g) sums[g] = g < G ? product.summed(g * U + unit, column) : 0.f;
+        const bool starts = starts_after(row, step);
+        settle(row, unit, step, starts, cell_step(row, unit, step, starts, sums));
+      });
+    });
+  } else {
+    const Exchange<operand> projected = block.projection();
+    const auto projection = projection_of<Block, operand, cluster>(
+        a, block, [&](int unit, int k) { return row_of<Element>(a.weight_hr, own_h.first + unit, k, H, unit < own_h.count); });
+    RowStatistics<operand, cluster> statistics(a, block);
+    const auto save_scale = [&](int step, int scale, int number) {
+      if (!a.normed || block.rank > 0) return;
+      for (int row = threadIdx.x; row < block.rows; row += blockDim.x)
+        if (step < block.lengths[row]) a.normed[block.position(row, step) * a.normed_row + G * H + scale] = statistics.of(row)[number];
+    };
+    const auto finish = [&](int row, int unit, float h) {
+      if (a.shape.projected)
+        projected.put(0, row, 0, unit, h);
+      else
+        *block.kept(row, 0, unit) = h;
+    };
+    take_steps([&](int step) {
+      multiply(product, recurrent, step % 2, own, U, step, [&](int row, int unit, int column) {
+        for (int g = 0; g < G; ++g) *block.kept(row, g, unit) = product.summed(g * U + unit, column);
+      });
+      device::block_sync();
+      if (a.norm_hh) {
+        statistics.send_moments(0, G, step);
+        statistics.meet();
+        statistics.receive_moments(0, G);
+        device::block_sync();
+        save_scale(step, scale_hh, 1);
+      }
+      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+        float sums[4];
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+          sums[g] = g < G ? *block.kept(row, g, unit) : 0.f;
+          if (g >= G || !a.norm_hh) continue;
+          sums[g] = (sums[g] - statistics.of(row)[0]) * statistics.of(row)[1];
+          if (a.normed) a.normed[block.position(row, step) * a.normed_row + g * H + own.first + unit] = sums[g];
+          sums[g] *= a.norm_hh[g * H + own.first + unit];
+        }
+        const float h = cell_step(row, unit, step, starts_after(row, step), sums);
+        if (!a.norm_c) finish(row, unit, h);
+      });
+      if (a.norm_c) {
+        device::block_sync();
+        statistics.send_moments(1, 1, step);
+        statistics.meet();
+        statistics.receive_moments(1, 1);
+        device::block_sync();
+        save_scale(step, mean_c, 0);
+        save_scale(step, scale_c, 1);
+        block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+          const int at = own.first + unit;
+          const float normal = (*block.kept(row, 0, unit) - statistics.of(row)[0]) * statistics.of(row)[1];
+          finish(row, unit, *block.kept(row, 1, unit) * tanhf(fmaf(normal, a.norm_c[at], a.norm_b[at])));
+        });
+      }
+      statistics.pass();
+      if (a.shape.projected) {
+        block.meet(projected, 0, [] {});
+        multiply(projection, projected, 0, own_h, W, step,
+                 [&](int row, int unit, int column) { *block.kept(row, 0, unit) = projection.summed(unit, column); });
+        device::block_sync();
+      }
+      block.each_unit(own_h, W, 0, block.rows, step,
+                      [&](int row, int unit) { settle(row, unit, step, starts_after(row, step), *block.kept(row, 0, unit)); });
+    });
   }
 }
 
-template <Operand operand, bool cluster, int held>
+template <Operand operand, bool cluster, int held, bool extended>
 __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __grid_constant__ RecurrenceBackward a) {
-  RecurrenceBlock<operand, cluster> block(a);
-  using Element = typename RecurrenceBlock<operand, cluster>::Element;
-  const int H = a.hidden, U = a.plan.units, G = a.shape.gates, stride = a.shape.gate_stride();
-  // The block's rows of W_hh^T are its units.
-  const BlockProduct<operand, cluster, 1, held> product(a, block, [&](int unit, int k) {
-    const int gate = k / stride, from = k % stride, count = gate < G && unit < block.units ? H - from : 0;
-    const auto* const columns = static_cast<const Element*>(a.weight_hh) + block.first + unit;
-    return WeightRun<Element>{columns + (static_cast<int64_t>(gate) * H + from) * H, H, count};
-  });
+  using Block = RecurrenceBlock<operand, cluster, extended>;
+  using Element = typename Block::Element;
+  Block block(a);
+  const Exchange<operand> recurrent = block.recurrent();
+  const OwnUnits own = block.of_hidden, own_h = block.of_width;
+  const int H = a.hidden, P = extended ? a.width : a.hidden, U = a.plan.units, W = extended ? a.plan.width_units : U, G = a.shape.gates;
+  // The block's rows of W_hh^T are its units of P.
+  const BlockProduct<operand, cluster, recurrent_tiles(true), held> product(
+      recurrent_product(a.plan, a.shape), block.template shared<device::Words>(block.layout().weights),
+      block.template shared<float>(block.layout().partial), [&](int unit, int k) {
+        const int gate = k / recurrent.stride, from = k % recurrent.stride;
+        return column_of<Element>(a.weight_hh, static_cast<int64_t>(gate) * H + from, own_h.first + unit, P, H - from,
+                                  gate < G && unit < own_h.count);
+      });
+
+  // The gradient that reaches the step's new h, and in `direct` what of it reaches h of the step before without a product.
+  const auto zoned = [&](int row, int unit, int step, float& direct) {
+    const float dh = *block.state(0, row, unit) + *block.fed(row, 0, unit);
+    const float share = new_share(a, stream_h, block.position(row, step), own_h.first + unit);
+    direct = (1.f - share) * dh;
+    return share * dh;
+  };
+  const auto cell_before = [&](int row, int unit, int step) { return block.has_before(row, step, a.c0) ? *block.fed(row, 5, unit) : 0.f; };
+  // From the gradient of h that of the gates before activation, which goes out, and of the product's sums. squash(c): what an LSTM's output
+  // gate multiplies, and the gradient of the new cell that comes through it.
+  const auto cell_gradient = [&](int row, int unit, int step, bool starts, float dh, float& direct, float (&sums)[4], const auto& squash) {
+    const int64_t position = block.position(row, step);
+    const int at = own.first + unit;
+    float dc = *block.state(1, row, unit), gate[4];
+#pragma unroll
+    for (int g = 0; g < 4; ++g) gate[g] = g < G ? *block.fed(row, 1 + g, unit) : 0.f;
+    const float share_c = new_share(a, stream_c, position, at);
+    float recurrent_n = 0.f;
+    if (a.cell == Cell::lstm) {
+      const float c_before = cell_before(row, unit, step), kept = (1.f - share_c) * dc;
+      const Squashed squashed = squash(fmaf(gate[1], c_before, gate[0] * gate[2]), gate[3]);
+      dc = fmaf(share_c, dc, squashed.gradient);
+      lstm_gradient(gate, c_before, squashed.value, dh, dc);
+      dc += kept;
+    } else if (a.cell == Cell::gru) {
+      const float h_before = block.has_before(row, step, a.h0) ? *block.fed(row, 5, unit) : 0.f;
+      direct += dh * gate[1];
+      recurrent_n = gru_gradient(gate, *block.fed(row, 4, unit), h_before, dh);
+    } else {
+      rnn_gradient(gate, dh, a.cell == Cell::rnn_relu);
+    }
+    *block.state(1, row, unit) = starts ? 0.f : dc;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      sums[g] = a.cell == Cell::gru && g == 2 ? recurrent_n : gate[g];
+      if (g >= G) continue;
+      a.grad_inputs[(position * G + g) * H + at] = gate[g];
+      if (a.grad_recurrent) a.grad_recurrent[(position * G + g) * H + at] = sums[g];
+    }
+  };
+  const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
+                            const auto& before_sums, const auto& item) {
+    for (int first = 0; first < block.rows; first += columns) {
+      by.run(block.ready(from, turn, first), from.row_bytes, block.rows - first);
+      if (first == 0) before_sums();
+      device::block_sync();
+      const int end = block.rows - first < columns ? block.rows : first + columns;
+      block.each_unit(of, units, first, end, step, [&](int row, int unit) { item(row, unit, row - first); });
+      if (first + columns < block.rows) device::block_sync();
+    }
+  };
 
   int turn = 0;  // goes on from rows to rows: others may still read what the last step before exchanged
-  for (int64_t begin = static_cast<int64_t>(block.team) * a.plan.rows; begin < a.batch;
-       begin += static_cast<int64_t>(block.teams) * a.plan.rows) {
-    const int steps = block.enter(begin);
-    for (int i = threadIdx.x; i < block.rows * U; i += blockDim.x) {
-      const int row = i / U, unit = i % U;
-      if (unit >= block.units) continue;
-      const int64_t at = (begin + row) * H + block.first + unit;
-      const float dh = a.grad_h ? a.grad_h[at] : 0.f, dc = a.grad_c ? a.grad_c[at] : 0.f;
-      *block.state(0, row, unit) = dh;
-      *block.state(1, row, unit) = dc;
-      if (block.lengths[row] > 0) continue;
-      a.grad_h0[at] = dh;
-      if (a.grad_c0) a.grad_c0[at] = dc;
-    }
-    block.feed(steps - 1);
-    for (int step = steps - 1; step >= 0; --step, turn ^= 1) {
-      device::copies_wait();
-      device::block_sync();
-      for (int i = threadIdx.x; i < block.rows * U; i += blockDim.x) {
-        const int row = i / U, unit = i % U, at = block.first + unit;
-        if (unit >= block.units || step >= block.lengths[row]) continue;
-        const int64_t position = block.position(row, step);
-        float dh = *block.state(0, row, unit) + *block.fed(row, 0, unit), dc = *block.state(1, row, unit);
-        float gate[4], recurrent_n = 0.f;
-#pragma unroll
-        for (int g = 0; g < 4; ++g) gate[g] = g < G ? *block.fed(row, 1 + g, unit) : 0.f;
-        const float share_h = new_share(a, stream_h, position, at), share_c = new_share(a, stream_c, position, at);
-        float direct = (1.f - share_h) * dh;  // what reaches h of the step before without the product
-        dh *= share_h;
-        if (a.cell == Cell::lstm) {
-          const float c_before = block.has_before(row, step, a.c0) ? *block.fed(row, 5, unit) : 0.f;
-          const float kept = (1.f - share_c) * dc;
-          dc *= share_c;
-          lstm_gradient(gate, c_before, dh, dc);
-          dc += kept;
-        } else if (a.cell == Cell::gru) {
-          const float h_before = block.has_before(row, step, a.h0) ? *block.fed(row, 5, unit) : 0.f;
-          direct += dh * gate[1];
-          recurrent_n = gru_gradient(gate, *block.fed(row, 4, unit), h_before, dh);
-        } else {
-          rnn_gradient(gate, dh, a.cell == Cell::rnn_relu);
+  const auto take_steps = [&](const auto& step_of) {
+    for (int64_t begin = static_cast<int64_t>(block.team) * a.plan.rows; begin < a.batch;
+         begin += static_cast<int64_t>(block.teams) * a.plan.rows) {
+      const int steps = block.enter(begin);
+      const int most = extended ? most_units(a.plan) : U;
+      for (int i = threadIdx.x; i < block.rows * most; i += blockDim.x) {
+        const int row = i / most, unit = i % most;
+        if (unit < own_h.count) {
+          const int64_t at = (begin + row) * P + own_h.first + unit;
+          const float dh = a.grad_h ? a.grad_h[at] : 0.f;
+          *block.state(0, row, unit) = dh;
+          if (block.lengths[row] == 0) a.grad_h0[at] = dh;
         }
+        if (unit < own.count) {
+          const int64_t at = (begin + row) * H + own.first + unit;
+          const float dc = a.grad_c ? a.grad_c[at] : 0.f;
+          *block.state(1, row, unit) = dc;
+          if (block.lengths[row] == 0 && a.grad_c0) a.grad_c0[at] = dc;
+          if (extended && a.norm_c) *block.state(2, row, unit) = *block.state(3, row, unit) = 0.f;
+        }
+      }
+      block.feed(steps - 1);
+      for (int step = steps - 1; step >= 0; --step, turn ^= 1) {
+        device::copies_wait();
+        device::block_sync();
+        step_of(step);
+      }
+    }
+  };
+  // h's gradient with what the product brings, at the step's end.
+  const auto settle = [&](int row, int unit, int step, float through) {
+    const int64_t at = (block.first_row + row) * P + own_h.first + unit;
+    float dh = *block.state(0, row, unit);
+    if (!block.starts(row, step)) dh = fmaf(through, a.mask ? a.mask[at] : 1.f, dh);
+    *block.state(0, row, unit) = dh;
+    if (step == 0) a.grad_h0[at] = dh;
+  };
+  const auto settle_cell = [&](int row, int unit) {
+    if (a.grad_c0) a.grad_c0[(block.first_row + row) * H + own.first + unit] = *block.state(1, row, unit);
+  };
+
+  if constexpr (!extended) {
+    take_steps([&](int step) {
+      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
         const bool starts = block.starts(row, step);
+        float direct, sums[4];
+        const float dh = zoned(row, unit, step, direct);
+        cell_gradient(row, unit, step, starts, dh, direct, sums, [&](float c, float o) { return squashed_cell(c, o, dh); });
         *block.state(0, row, unit) = starts ? 0.f : direct;
-        *block.state(1, row, unit) = starts ? 0.f : dc;
+#pragma unroll
+        for (int g = 0; g < 4; ++g)
+          if (g < G) recurrent.put(turn, row, g, unit, sums[g]);
+      });
+      block.meet(recurrent, turn, [&] { block.feed(step - 1); });
+      multiply(
+          product, recurrent, turn, own, U, step, [] {},
+          [&](int row, int unit, int column) {
+            settle(row, unit, step, product.summed(unit, column));
+            if (step == 0) settle_cell(row, unit);
+          });
+    });
+  } else {
+    const Exchange<operand> projected = block.projection();
+    const auto projection = projection_of<Block, operand, cluster>(
+        a, block, [&](int unit, int k) { return column_of<Element>(a.weight_hr, k, own.first + unit, H, P - k, unit < own.count); });
+    RowStatistics<operand, cluster> statistics(a, block);
+    // Of an LSTM's cell, normalised: `normal`, and as `squashed_cell`, but the gradient is that of what w_c multiplies.
+    const auto squashed_normal = [&](int row, int unit, float c, float o, float dh, float& normal) {
+      const int at = own.first + unit;
+      normal = (c - block.scale(row)[mean_c]) * block.scale(row)[scale_c];
+      return squashed_cell(fmaf(normal, a.norm_c[at], a.norm_b[at]), o, dh);
+    };
+    take_steps([&](int step) {
+      block.each_unit(own_h, W, 0, block.rows, step, [&](int row, int unit) {
+        float direct;
+        const float dh = zoned(row, unit, step, direct);
+        *block.state(0, row, unit) = block.starts(row, step) ? 0.f : direct;
+        if (a.norm_hh) *block.kept(row, 3, unit) = *block.fed(row, a.normed_feed + G, unit);
+        if (a.shape.projected) {
+          a.grad_projected[block.position(row, step) * P + own_h.first + unit] = dh;
+          projected.put(0, row, 0, unit, dh);
+        } else {
+          *block.kept(row, 2, unit) = dh;
+        }
+      });
+      if (a.shape.projected) {
+        block.meet(projected, 0, [] {});
+        multiply(
+            projection, projected, 0, own, U, step, [] {},
+            [&](int row, int unit, int column) { *block.kept(row, 2, unit) = projection.summed(unit, column); });
+      }
+      if (a.norm_c) {
+        device::block_sync();
+        block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+          const float i = *block.fed(row, 1, unit), f = *block.fed(row, 2, unit), g = *block.fed(row, 3, unit);
+          float normal;
+          const float c = fmaf(f, cell_before(row, unit, step), i * g), dh = *block.kept(row, 2, unit);
+          const float through = squashed_normal(row, unit, c, *block.fed(row, 4, unit), dh, normal).gradient;
+          *block.state(2, row, unit) += through * normal;
+          *block.state(3, row, unit) += through;
+          *block.kept(row, 0, unit) = through * a.norm_c[own.first + unit];
+          *block.kept(row, 1, unit) = through * a.norm_c[own.first + unit] * normal;
+        });
+        device::block_sync();
+        statistics.send_sums(1, step);
+        statistics.meet();
+        statistics.receive_means(1, 1);
+      }
+      device::block_sync();
+      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+        const bool starts = block.starts(row, step);
+        float direct = 0.f, sums[4];
+        const float dh = *block.kept(row, 2, unit);
+        cell_gradient(row, unit, step, starts, dh, direct, sums, [&](float c, float o) {
+          if (!a.norm_c) return squashed_cell(c, o, dh);
+          float normal;
+          Squashed squashed = squashed_normal(row, unit, c, o, dh, normal);
+          const float *const means = statistics.of(row), apart = *block.kept(row, 0, unit) - means[0] - normal * means[1];
+          squashed.gradient = block.scale(row)[scale_c] * apart;
+          return squashed;
+        });
+        if (!starts && a.cell == Cell::gru) *block.state(0, row, unit) += direct;
+        float sum = 0.f, sum_normal = 0.f;
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (g >= G) continue;
-          const float recurrent = a.cell == Cell::gru && g == 2 ? recurrent_n : gate[g];
-          a.grad_inputs[(position * G + g) * H + at] = gate[g];
-          if (a.grad_recurrent) a.grad_recurrent[(position * G + g) * H + at] = recurrent;
-          block.exchange(turn, row, g, unit, recurrent);
+          if (a.norm_hh) {
+            sums[g] *= a.norm_hh[g * H + own.first + unit];
+            sum += sums[g];
+            sum_normal = fmaf(sums[g], *block.fed(row, a.normed_feed + g, unit), sum_normal);
+          }
+          recurrent.put(turn, row, g, unit, sums[g]);
         }
-      }
-      block.meet(turn, G, [&] { block.feed(step - 1); });
-      for (int first = 0; first < block.rows; first += columns) {
-        product.run(turn, first);
+        *block.kept(row, 0, unit) = sum;
+        *block.kept(row, 1, unit) = sum_normal;
+      });
+      if (a.norm_hh) {
         device::block_sync();
-        const int here = block.rows - first < columns ? block.rows - first : columns;
-        for (int i = threadIdx.x; i < here * U; i += blockDim.x) {
-          const int column = i / U, row = first + column, unit = i % U;
-          if (unit >= block.units || step >= block.lengths[row]) continue;
-          const int64_t at = (begin + row) * H + block.first + unit;
-          float dh = *block.state(0, row, unit);
-          if (!block.starts(row, step)) dh = fmaf(block.summed(unit, column), a.mask ? a.mask[at] : 1.f, dh);
-          *block.state(0, row, unit) = dh;
-          if (step > 0) continue;
-          a.grad_h0[at] = dh;
-          if (a.grad_c0) a.grad_c0[at] = *block.state(1, row, unit);
-        }
-        if (first + columns < block.rows) device::block_sync();
+        statistics.send_sums(0, step);
+        for (int row = threadIdx.x; row < block.rows; row += blockDim.x) statistics.of(row)[2] = block.scale(row)[scale_hh];
       }
-    }
+      block.meet(recurrent, turn, [&] { block.feed(step - 1); });
+      const auto receive = [&] {
+        if (a.norm_hh) statistics.receive_means(0, G);
+      };
+      multiply(product, recurrent, turn, own_h, W, step, receive, [&](int row, int unit, int column) {
+        float through = product.summed(unit, column);
+        if (a.norm_hh) {
+          const float* const means = statistics.of(row);
+          through = means[2] * (through - means[0] * a.weight_sums[own_h.first + unit] - means[1] * *block.kept(row, 3, unit));
+        }
+        settle(row, unit, step, through);
+      });
+      statistics.pass();
+      if (step > 0) return;
+      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+        settle_cell(row, unit);
+        if (!a.norm_c) return;
+        a.grad_norm_c[(block.first_row + row) * H + own.first + unit] = *block.state(2, row, unit);
+        a.grad_norm_b[(block.first_row + row) * H + own.first + unit] = *block.state(3, row, unit);
+      });
+    });
   }
 }
 

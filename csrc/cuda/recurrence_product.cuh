@@ -77,7 +77,7 @@ class WarpProduct {
   }
 
   // sums[row][column] of the warp's K, for the first `here` of the columns and some more.
-  __device__ void run(const unsigned char* rows, int64_t row_bytes, int here, float* sums) const {
+  __device__ void run(const unsigned char* rows, int row_bytes, int here, float* sums) const {
     float sum[tiles][column_tiles][4] = {};
     const bool both = here > tile_n;
     if constexpr (exact)
@@ -117,7 +117,7 @@ class WarpProduct {
     return words;
   }
 
-  __device__ void run_matrix(const unsigned char* rows, int64_t row_bytes, bool both, float (&sum)[tiles][column_tiles][4]) const {
+  __device__ void run_matrix(const unsigned char* rows, int row_bytes, bool both, float (&sum)[tiles][column_tiles][4]) const {
     const unsigned char* const from = rows + lane() / 4 * row_bytes + first_block_ * block_bytes + lane() % 4 * 16;
     constexpr int group = 4;  // so many loads are under way before the first is waited for
 #pragma unroll
@@ -160,7 +160,7 @@ class WarpProduct {
   }
 
   // The same sums in the same lanes, by multipliers: a lane reads whole blocks of its two rows and its columns.
-  __device__ void run_exact(const unsigned char* rows, int64_t row_bytes, bool both, float (&sum)[tiles][column_tiles][4]) const {
+  __device__ void run_exact(const unsigned char* rows, int row_bytes, bool both, float (&sum)[tiles][column_tiles][4]) const {
     const unsigned char* const from = rows + lane() % 4 * 2 * row_bytes + first_block_ * block_bytes;
 #pragma unroll 1
     for (int i = 0; i < blocks_; ++i)

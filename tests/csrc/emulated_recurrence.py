@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import pytest
 
 from s2s_kernels.ops.recurrence import cuda_kernels
-from s2s_kernels.ops.recurrence.autograd import CELLS
-from s2s_kernels.ops.recurrence.reference import GATES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FIELDS = ("cluster", "units", "team", "teams", "rows", "warps_m", "warps_k", "held", "shared_bytes", "workspace_bytes")
+FIELDS = (
+    "cluster", "staged", "extended", "units", "width_units", "team", "teams", "rows", "warps_m", "warps_k", "project_m",
+    "project_k", "held", "shared_bytes", "workspace_bytes",
+)  # fmt: skip
+SIZES = ("batch", "time", "hidden", "width", "cell", "operand", "reverse", "training", "normed", "projected")
 FLAGS = ("-std=c++20", "-pthread", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{HERE}")
 ENDINGS = (".cpp", ".h", ".cuh")
 
 
 class Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "time", "hidden", "cell", "operand", "reverse", "training")),
+        *((name, ctypes.c_int64) for name in SIZES),
         ("zoneout_h", ctypes.c_double),
         ("zoneout_c", ctypes.c_double),
     ]
@@ -57,6 +59,7 @@ class Layout(NamedTuple):
     teams: int = 1
     rows: int = 16
     warps_k: int = 1
+    staged: bool = False
 
 
 class Emulated:
@@ -69,17 +72,18 @@ class Emulated:
     def recurrence_persistent_plan(self, size: Sequence[int], backward: bool, machine: Sequence[int]) -> list[int]:
         call = Call(*size, 0, 0)
         if self.layout is None:
-            plan = _plan(*self.planned(size, backward, machine))
-            if not any(plan):
+            values = self.planned(size, backward, machine)
+            if not values:
                 return []
         else:
-            cluster, units, teams, rows, warps_k = self.layout
+            cluster, units, teams, rows, warps_k, staged = self.layout
             team = -(-call.hidden // units)
             if cluster:
                 team = 1 << (team - 1).bit_length()
-            tiles = -(-(units if backward else units * GATES[CELLS[call.cell]]) // 16)
-            values = (cluster, units, team, teams, rows, tiles if backward else -(-tiles // 2), warps_k, 0, 0, 0)
-            plan = _plan(*values)
+            given = {"cluster": cluster, "staged": staged, "units": units, "team": team, "teams": teams, "rows": rows}
+            given["warps_k"] = warps_k
+            values = [given.get(name, 0) for name in FIELDS]
+        plan = _plan(*values)
         self.library.complete(ctypes.byref(call), int(backward), plan)
         return list(plan)
 
@@ -91,15 +95,11 @@ class Emulated:
         return list(plan) if found else []
 
     def recurrence_persistent_resident(self, plan: Sequence[int], operand: int, backward: bool, device: int) -> int:
-        return plan[3]
+        return plan[FIELDS.index("teams")]
 
     def modelled_step(self, size: Sequence[int], backward: bool, plan: Sequence[int], hopper: bool) -> float:
-        return (
-            self.library.modelled_step(
-                ctypes.byref(Call(*size, 0, 0)), int(backward), (ctypes.c_int64 * 10)(*plan), hopper
-            )
-            / 1000
-        )
+        call = Call(*size, 0, 0)
+        return self.library.modelled_step(ctypes.byref(call), int(backward), _plan(*plan), hopper) / 1000
 
     def _run(self, name: str, arguments: Sequence[Any]) -> None:
         *tensors, size, zoneout_h, zoneout_c, plan = arguments

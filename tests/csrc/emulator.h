@@ -120,6 +120,18 @@ T* shared_memory() {
 }
 inline void block_sync() { emulator::block->barrier.wait(); }
 inline void warp_sync() { emulator::block->warps[threadIdx.x / 32]->barrier.wait(); }
+// By the lanes' own slots of the warp's exchange, as a matrix instruction does.
+inline float half_warp_sum(float value) {
+  emulator::Warp& warp = *emulator::block->warps[threadIdx.x / 32];
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned apart = 8; apart > 0; apart /= 2) {
+    std::vector<emulator::Lane>& lanes = warp.lanes[emulator::turn++ % 2];
+    lanes[lane].a[0] = bits_of(value);
+    warp.barrier.wait();
+    value += float_of(lanes[lane ^ apart].a[0]);
+  }
+  return value;
+}
 inline void cluster_arrive() { emulator::phase = emulator::block->cluster->barrier.arrive(); }
 inline void cluster_wait() { emulator::block->cluster->barrier.wait(emulator::phase); }
 inline unsigned cluster_rank() { return emulator::block->rank; }
@@ -127,10 +139,25 @@ inline void store_in_block(Words* here, unsigned rank, const Words& value) {
   emulator::block->cluster->blocks[rank]->shared[here - emulator::block->shared.data()] = value;
 }
 
+inline void store_in_block(Pair* here, unsigned rank, const Pair& value) {
+  const auto own = reinterpret_cast<Pair*>(emulator::block->shared.data());
+  reinterpret_cast<Pair*>(emulator::block->cluster->blocks[rank]->shared.data())[here - own] = value;
+}
+
 inline void arrive(unsigned* counter) { std::atomic_ref<unsigned>(*counter).fetch_add(1, std::memory_order_release); }
 inline unsigned arrived(const unsigned* counter) {
   std::this_thread::yield();
   return std::atomic_ref<unsigned>(*const_cast<unsigned*>(counter)).load(std::memory_order_acquire);
+}
+inline void store_atomically(Pair* to, const Pair& value) {
+  const uint64_t both = static_cast<uint64_t>(value.at[1]) << 32 | value.at[0];
+  std::atomic_ref<uint64_t>(*reinterpret_cast<uint64_t*>(to)).store(both, std::memory_order_relaxed);
+}
+inline Pair load_atomically(const Pair* from) {
+  std::this_thread::yield();
+  const auto at = const_cast<uint64_t*>(reinterpret_cast<const uint64_t*>(from));
+  const uint64_t both = std::atomic_ref<uint64_t>(*at).load(std::memory_order_relaxed);
+  return {static_cast<uint32_t>(both), static_cast<uint32_t>(both >> 32)};
 }
 inline Words load_coherent(const void* from) { return *static_cast<const Words*>(from); }
 

@@ -6,7 +6,17 @@ namespace {
 using namespace s2s::persistent;
 
 bool fits(const RecurrencePlan& p, const RecurrenceShape& shape) {
-  return p.held == (shape.operand == Operand::float32 ? 0 : held_here) && p.shared_bytes == RecurrenceLayout(p, shape).bytes;
+  return p.extended == shape.extended() && p.held == held_here(shape.operand) && p.shared_bytes == RecurrenceLayout(p, shape).bytes;
+}
+
+template <class Arguments>
+int run_any(const Arguments& a) {
+  if (!fits(a.plan, a.shape)) return 0;
+  if (a.shape.operand == Operand::bfloat16) run_of<Operand::bfloat16>(a);
+  if (a.shape.operand == Operand::float16) run_of<Operand::float16>(a);
+  if (a.shape.operand == Operand::tf32) run_of<Operand::tf32>(a);
+  if (a.shape.operand == Operand::float32) run_of<Operand::float32>(a);
+  return 1;
 }
 
 }  // namespace
@@ -34,23 +44,11 @@ double modelled_step(const RecurrenceCall* call, int backward, const int64_t* pl
 }
 
 int forward(const RecurrenceCall* call, const int64_t* plan, const RecurrenceForwardPointers* pointers) {
-  const RecurrenceForward a = forward_arguments(read_plan(plan), *call, *pointers);
-  if (!fits(a.plan, a.shape)) return 0;
-  if (a.shape.operand == Operand::bfloat16) run_forward<Operand::bfloat16, held_here>(a);
-  if (a.shape.operand == Operand::float16) run_forward<Operand::float16, held_here>(a);
-  if (a.shape.operand == Operand::tf32) run_forward<Operand::tf32, held_here>(a);
-  if (a.shape.operand == Operand::float32) run_forward<Operand::float32, 0>(a);
-  return 1;
+  return run_any(forward_arguments(read_plan(plan), *call, *pointers));
 }
 
 int backward(const RecurrenceCall* call, const int64_t* plan, const RecurrenceBackwardPointers* pointers) {
-  const RecurrenceBackward a = backward_arguments(read_plan(plan), *call, *pointers);
-  if (!fits(a.plan, a.shape)) return 0;
-  if (a.shape.operand == Operand::bfloat16) run_backward<Operand::bfloat16, held_here>(a);
-  if (a.shape.operand == Operand::float16) run_backward<Operand::float16, held_here>(a);
-  if (a.shape.operand == Operand::tf32) run_backward<Operand::tf32, held_here>(a);
-  if (a.shape.operand == Operand::float32) run_backward<Operand::float32, 0>(a);
-  return 1;
+  return run_any(backward_arguments(read_plan(plan), *call, *pointers));
 }
 
 }  // extern "C"

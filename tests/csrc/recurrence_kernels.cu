@@ -1,13 +1,17 @@
-// The persistent recurrences of one operand, as csrc/cuda/recurrence.cu compiles them: both directions, both exchanges.
+// The persistent recurrences of one operand, as csrc/cuda/recurrence.cu compiles them: both directions, both exchanges, plain and extended.
 #include "../../csrc/cuda/recurrence_kernels.cuh"
 
 namespace s2s::persistent {
 
-constexpr int forwards = Operand::OPERAND == Operand::float32 ? 0 : held_forward;
-constexpr int backwards = Operand::OPERAND == Operand::float32 ? 0 : held_backward;
-template __global__ void recurrence_forward<Operand::OPERAND, false, forwards>(const __grid_constant__ RecurrenceForward);
-template __global__ void recurrence_forward<Operand::OPERAND, true, forwards>(const __grid_constant__ RecurrenceForward);
-template __global__ void recurrence_backward<Operand::OPERAND, false, backwards>(const __grid_constant__ RecurrenceBackward);
-template __global__ void recurrence_backward<Operand::OPERAND, true, backwards>(const __grid_constant__ RecurrenceBackward);
+constexpr Operand operand = Operand::OPERAND;
+#define KERNELS(cluster, extended)                                                                      \
+  template __global__ void recurrence_forward<operand, cluster, held_blocks(operand, false), extended>( \
+      const __grid_constant__ RecurrenceForward);                                                       \
+  template __global__ void recurrence_backward<operand, cluster, held_blocks(operand, true), extended>( \
+      const __grid_constant__ RecurrenceBackward);
+KERNELS(false, false)
+KERNELS(true, false)
+KERNELS(false, true)
+KERNELS(true, true)
 
 }  // namespace s2s::persistent

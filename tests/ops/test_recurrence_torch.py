@@ -288,7 +288,7 @@ def gpu(monkeypatch):
 
         @staticmethod
         def recurrence_persistent_resident(plan, operand, backward, device):
-            return plan[3]
+            return plan[cuda_kernels.TEAM + 1]
 
     facts = (132, 227 << 10, True)
     monkeypatch.setattr(builtin, "_taken_by_cudnn", lambda dtype, device: dtype != torch.bfloat16)
@@ -357,21 +357,22 @@ def test_the_model_of_time_is_that_of_the_plans(machine):
     for batch, hidden, cell, operand, backward in itertools.product(
         (1, 16, 300), (33, 768), range(4), range(4), (0, 1)
     ):
-        size = (batch, 1, hidden, cell, operand, 0, 0)
+        size = (batch, 1, hidden, hidden, cell, operand, 0, 0, 0, 0)
         plan = torch.ops.s2s.recurrence_persistent_plan(size, backward, machine)
         assert plan == library.planned(size, backward, machine)
         if plan:
             step = torch.ops.s2s.recurrence_persistent_step(size, backward, machine, plan)
-            turns = math.ceil(math.ceil(batch / plan[4]) / plan[3])
+            teams, rows = plan[cuda_kernels.TEAM + 1 : cuda_kernels.TEAM + 3]
+            turns = math.ceil(math.ceil(batch / rows) / teams)
             assert step == pytest.approx(1000 * turns * library.modelled_step(size, backward, plan, machine[2]))
 
 
 @needs_extension
 @pytest.mark.parametrize(
     "size, machine, plan",
-    [((1,) * 6, (1, 1, 0), (1,) * 10), ((1, 1, 8, 4, 0, 0, 0), (1, 1, 0), (1,) * 10),
-     ((1, 1, 8, 0, 4, 0, 0), (1, 1, 0), (1,) * 10), ((1, 1, 8, 0, 0, 0, 0), (1, 1), (1,) * 10),
-     ((1, 1, 8, 0, 0, 0, 0), (1, 1, 0), (1,) * 9), ((1, 1, 8, 0, 0, 0, 0), (1, 1, 0), (0,) * 10)],
+    [((1,) * 9, (1, 1, 0), (1,) * 15), ((1, 1, 8, 8, 4, 0, 0, 0, 0, 0), (1, 1, 0), (1,) * 15),
+     ((1, 1, 8, 8, 0, 4, 0, 0, 0, 0), (1, 1, 0), (1,) * 15), ((1, 1, 8, 8, 0, 0, 0, 0, 0, 0), (1, 1), (1,) * 15),
+     ((1, 1, 8, 8, 0, 0, 0, 0, 0, 0), (1, 1, 0), (1,) * 14), ((1, 1, 8, 8, 0, 0, 0, 0, 0, 0), (1, 1, 0), (0,) * 15)],
 )  # fmt: skip
 def test_the_model_of_time_checks_what_it_gets(size, machine, plan):
     with pytest.raises(RuntimeError, match="recurrence_persistent: "):
@@ -412,7 +413,9 @@ def test_the_faster_backend_is_chosen_by_the_model(gpu):
         assert chosen(PLAIN._replace(**changes)) == "cuda", changes
     assert chosen(PLAIN._replace(hidden=4096, width=4096, batch=20)) == "torch"  # 30 us of the host's a step otherwise
     assert chosen(PLAIN._replace(dtype=torch.float64)) == "torch"  # the other takes none
-    assert chosen(PLAIN._replace(projected=True, plain=False, width=256, beyond="resets")) == "triton"
+    projected = PLAIN._replace(projected=True, plain=False, width=256, beyond="resets")
+    assert chosen(projected) == "cuda"
+    assert chosen(projected._replace(hidden=4096, width=2048)) == "triton"  # the other can't hold the weights
     # Of few units a program holds the weights, of heads each those of one: with lengths too, but not beside a mask.
     few = PLAIN._replace(hidden=128, width=128, inputs=128, beyond="lengths", batch=1)
     heads = PLAIN._replace(heads=12, beyond="heads")

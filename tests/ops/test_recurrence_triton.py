@@ -75,7 +75,8 @@ def test_values_and_gradients(cell, sample, engine):
 
 PERSISTENT = (
     "plain", "lengths", "lengths, reset", "reverse, reset, lengths", "poisoned", "zoneout in training",
-    "zoneout in training, recurrent mask", "no positions", "empty batch", "relu",
+    "zoneout in training, recurrent mask", "no positions", "empty batch", "relu", "projection", "layer norm",
+    "everything", "tails, projection",
 )  # fmt: skip
 HALVES = ("projection", "everything", "poisoned", "tails", "relu", "heads")
 
@@ -375,6 +376,25 @@ def test_a_program_holds_one_head(heads, launches, monkeypatch):
     sample = recurrence_sample("gru", "", 18, 2, 3, 10, heads=heads, lengths=[2, 1] * 9, reverse=True)
     judge(sample.build(Draw()), s2s.gru)
     assert grids and set(grids) == {(launches,)}
+
+
+@interpreted
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
+def test_packed_and_normalised_sequences_with_the_cuda_engine(cell, monkeypatch):
+    """What it saves is packed between its forward and backward, and padded with what is another row's."""
+    emulated_recurrence = pytest.importorskip("emulated_recurrence")
+    from s2s_kernels.ops.recurrence import choice
+
+    def function(x, weight_ih, weight_hh, bias_ih, bias_hh, h0, lengths):
+        norms = (1 + bias_ih, 1 + bias_hh, *((h0[0], h0[1]) if cell == "lstm" else ()))
+        c0 = {"c0": 2 * h0} if cell == "lstm" else {}
+        return run(
+            cell, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, **c0, lengths=lengths, packed=True, layer_norm=norms
+        )  # fmt: skip
+
+    monkeypatch.setattr(choice, "engine_of", lambda sizes: "cuda_kernels")
+    with emulated_recurrence.emulated():
+        judge((packed_call(cell, (4, 2, 2, 0)), {}), function)
 
 
 def test_the_choice_of_an_engine():

@@ -67,9 +67,10 @@ def recording(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 
 def _not_in_cuda(asked: Asked) -> str | None:
+    cell = autograd.CELLS.index(asked.cell)
     return cuda_kernels.gap(
-        asked.hidden, autograd.CELLS.index(asked.cell), asked.dtype, asked.device, asked.projected, asked.normed
-    )
+        asked.hidden, asked.width, cell, asked.dtype, asked.device, asked.projected, asked.normed
+    )  # fmt: skip
 
 
 def _deferral(backend: str, asked: Asked) -> str | None:

@@ -1,21 +1,26 @@
 """The persistent CUDA C++ recurrences (csrc/cuda/recurrence_plan.h) as an engine: the part of a call that goes through
-time. `gap` says what they don't cover; products over all positions at once are the driver's, in either direction.
+time. `gap` says what they don't cover; products over all positions at once are the driver's, in either direction, but
+for the one that layer normalisation's backward begins with.
 
 The driver's products in backward: bias_hh's gradient is the sum over positions of grad_inputs, of a GRU's n rows that
-of grad_recurrent; those of weight_hh and recurrent_mask come from grad_recurrent and the state before each position.
+of grad_recurrent, or under layer normalisation of grad_inputs times r; those of weight_hh and recurrent_mask come from
+grad_recurrent and the state before each position.
 """
 
 import functools
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 
-from .autograd import CELLS, keeps_gates
+from .autograd import CELLS, keeps_gates, normed_row
+from .products import product
 from .reference import GATES
 
 # What the kernels read in a product, by the numbers that the C++ side knows them by.
 OPERANDS = {torch.bfloat16: 0, torch.float16: 1}
 TF32, EXACT = 2, 3
+TEAM = 5  # where a plan says how many blocks are a team, and after it how many teams there are
 
 kernels: Any = torch.ops.s2s  # an emulator's in tests
 
@@ -44,49 +49,76 @@ def operand(dtype: torch.dtype) -> int:
     return OPERANDS[dtype]
 
 
+class Shape(NamedTuple):
+    """What of a call the plan depends on: B, H and P, a number of autograd.CELLS, and what kind of step it is."""
+
+    batch: int
+    hidden: int
+    width: int
+    cell: int
+    dtype: torch.dtype
+    normed: bool
+    projected: bool
+
+    @staticmethod
+    def of(batch: int, weight_hh: torch.Tensor, weight_hr: Optional, norm_hh: Optional, cell: int) -> "Shape":
+        rows, width = weight_hh.shape
+        normed, projected = norm_hh is not None, weight_hr is not None
+        return Shape(batch, rows // GATES[CELLS[cell]], width, cell, weight_hh.dtype, normed, projected)
+
+    def call(self, time: int = 0, reverse: bool = False, training: bool = False) -> list[int]:
+        """As the C++ side takes it."""
+        return [
+            self.batch, time, self.hidden, self.width, self.cell, operand(self.dtype), reverse, training, self.normed,
+            self.projected,
+        ]  # fmt: skip
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(
-    source: Any, batch: int, hidden: int, cell: int, operand: int, backward: bool, index: int, machine: tuple[int, ...]
+    source: Any, call: tuple[int, ...], operand: int, backward: bool, index: int, machine: tuple[int, ...]
 ) -> tuple[int, ...]:
     """How the work is laid over the device, no more of it at once than is resident; empty: it doesn't fit."""
-    size = (batch, 0, hidden, cell, operand, 0, 0)
     for clusters in (True, False) if machine[2] else (False,):
-        plan = source.recurrence_persistent_plan(size, backward, [machine[0], machine[1], int(clusters)])
+        plan = source.recurrence_persistent_plan(call, backward, [machine[0], machine[1], int(clusters)])
         if not plan:
             return ()
-        cluster, team, teams = plan[0], plan[2], plan[3]
+        cluster, team, teams = plan[0], plan[TEAM], plan[TEAM + 1]
         resident = source.recurrence_persistent_resident(plan, operand, backward, index)
         if cluster and resident:
-            return (*plan[:3], min(teams, resident), *plan[4:])
+            return (*plan[: TEAM + 1], min(teams, resident), *plan[TEAM + 2 :])
         if not cluster:
             return tuple(plan) if resident >= teams and team else ()
     return ()
 
 
-def plan_of(
-    batch: int, hidden: int, cell: int, dtype: torch.dtype, backward: bool, device: torch.device
-) -> tuple[int, ...]:
+def plan_of(shape: Shape, backward: bool, device: torch.device) -> tuple[int, ...]:
     # Where there is no GPU, emulated kernels have no use for the index.
     index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
-    return _plan(kernels, max(batch, 1), hidden, cell, operand(dtype), backward, index, machine_of(device))
+    call = tuple(shape._replace(batch=max(shape.batch, 1)).call())
+    return _plan(kernels, call, operand(shape.dtype), backward, index, machine_of(device))
 
 
-def gap(hidden: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool) -> str | None:
+def gap(
+    hidden: int, width: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool
+) -> str | None:
     """What these kernels don't cover of a call, forward and backward; None where they serve it. Rows of the batch are
     taken in tiles, so that neither B nor T matters."""
     if dtype not in (*OPERANDS, torch.float32):
         return f"the persistent kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if projected:
-        return "the persistent kernels don't project h"
-    if normed:
-        return "the persistent kernels don't normalise"
-    return missing(device) or _too_large(hidden, cell, dtype, device)
+    # As indices, symbolic sizes become constants where a call is traced.
+    return missing(device) or _too_large(
+        operator.index(hidden), operator.index(width), cell, dtype, device, projected, normed
+    )
 
 
-def _too_large(hidden: int, cell: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    if all(plan_of(1, hidden, cell, dtype, backward, device) for backward in (False, True)):
+def _too_large(
+    hidden: int, width: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool
+) -> str | None:
+    shape = Shape(1, hidden, width, cell, dtype, normed, projected)
+    if all(plan_of(shape, backward, device) for backward in (False, True)):
         return None
-    what = f"{GATES[CELLS[cell]]} gates of {hidden} units"
+    what = f"{GATES[CELLS[cell]]} gates of {hidden} units" + (f", projected to {width}" if projected else "")
     return f"the recurrent weights ({what}) don't fit the registers and shared memory of this device"
 
 
@@ -95,12 +127,11 @@ def _too_large(hidden: int, cell: int, dtype: torch.dtype, device: torch.device)
 missing._dynamo_marked_constant = _too_large._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _checked(inputs: torch.Tensor, weight_hh: torch.Tensor, cell: int, dtype: torch.dtype, options: Tensors) -> None:
-    weight_hr, norm_hh = options
-    hidden = weight_hh.shape[0] // GATES[CELLS[cell]]
-    reason = gap(hidden, cell, dtype, inputs.device, weight_hr is not None, norm_hh is not None)
+def _checked(shape: Shape, device: torch.device) -> Shape:
+    reason = gap(shape.hidden, shape.width, shape.cell, shape.dtype, device, shape.projected, shape.normed)
     if reason is not None:
         raise NotImplementedError(reason)
+    return shape
 
 
 def _wide(tensor: Optional) -> Optional:
@@ -121,32 +152,35 @@ def forward(
     seed: Optional, *, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool, save: bool,
     dtype: torch.dtype,
 ) -> Tensors:  # fmt: skip
-    """-> output (B, T, H), h_n (B, H), c_n (B, H), gates (B, T, G), extra (B, T, H), hidden (B, T, H), normed.
+    """-> output (B, T, P), h_n (B, P), c_n (B, H), gates (B, T, G), extra (B, T, H), hidden (B, T, P), normed.
 
     inputs (B, T, G) float32: the input product with its bias, and an LSTM's or RNN's bias_hh.
+    normed (B, T, normed_row): the normalised W_hh h, then its reciprocal deviation, and of an LSTM's new cell the mean
+    and the reciprocal deviation.
     """
-    _checked(inputs, weight_hh, cell, dtype, (weight_hr, norm_hh))
-    (batch, time, rows), hidden, name = inputs.shape, weight_hh.shape[1], CELLS[cell]
+    batch, time, rows = inputs.shape
+    shape, name = _checked(Shape.of(batch, weight_hh, weight_hr, norm_hh, cell), inputs.device), CELLS[cell]
     # Backward multiplies what is saved at absent positions by zero, so that it has to be finite.
     fresh = torch.zeros if lengths is not None else torch.empty
 
     def over(width: int, wanted: bool = True, kind: torch.dtype = torch.float32) -> Optional:
         return fresh(batch, time, width, dtype=kind, device=inputs.device) if wanted else None
 
-    output = over(hidden, kind=dtype)
-    h_n = inputs.new_empty(batch, hidden)
-    c_n = inputs.new_empty(batch, hidden) if name == "lstm" else None
+    output = over(shape.width, kind=dtype)
+    h_n = inputs.new_empty(batch, shape.width)
+    c_n = inputs.new_empty(batch, shape.hidden) if name == "lstm" else None
     gates = over(rows, save and keeps_gates(name, zoneout_h))
-    extra = over(hidden, save and name in ("lstm", "gru"))
-    exact = over(hidden, save and dtype != torch.float32)
+    extra = over(shape.hidden, save and name in ("lstm", "gru"))
+    exact = over(shape.width, save and dtype != torch.float32)
+    normed = over(normed_row(rows), save and shape.normed)
     if batch > 0:
-        plan = plan_of(batch, hidden, cell, dtype, False, inputs.device)
+        plan = plan_of(shape, False, inputs.device)
         kernels.recurrence_persistent_forward(
-            inputs, weight_hh, _wide(bias_hh), _wide(h0), _wide(c0), _wide(recurrent_mask), _indices(lengths),
-            _whole(reset), _whole(seed), _workspace(plan, inputs), output, h_n, c_n, gates, extra, exact,
-            [batch, time, hidden, cell, operand(dtype), reverse, training], zoneout_h, zoneout_c, plan,
+            inputs, weight_hh, _wide(bias_hh), _wide(h0), _wide(c0), weight_hr, _wide(recurrent_mask), norm_hh, norm_c,
+            norm_b, _indices(lengths), _whole(reset), _whole(seed), _workspace(plan, inputs), output, h_n, c_n, gates,
+            extra, exact, normed, shape.call(time, reverse, training), zoneout_h, zoneout_c, plan,
         )  # fmt: skip
-    return output, h_n.to(dtype), None if c_n is None else c_n.to(dtype), gates, extra, exact, None
+    return output, h_n.to(dtype), None if c_n is None else c_n.to(dtype), gates, extra, exact, normed
 
 
 def backward(
@@ -156,28 +190,56 @@ def backward(
     hidden: Optional, normed_hh: Optional, *, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float,
     training: bool, dtype: torch.dtype,
 ) -> Tensors:  # fmt: skip
-    """-> grad_inputs (B, T, G), grad_recurrent (B, T, G), grad_h0 (B, H), grad_c0 (B, H), and three that are None."""
-    _checked(output, weight_hh, cell, dtype, (weight_hr, norm_hh))
-    (batch, time, units), rows, name = output.shape, weight_hh.shape[0], CELLS[cell]
+    """-> grad_inputs (B, T, G), grad_recurrent (B, T, G), grad_h0 (B, P), grad_c0 (B, H), grad_projected (B, T, P),
+    grad_norm_c (H,), grad_norm_b (H,).
+    """
+    (batch, time, width), rows, name = output.shape, weight_hh.shape[0], CELLS[cell]
+    shape = _checked(Shape.of(batch, weight_hh, weight_hr, norm_hh, cell), output.device)
     states = output if hidden is None else hidden
     fresh = torch.zeros if lengths is not None else torch.empty
 
-    def made(*shape: int, wanted: bool = True) -> Optional:
-        return fresh(*shape, dtype=torch.float32, device=output.device) if wanted else None
+    def made(*size: int, wanted: bool = True) -> Optional:
+        return fresh(*size, dtype=torch.float32, device=output.device) if wanted else None
 
-    grad_inputs = made(batch, time, rows)
-    grad_recurrent = made(batch, time, rows, wanted=name == "gru")
-    grad_h0, grad_c0 = made(batch, units), made(batch, units, wanted=name == "lstm")
+    grad_inputs = fresh(batch, time, rows, dtype=torch.float32, device=output.device)
+    grad_recurrent = made(batch, time, rows, wanted=name == "gru" and norm_hh is None)
+    grad_h0, grad_c0 = made(batch, width), made(batch, shape.hidden, wanted=name == "lstm")
+    grad_projected = made(batch, time, width, wanted=shape.projected)
+    norms = None if norm_c is None else states.new_zeros(2, batch, shape.hidden)
+    normal_product = weight_sums = None
+    if normed_hh is not None:
+        normal = normed_hh[..., :rows].flatten(0, 1)
+        normal_product, weight_sums = product(normal.to(dtype), weight_hh), weight_hh.sum(0, dtype=torch.float32)
     if batch > 0:
-        plan = plan_of(batch, units, cell, dtype, True, output.device)
+        plan = plan_of(shape, True, output.device)
         grad = torch.zeros_like(states) if grad_output is None else _wide(grad_output)
         kernels.recurrence_persistent_backward(
-            grad, _wide(grad_h), _wide(grad_c), weight_hh, _wide(h0), _wide(c0), _wide(recurrent_mask),
-            _indices(lengths), _whole(reset), _whole(seed), states, gates, extra, _workspace(plan, states),
-            grad_inputs, grad_recurrent,
-            grad_h0, grad_c0, [batch, time, units, cell, operand(dtype), reverse, training], zoneout_h, zoneout_c, plan,
+            grad, _wide(grad_h), _wide(grad_c), weight_hh, _wide(h0), _wide(c0), weight_hr, _wide(recurrent_mask),
+            norm_hh, norm_c, norm_b, _indices(lengths), _whole(reset), _whole(seed), states, gates, extra, normed_hh,
+            normal_product, weight_sums, _workspace(plan, states), grad_inputs, grad_recurrent, grad_h0, grad_c0,
+            grad_projected, None if norms is None else norms[0], None if norms is None else norms[1],
+            shape.call(time, reverse, training), zoneout_h, zoneout_c, plan,
         )  # fmt: skip
-    return grad_inputs, grad_inputs if grad_recurrent is None else grad_recurrent, grad_h0, grad_c0, None, None, None
+    if norm_hh is not None and normed_hh is not None:
+        grad_recurrent = _through_norm(grad_inputs, gates if name == "gru" else None, norm_hh, normed_hh)
+        if lengths is not None:  # what a packed sequence is padded with isn't its own, and may be infinite
+            absent = torch.arange(time, device=lengths.device) >= lengths[:, None]
+            grad_recurrent.masked_fill_(absent.unsqueeze(2), 0)
+    grads = grad_inputs, grad_inputs if grad_recurrent is None else grad_recurrent, grad_h0, grad_c0, grad_projected
+    return *grads, *((None, None) if norms is None else norms.sum(1))
+
+
+def _through_norm(
+    grad_inputs: torch.Tensor, gates: Optional, norm_hh: torch.Tensor, normed_hh: torch.Tensor
+) -> torch.Tensor:
+    """Of W_hh h, from the gradient of the gates' sums; gates: a GRU's, whose reset gate lies between for the last."""
+    rows = grad_inputs.shape[-1]
+    grad, normal, scale = grad_inputs * norm_hh, normed_hh[..., :rows], normed_hh[..., rows : rows + 1]
+    if gates is not None:
+        units = rows // 3
+        grad[..., 2 * units :] *= gates[..., :units]
+    grad -= grad.mean(-1, keepdim=True).addcmul(normal, (grad * normal).mean(-1, keepdim=True))
+    return grad.mul_(scale)
 
 
 def _workspace(plan: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -115,9 +115,8 @@ def _torch(asked: "Asked", machine: Machine, backward: bool) -> float:
     weights = GATES[asked.cell] * asked.hidden * asked.width * asked.dtype.itemsize
     rows = max(1.0, asked.batch / 16)
     match algorithm(asked, machine, backward):
-        case (
-            "persistent"
-        ):  # through the measured point; the exchange grows with the rows and units that all blocks read
+        case "persistent":
+            # Through the measured point; the exchange grows with the rows and units that all blocks read.
             step = BARRIER + (1960 - BARRIER) * rows * asked.hidden / 768 * (1.5 if backward else 1)
             steps = float(asked.time)
         case "persistent of few units":
@@ -131,13 +130,15 @@ def _torch(asked: "Asked", machine: Machine, backward: bool) -> float:
 
 
 def _cuda(asked: "Asked", machine: Machine, backward: bool) -> float:
-    cell = CELLS.index(asked.cell)
-    plan = cuda_kernels.plan_of(asked.batch, asked.hidden, cell, asked.dtype, backward, asked.device)
-    size = [asked.batch, asked.time, asked.hidden, cell, cuda_kernels.operand(asked.dtype), 0, 0]
+    shape = cuda_kernels.Shape(
+        asked.batch, asked.hidden, asked.width, CELLS.index(asked.cell), asked.dtype, asked.normed, asked.projected
+    )
+    plan = cuda_kernels.plan_of(shape, backward, asked.device)
     facts = [machine.multiprocessors, machine.shared, int(machine.clusters)]
-    step = torch.ops.s2s.recurrence_persistent_step(size, backward, facts, list(plan))
+    step = torch.ops.s2s.recurrence_persistent_step(shape.call(asked.time), backward, facts, list(plan))
     # A second direction, on a stream of its own, runs beside the first where the blocks of both are resident.
-    beside = asked.directions == 2 and 2 * plan[2] * plan[3] <= machine.multiprocessors
+    team, teams = plan[cuda_kernels.TEAM : cuda_kernels.TEAM + 2]
+    beside = asked.directions == 2 and 2 * team * teams <= machine.multiprocessors
     turns = asked.layers * (1 if beside else asked.directions)
     return asked.time * step * turns + DRIVER_CALL * asked.layers * asked.directions
 
