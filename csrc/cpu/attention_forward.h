@@ -94,7 +94,8 @@ struct AttentionForward {
       ahead.add(p.query, p.query_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.width);
     }
     const int64_t rows = present - query_begin, blocks = block_end - block_begin;
-    if (turned && blocks == 1) ahead.add(p.out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
+    const bool only = span.keys <= attention_block && blocks == 1;  // and not just for these queries: threads deal them differently
+    if (turned && only) ahead.add(p.out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
     ahead.begin(group * (turned
                              ? turned_steps<T>(rows, min(span.keys, blocks * attention_block), p.width, turned_tiles<T>(p.value_width), 0)
                              : rows / (tiled ? tiled_rows : attention_rows) * blocks));
@@ -103,8 +104,8 @@ struct AttentionForward {
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
         const int64_t n = min(queries_at_once, query_end - i), some = max(int64_t{0}, min(n, present - i));
         if constexpr (std::is_same_v<S, T>) {
-          // Weights of one block can be divided by their sum before they meet values, and results be made where they are wanted.
-          if (turned && block_end - block_begin == 1 && value_width == p.value_width && !p.wide_out && !cleaned) {
+          // Weights of the only block can be divided by their sum before they meet values, and results be made where they are wanted.
+          if (turned && only && value_width == p.value_width && !p.wide_out && !cleaned) {
             S* const out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + (span.query_begin + i) * p.out_stride[2];
             turned_queries<true>(p, m, b, h, i, some, block_begin, block_end, out, p.out_stride[2], ahead);
             if (all_finite(some, value_width, out, p.out_stride[2])) {

@@ -49,11 +49,20 @@ S2S_INLINE Mask<T> load_mask(const uint8_t* from, int64_t n) {
   return __builtin_convertvector(bytes, Mask<T>) != 0;
 }
 
+// The vector of columns from c on, with `other` outside of the interval that the row sees.
+template <class T>
+S2S_INLINE Vec<T> within(const ScoreRow<T>& row, int64_t c, Vec<T> v, Vec<T> other) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  if (row.begin <= c && row.end >= c + lanes<T>) return v;
+  const Vec<Lane> column = iota<Lane>() + static_cast<Lane>(c);
+  v = select(column >= static_cast<Lane>(row.begin), v, other);
+  return select(column < static_cast<Lane>(row.end), v, other);
+}
+
 // The scores of one vector of columns from c on, -infinity where hidden. Without EXTRA there is only a scale and the interval.
 // `slowed` becomes tanh(score / cap). SCALED: the product has been scaled.
 template <class T, bool EXTRA, bool SCALED = false>
 S2S_INLINE Vec<T> score(const ScoreRow<T>& row, int64_t c, Vec<T> product, Vec<T>& slowed) {
-  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const Vec<T> hidden = broadcast(-std::numeric_limits<T>::infinity());
   // What is not finite gives NaN, be it an infinity.
   Vec<T> s = fma(product, Vec<T>{}, product);
@@ -71,12 +80,7 @@ S2S_INLINE Vec<T> score(const ScoreRow<T>& row, int64_t c, Vec<T> product, Vec<T
     if (row.sloped) s = s - row.slope * vabs(iota<T>() + (row.distance + static_cast<T>(c)));
     if (row.mask) s = select(load_mask<T>(row.mask + c, max(n, int64_t{0})), s, hidden);
   }
-  if (row.begin > c || row.end < c + lanes<T>) {
-    const Vec<Lane> column = iota<Lane>() + static_cast<Lane>(c);
-    s = select(column >= static_cast<Lane>(row.begin), s, hidden);
-    s = select(column < static_cast<Lane>(row.end), s, hidden);
-  }
-  return s;
+  return within(row, c, s, hidden);
 }
 
 template <class T, class B>

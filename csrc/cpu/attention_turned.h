@@ -6,17 +6,17 @@
 template <class T>
 S2S_INLINE void turned_interval(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t j,
                                 ScoreRow<T>& row) {
-  const int64_t from = j - span.diagonal - first;
-  row.begin = from - right;
-  row.end = from + left + 1;
-  if (row.end >= n) row.end = attention_block;
+  const int64_t from = j - span.diagonal - first, end = from + left + 1;
+  row.begin = max(int64_t{0}, from - right);
+  row.end = end < n ? max(int64_t{0}, end) : attention_block;
 }
 
-// Keys of a block, from its first one on, that see something of queries [first, first + n).
+// Keys of a block, from its first one on, that queries [first, first + n) see something of.
 S2S_INLINE Hull turned_keys(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at) {
   const int64_t begin = max(int64_t{0}, first_key(span, left, first) - at);
   const int64_t end = min(attention_block, end_key(span, right, first + n - 1) - at);
-  return {begin, max(begin, end)};
+  if (end <= begin) return {0, 0};
+  return {begin, end};
 }
 
 // Whether queries [first, first + n) see all of the keys of a block.

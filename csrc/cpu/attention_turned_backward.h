@@ -88,7 +88,7 @@ struct TurnedBackward {
       const Lane begin = at ? bound(at + p.left - span.diagonal - i) : 0;
       const Lane end = span.keys > block_end ? bound(block_end - p.right - span.diagonal - i) : static_cast<Lane>(lanes<T>);
       const Vec<T> known = load(m.delta + i);
-      delta = select(iota<Lane>() >= begin, delta, known);
+      delta = select(iota<Lane>() >= begin, delta + known * T(0), known);  // NaN where the result is not finite
       delta = select(iota<Lane>() < end, delta, known);
     }
     // A key that has all the weight, be it the only one that is seen, moves nothing but lse: the difference would be made of rounding
@@ -97,7 +97,12 @@ struct TurnedBackward {
     for (j = seen.begin; j < seen.end; ++j) {
       T* const slope_at = slopes + j * attention_block;
       const Vec<T> weight = load(weights + j * attention_block);
-      store(slope_at, select(weight == full, alone, weight * (load(slope_at) - delta)) * row.scale);
+      Vec<T> slope = select(weight == full, alone, weight * (load(slope_at) - delta)) * row.scale;
+      if constexpr (!OPEN) {
+        turned_interval(span, p.left, p.right, first, n, at + j, row);
+        slope = within(row, lane, slope, Vec<T>{});  // delta may be NaN
+      }
+      store(slope_at, slope);
     }
     return delta;
   }

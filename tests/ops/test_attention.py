@@ -89,6 +89,28 @@ def test_windows(backend):
         assert seen(2, 2, window=(2**62, 2**62)) == [[[1, 1], [1, 1]]]
 
 
+@needs_extension
+@pytest.mark.parametrize("time, source", [(20, 33), (64, 64), (40, 50), (100, 130), (130, 70)])
+@pytest.mark.parametrize("window", [(0, None), (5, None), (None, 5), (3, 17), (70, None), (None, 70), (66, 1)])
+def test_windows_that_cross_vectors_and_blocks(time, source, window):
+    draw = Draw()
+    tensors = draw(2, 2, time, 16), draw(2, 2, source, 16), draw(2, 2, source, 24)
+    for options in ({}, {"causal": "bottom-right"}, {"key_lengths": torch.tensor([source - 7, source])}):
+        worst = compare(s2s.attention, (tensors, {"window": window, "return_lse": True, **options}), "cpu")
+        assert all(excess <= 0 for excess in worst.values()), worst
+
+
+@needs_extension
+@pytest.mark.parametrize("size", [40, 100])
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_finite_stays_with_what_sees_it(size, place):
+    draw = Draw()
+    tensors = [draw(1, 2, size, 16) for _ in range(3)]
+    tensors[place][:, :, 20] = NAN
+    worst = compare(s2s.attention, (tuple(tensors), {"window": (3, 2)}), "cpu")
+    assert all(excess <= 0 for excess in worst.values()), worst
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slopes_count_from_the_diagonal(backend):
     slopes = torch.tensor([math.log(2.0)])
@@ -477,6 +499,23 @@ def test_the_same_bits_on_any_number_of_threads(bias, width):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("source, window", [(70, (30, 30)), (60, (30, None)), (300, (40, 0)), (300, None)])
+def test_the_same_bits_however_queries_are_dealt(source, window):
+    draw = Draw()
+    query, key, value = draw(1, 1, 400, 32), draw(1, 1, source, 32), draw(1, 1, source, 32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(s2s.attention(query, key, value, window=window, return_lse=True))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
