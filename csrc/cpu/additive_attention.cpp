@@ -234,13 +234,13 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& quer
       uint8_t* const place = own + bytes + shown;
       int64_t entry_of = -1;
       for (int64_t task = from; task < to; ++task) {
-        if (const int64_t b = task / tiles; call.entry_tables && b != entry_of) {
+        const int64_t b = task / tiles, begin = task % tiles * call.tile(), rows = std::min(call.tile(), p.rows - begin);
+        if (call.entry_tables && b != entry_of) {
           C* const table_of = reinterpret_cast<C*>(place);
           uint8_t* const flags = place + table_bytes;
           fill_blocks(here, b * p.blocks(), (b + 1) * p.blocks(), table_of, flags, reinterpret_cast<C*>(flags + flag_bytes), false);
           here.table = table_of, here.outlier = flags, entry_of = b;
         }
-        const int64_t b = task / tiles, begin = task % tiles * call.tile(), rows = std::min(call.tile(), p.rows - begin);
         const int64_t row = b * p.rows + begin, n = p.length(b);
         attend(here, b, begin, rows, s, save ? statistics_out + 2 * row : nullptr, before);
         narrow(s.rows, context_out + row * p.values, rows * p.values);

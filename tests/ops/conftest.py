@@ -41,3 +41,23 @@ def real_tiles(kernels):
         for name in names:
             patch.setattr(triton_kernels, name, larger(name))
         yield chosen
+
+
+@pytest.fixture
+def products(monkeypatch, real_tiles):
+    """A list to which each product of attention's kernels, with the tiles of a GPU, adds the elements that it makes."""
+    from triton.runtime import interpreter
+
+    from s2s_kernels.ops.attention import triton_kernels
+
+    for name, tiles in real_tiles.items():
+        monkeypatch.setattr(triton_kernels, name, tiles)
+    counted = []
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        counted.append(a.data.shape[0] * b.data.shape[1])
+        return original(self, a, b, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    return counted

@@ -598,12 +598,15 @@ def test_what_forward_keeps_and_no_cache_holds(cell, time, norm):
         assert all(torch.equal(a[rows], b) for a, b in zip(whole, results(rows), strict=True))
 
 
+@pytest.mark.parametrize("heads, dtype", [(1, torch.float32), (2, torch.float32), (2, torch.float16)], ids=str)
 @every_cell
 @both_backends
-def test_packed_sequences_are_their_present_positions(cell, backend):
+def test_packed_sequences_are_their_present_positions(cell, backend, heads, dtype):
     """The data of a PackedSequence give what the padded sequence gives at its present positions, to the bit."""
-    lengths = torch.tensor([6, 4, 4, 1])
-    function, (args, kwargs) = sample(cell, 4, 6, 3, 5, state=True, lengths=lengths.tolist())
+    lengths, hidden = torch.tensor([6, 4, 4, 1]), 5 if heads == 1 else 6
+    function, (args, kwargs) = sample(
+        cell, 4, 6, 3, hidden, heads=heads, state=True, lengths=lengths.tolist(), dtype=dtype
+    )  # fmt: skip
     where = torch.arange(6).unsqueeze(1) < lengths  # (T, B)
     x, *others = args
     for options in ({}, {"reverse": True}, {"zoneout": 0.3, "training": True}):

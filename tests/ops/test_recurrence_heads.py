@@ -129,26 +129,6 @@ def test_the_matrix_is_made_only_where_heads_meet(monkeypatch):
     assert ran("lstm", layer_norm=True) and ran("lstm", projected=4) and ran("gru", zoneout=0.3, training=True)
 
 
-@every_cell
-@both_backends
-def test_packed_sequences(cell, backend):
-    lengths = torch.tensor([6, 4, 4, 1])
-    where = torch.arange(6).unsqueeze(1) < lengths  # (T, B)
-    for dtype in (torch.float32, torch.float16):
-        function, (args, kwargs) = sample(cell, 4, 6, 3, 6, heads=2, state=True, lengths=lengths.tolist(), dtype=dtype)
-        x, *others = args
-        with use_backend(backend):
-            padded, data = x.clone().requires_grad_(), x.transpose(0, 1)[where].requires_grad_()
-            whole, *states = function(padded, *others, **kwargs)
-            packed, *same = function(data, *others, **kwargs, packed=True)
-            assert torch.equal(packed, whole.transpose(0, 1)[where])
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(states, same, strict=True))
-            upstream = noise_like(packed, 0)
-            (grad,) = torch.autograd.grad(packed, data, upstream)
-            (expected,) = torch.autograd.grad(whole.transpose(0, 1)[where], padded, upstream)
-            torch.testing.assert_close(grad, expected.transpose(0, 1)[where])
-
-
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_heads_round_the_gradient_of_x_once(dtype):
