@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -138,10 +138,25 @@ def choice(operator: str, name: str, value: Any, allowed: Sequence[Any]) -> None
         wrong_value(operator, name, f"one of {', '.join(map(repr, allowed))}", repr(value))
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def traced_as_constant(function: Function) -> Function:
+    """A traced call takes its answers for constants, as `torch.compiler.assume_constant_result` would have it, which
+    imports the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@traced_as_constant
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)  # which torch.compile can't trace before torch 2.12
+
+
 def autocasts(value: torch.Tensor) -> bool:
     """Whether autocast is on for the device of a tensor."""
     device = value.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(value: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

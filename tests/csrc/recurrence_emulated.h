@@ -1,4 +1,4 @@
-// Launches the persistent recurrences on the host: what csrc/cuda/recurrence.cu is on a GPU.
+// Launches the persistent recurrences on the host: what csrc/cuda/recurrence_launch.cu is on a GPU.
 #pragma once
 #include "../../csrc/cuda/recurrence_kernels.cuh"
 

@@ -1,4 +1,4 @@
-// The persistent recurrences of one operand, as csrc/cuda/recurrence.cu compiles them: both directions, both exchanges, plain and extended.
+// The persistent recurrences of one operand, as csrc/cuda/recurrence_launch.cu compiles them: both directions, both exchanges, plain and extended.
 #include "../../csrc/cuda/recurrence_kernels.cuh"
 
 namespace s2s::persistent {

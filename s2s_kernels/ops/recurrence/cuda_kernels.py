@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...checks import traced_as_constant
 from .autograd import CELLS, keeps_gates, normed_row
 from .products import product
 from .reference import GATES
@@ -34,6 +35,7 @@ def machine_of(device: torch.device) -> tuple[int, int, bool]:
     return facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9  # type: ignore[attr-defined]
 
 
+@traced_as_constant
 def missing(device: torch.device) -> str | None:
     """Why the kernels don't run on this device at all."""
     if not hasattr(kernels, "recurrence_persistent_forward"):
@@ -112,6 +114,7 @@ def gap(
     )
 
 
+@traced_as_constant
 def _too_large(
     hidden: int, width: int, cell: int, dtype: torch.dtype, device: torch.device, projected: bool, normed: bool
 ) -> str | None:
@@ -120,11 +123,6 @@ def _too_large(
         return None
     what = f"{GATES[CELLS[cell]]} gates of {hidden} units" + (f", projected to {width}" if projected else "")
     return f"the recurrent weights ({what}) don't fit the registers and shared memory of this device"
-
-
-# A traced call takes their answers for constants, as `torch.compiler.assume_constant_result` would have it, which
-# imports the compiler.
-missing._dynamo_marked_constant = _too_large._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _checked(shape: Shape, device: torch.device) -> Shape:
