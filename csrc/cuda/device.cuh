@@ -15,6 +15,11 @@ struct alignas(8) Pair {
   uint32_t at[2];
 };
 
+// Four numbers that are stored and loaded as one.
+struct alignas(16) Four {
+  float at[4];
+};
+
 }  // namespace device
 
 #if defined(__CUDACC__)
@@ -63,6 +68,11 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(shared_bytes);
 }
 __device__ inline void block_sync() { __syncthreads(); }
+// The value, which the compiler takes for one that it can't load again from where it came.
+__device__ inline int in_register(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 __device__ inline void warp_sync() { __syncwarp(); }
 // The sum over each half of the warp, the same bits for all of its lanes; by the whole warp.
 __device__ inline float half_warp_sum(float value) {
@@ -147,7 +157,7 @@ __device__ inline Words load_coherent(const void* from) {
   return w;
 }
 
-// Copies from global to shared memory in the background; visible to this thread after copies_wait.
+// Copies from global to shared memory in the background; visible to this thread once it has waited for the commit after them.
 __device__ inline void copy_word(float* to, const float* from) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
@@ -156,7 +166,9 @@ __device__ inline void copy_words(float* to, const float* from) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
-__device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all copies of this thread but those of its last commit.
+__device__ inline void copies_wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 // d (16, 8) += a (16, K) b (K, 8), K = 16 of 16-bit values or 8 of tf32, by the whole warp; PTX ISA, "matrix fragments for mma".
 __device__ inline void multiply(bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -5,10 +5,18 @@
 
 namespace s2s::persistent {
 
-// The units of H or of P that a block has; 0 or fewer of them where others have all.
+// The units of H or of P that a block has; 0 or fewer of them where others have all. And which of them a thread has in every step: one, in
+// every so-manieth row of a tile. That is found once: a division takes as long as half of a unit's arithmetic.
 struct OwnUnits {
-  int first, count;
-  __device__ OwnUnits(int rank, int each, int all) : first(rank * each), count(each < all - first ? each : all - first) {}
+  static constexpr int never = 1 << 20;  // a row that no tile has
+
+  int first, count, unit, row, rows;
+  __device__ OwnUnits(int rank, int each, int all)
+      : first(rank * each),
+        count(each < all - first ? each : all - first),
+        unit(threadIdx.x % each),
+        row(unit < count && threadIdx.x / each < blockDim.x / each ? threadIdx.x / each : never),
+        rows(blockDim.x / each) {}
 };
 
 // Rows that every block of a team writes its units of, for a product to read whole. In two turns, or in one where another exchange lies
@@ -16,10 +24,34 @@ struct OwnUnits {
 template <Operand operand>
 struct Exchange {
   using Element = typename OperandType<operand>::Element;
+  static constexpr int each = 16 / static_cast<int>(sizeof(Element));
 
   unsigned char* rows;
   int turn_bytes, row_bytes, stride, segments;
   OwnUnits own;
+  // What a thread sends to other blocks of a cluster: one of the block's vectors of 16 bytes, in one of a tile's rows, to every so-manieth.
+  struct Sender {
+    int items, of_row, item, row, at, peer, peers;
+  } sender;
+
+  __device__ Exchange(unsigned char* rows, int64_t turn_bytes, const ExchangedRow& kind, const OwnUnits& own, int most, int tile)
+      : rows(rows),
+        turn_bytes(static_cast<int>(turn_bytes)),
+        row_bytes(static_cast<int>(kind.row_bytes())),
+        stride(kind.stride()),
+        segments(kind.segments),
+        own(own) {
+    const int of_row = segments * ((most + each - 1) / each), items = tile * of_row, threads = blockDim.x;
+    const int item = items < threads ? threadIdx.x % items : threadIdx.x, peers = items < threads ? threads / items : 1;
+    const int peer = items < threads ? threadIdx.x / items : 0;
+    sender = {items, of_row, peer < peers ? item : OwnUnits::never, item / of_row, 0, peer, peers};
+    sender.at = at(item);
+  }
+  // The place in a row of one of the items, in vectors; below 0: nothing of the block's is there.
+  __device__ int at(int item) const {
+    const int vectors = sender.of_row / segments, vector = item % sender.of_row % vectors;
+    return vector * each < own.count ? (item % sender.of_row / vectors * stride + own.first) / each + vector : -1;
+  }
 
   __device__ unsigned char* row(int turn, int row) const { return rows + turn * turn_bytes + row * row_bytes; }
   __device__ void put(int turn, int at, int segment, int unit, float value) const {
@@ -43,6 +75,12 @@ class RecurrenceBlock {
         of_width(extended ? OwnUnits(rank, a.plan.width_units, a.width) : of_hidden),
         a_(a),
         layout_(a.plan, a.shape) {
+    const int vectors = most_own() / (a.wide_copies ? 4 : 1), each_row = vectors * a.shape.feeds, threads = blockDim.x;
+    feed_rows_ = each_row < threads ? threads / each_row : 1;
+    feed_row_ = threadIdx.x / each_row < feed_rows_ ? threadIdx.x / each_row : each_row < threads ? OwnUnits::never : 0;
+    feed_column_ = each_row < threads ? threadIdx.x % each_row : threadIdx.x;
+    feed_slot_ = feed_column_ / vectors;
+    feed_vector_ = feed_column_ % vectors;
     const int64_t both = 2 * exchanged_bytes(a.plan, a.shape.recurrent());
     const int64_t projected = extended && a.shape.projected ? exchanged_bytes(a.plan, a.shape.projection()) : 0;
     if constexpr (cluster) {
@@ -68,6 +106,18 @@ class RecurrenceBlock {
   __device__ float* state(int which, int row, int unit) const {
     return shared<float>(layout_.state) + (which * a_.plan.rows + row) * most_own() + unit;
   }
+  // Numbers of a unit that are the same in every step: those of memory would have to be read anew after each barrier.
+  __device__ float* constant(int which, int unit) const { return shared<float>(layout_.constants) + which * most_own() + unit; }
+  // `count` of them, from `which` on, of data (count, units); nothing where there is no data.
+  __device__ void read_constants(int which, const float* data, int count, int64_t stride, const OwnUnits& own) const {
+    for (int unit = threadIdx.x; data && unit < own.count; unit += blockDim.x)
+      for (int i = 0; i < count; ++i) *constant(which + i, unit) = data[i * stride + own.first + unit];
+  }
+  __device__ void read_norms(const OwnUnits& own) const {
+    read_constants(norm_hh, a_.norm_hh, a_.shape.gates, a_.hidden, own);
+    read_constants(norm_c, a_.norm_c, 1, 0, own);
+    read_constants(norm_b, a_.norm_b, 1, 0, own);
+  }
   // Numbers of a unit that outlast a barrier.
   __device__ float* kept(int row, int which, int unit) const {
     return shared<float>(layout_.kept) + (row * a_.shape.kept() + which) * most_own() + unit;
@@ -75,27 +125,26 @@ class RecurrenceBlock {
 
   __device__ Exchange<operand> recurrent() const {
     const ExchangedRow row = a_.shape.recurrent();
-    return {rows_,        static_cast<int>(exchanged_bytes(a_.plan, row)), static_cast<int>(row.row_bytes()), row.stride(),
-            row.segments, a_.shape.backward ? of_hidden : of_width};
+    return {rows_, exchanged_bytes(a_.plan, row), row, a_.shape.backward ? of_hidden : of_width, most_own(), a_.plan.rows};
   }
   __device__ Exchange<operand> projection() const {
-    const ExchangedRow row = a_.shape.projection();
     unsigned char* const rows = rows_ + 2 * exchanged_bytes(a_.plan, a_.shape.recurrent());
-    return {rows, 0, static_cast<int>(row.row_bytes()), row.stride(), 1, a_.shape.backward ? of_width : of_hidden};
+    return {rows, 0, a_.shape.projection(), a_.shape.backward ? of_width : of_hidden, most_own(), a_.plan.rows};
   }
   // Every block's values are there for all when this returns; meanwhile() is what needn't wait for them.
   template <class Meanwhile>
   __device__ void meet(const Exchange<operand>& exchange, int turn, const Meanwhile& meanwhile) {
     if constexpr (cluster) {
       device::block_sync();
-      const int each = 16 / static_cast<int>(sizeof(Element)),
-                vectors = (exchange.own.count > 0 ? exchange.own.count + each - 1 : 0) / each;
-      const int segments = exchange.segments, count = rows * segments * vectors, peers = a_.plan.team - 1;
-      for (int i = threadIdx.x; i < count * peers; i += blockDim.x) {
-        const int peer = i / count, at = i % count, vector = at % vectors, segment = at / vectors % segments, row = at / vectors / segments;
-        Words* const here =
-            reinterpret_cast<Words*>(exchange.row(turn, row)) + (segment * exchange.stride + exchange.own.first) / each + vector;
-        device::store_in_block(here, peer < rank ? peer : peer + 1, *here);
+      const int peers = a_.plan.team - 1;
+      for (int i = exchange.sender.item; i < exchange.sender.items; i += blockDim.x) {
+        const bool known = i == exchange.sender.item;
+        const int row = known ? exchange.sender.row : i / exchange.sender.of_row, at = known ? exchange.sender.at : exchange.at(i);
+        if (row >= rows || at < 0) continue;
+        Words* const here = reinterpret_cast<Words*>(exchange.row(turn, row)) + at;
+        const Words value = *here;
+        for (int peer = exchange.sender.peer; peer < peers; peer += exchange.sender.peers)
+          device::store_in_block(here, peer < rank ? peer : peer + 1, value);
       }
 #ifdef S2S_FORGET_THE_STEPS_BARRIER
       meanwhile();
@@ -110,9 +159,10 @@ class RecurrenceBlock {
       meanwhile();
 #else
       target_ += a_.plan.team;
-      if (threadIdx.x == 0) device::arrive(counter_);
+      const bool speaks = threadIdx.x == blockDim.x - 1;  // of the warp that has least to do meanwhile
+      if (speaks) device::arrive(counter_);
       meanwhile();
-      if (threadIdx.x == 0) {
+      if (speaks) {
         while (static_cast<int>(device::arrived(counter_) - target_) < 0) {
         }
       }
@@ -169,50 +219,58 @@ class RecurrenceBlock {
   }
   __device__ bool has_before(int row, int step, const float* initial) const { return !starts(row, step) && (step > 0 || initial); }
 
-  // Does item(row, unit) for the block's own units in rows [first, end) that take the step.
+  // Does item(row, unit) for units of the block in rows [first, end) that take the step.
   template <class Item>
-  __device__ void each_unit(const OwnUnits& own, int units, int first, int end, int step, const Item& item) const {
+  __device__ void each_unit(const OwnUnits& own, int first, int end, int step, const Item& item) const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (end - first) * units; i += blockDim.x) {
-      const int row = first + i / units, unit = i % units;
-      if (unit < own.count && step < lengths[row]) item(row, unit);
-    }
+    for (int row = first + own.row; row < end; row += own.rows)
+      if (step < lengths[row]) item(row, own.unit);
   }
 
-  // Starts to copy what a step reads, for all rows.
+  // Starts to copy what a step reads, for all rows: one commit, of nothing where there is no such step.
   __device__ void feed(int step) const {
-    const int each = a_.wide_copies ? 4 : 1, most = most_own() / each, feeds = a_.shape.feeds, count = rows * feeds * most;
-    for (int i = threadIdx.x; step >= 0 && i < count; i += blockDim.x) {
-      const int unit = i % most * each, slot = i / most % feeds, row = i / most / feeds;
-      if (step >= lengths[row]) continue;
+    const int each = a_.wide_copies ? 4 : 1, vectors = most_own() / each, each_row = vectors * a_.shape.feeds;
+#pragma unroll 1
+    for (int column = feed_column_; step >= 0 && column < each_row; column += blockDim.x) {
+      const bool first = !extended && column == feed_column_;  // registers are short in extended kernels
+      const int slot = first ? feed_slot_ : column / vectors, unit = (first ? feed_vector_ : column % vectors) * each;
       const RecurrenceFeed& from = a_.feeds[slot];
       const bool wide = extended && from.of_width;
       if (unit >= (wide ? of_width.count : of_hidden.count)) continue;
-      const float* source;
-      if (!from.before)
-        source = from.data + position(row, step) * from.stride;
-      else if (!has_before(row, step, from.initial))
-        continue;
-      else
-        source = step > 0 ? from.data + position(row, step - 1) * from.stride : from.initial + (first_row + row) * from.stride;
-      source += (wide ? of_width.first : of_hidden.first) + unit;
-      if (each == 4)
-        device::copy_words(fed(row, slot, unit), source);
-      else
-        device::copy_word(fed(row, slot, unit), source);
+#pragma unroll 1
+      for (int row = feed_row_; row < rows; row += feed_rows_) {
+        if (step >= lengths[row]) continue;
+        const float* source;
+        if (!from.before)
+          source = from.data + position(row, step) * from.stride;
+        else if (!has_before(row, step, from.initial))
+          continue;
+        else
+          source = step > 0 ? from.data + position(row, step - 1) * from.stride : from.initial + (first_row + row) * from.stride;
+        source += (wide ? of_width.first : of_hidden.first) + unit;
+        if (each == 4)
+          device::copy_words(fed(step, row, slot, unit), source);
+        else
+          device::copy_word(fed(step, row, slot, unit), source);
+      }
     }
     if constexpr (extended)
       for (int i = threadIdx.x; step >= 0 && a_.scales && i < rows * scales_of_row; i += blockDim.x) {
         const int row = i / scales_of_row, number = i % scales_of_row;
-        if (step < lengths[row]) device::copy_word(scale(row) + number, a_.scales + position(row, step) * a_.normed_row + number);
+        if (step < lengths[row]) device::copy_word(scale(step, row) + number, a_.scales + position(row, step) * a_.normed_row + number);
       }
+    device::copies_commit();
   }
-  __device__ float* fed(int row, int slot, int unit) const {
-    return shared<float>(layout_.feeds) + (row * a_.shape.feeds + slot) * most_own() + unit;
+  __device__ float* fed(int step, int row, int slot, int unit) const {
+    return shared<float>(layout_.feeds) + ((step % feed_turns * a_.plan.rows + row) * a_.shape.feeds + slot) * most_own() + unit;
   }
-
   // The `Scale`s of a row, read ahead too.
-  __device__ float* scale(int row) const { return shared<float>(layout_.scales) + row * 4; }
+  __device__ float* scale(int step, int row) const { return shared<float>(layout_.scales) + (step % feed_turns * a_.plan.rows + row) * 4; }
+
+  // What a step gives memory. A block that arrives waits until its own stores have been answered: they come after it has arrived.
+  __device__ device::Four* written(int row, int unit) const {
+    return shared<device::Four>(layout_.written) + (row * most_own() + unit) * written_fours(extended);
+  }
 
   __device__ int most_own() const { return extended ? most_units(a_.plan) : a_.plan.units; }
 
@@ -226,6 +284,7 @@ class RecurrenceBlock {
  private:
   const Recurrence& a_;
   const RecurrenceLayout layout_;
+  int feed_rows_, feed_row_, feed_column_, feed_slot_, feed_vector_;
   unsigned char* rows_;
   unsigned *counter_ = nullptr, target_ = 0;
 };
@@ -250,18 +309,39 @@ class BlockProduct {
     if (warp_k_ < warps_k_) product_.run(rows, row_bytes, here, partial_ + (warp_k_ * warps_m_ + warp_m_) * tiles * tile_m * partial_row);
   }
 
-  // The sum for one of the block's rows of the weights, over the warps that share K, in a fixed order.
-  __device__ float summed(int weight_row, int column) const {
-    const int block = warps_m_ * tiles * tile_m * partial_row;
-    const float* from = partial_ + weight_row * partial_row + column;
-    float sum = from[0];
+  // The sums for one of the block's rows of the weights, and for those that follow it `apart`, `count` in all, over the warps that share K,
+  // in a fixed order; others of `sums` mean nothing.
+  template <int most>
+  __device__ void summed(int weight_row, int apart, int count, int column, float (&sums)[most]) const {
+    const float* const from = partial_ + weight_row * partial_row + column;
+    const int next = device::in_register(warps_m_ * tiles * tile_m * partial_row);
+    int other[most];
 #pragma unroll
-    for (int i = 1; i < most_threads / warp; ++i)  // unrolled, so that no load waits for another
-      if (i < warps_k_) sum += from[i * block];
-    return sum;
+    for (int g = 0; g < most; ++g) other[g] = device::in_register(g < count ? g * apart * partial_row : 0);
+    // Unrolled for the usual numbers, so that no load waits for another.
+    if (warps_k_ == 8)
+      add<8>(from, next, other, sums);
+    else if (warps_k_ == 4)
+      add<4>(from, next, other, sums);
+    else
+      add<1>(from, next, other, sums);
+  }
+  __device__ float summed(int weight_row, int column) const {
+    float sum[1];
+    summed(weight_row, 0, 1, column, sum);
+    return sum[0];
   }
 
  private:
+  template <int unrolled, int most>
+  __device__ void add(const float* from, int next, const int (&other)[most], float (&sums)[most]) const {
+#pragma unroll
+    for (int g = 0; g < most; ++g) sums[g] = from[other[g]];
+#pragma unroll unrolled
+    for (int i = 1; i < (unrolled > 1 ? unrolled : warps_k_); ++i)
+#pragma unroll
+      for (int g = 0; g < most; ++g) sums[g] += from[i * next + other[g]];
+  }
   __device__ int count(const ProductShape& shape) const {
     const int left = warp_k_ < warps_k_ ? shape.blocks_k - warp_k_ * shape.each() : 0;
     return left < 0 ? 0 : left < shape.each() ? left : shape.each();

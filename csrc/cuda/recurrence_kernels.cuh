@@ -51,6 +51,9 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
         return row_of<Element>(a.weight_hh, static_cast<int64_t>(gate) * H + own.first + unit, k, P, gate < G && unit < own.count);
       });
 
+  block.read_constants(bias, a.bias_hh, G, H, own);
+  if constexpr (extended) block.read_norms(own);
+
   // What the step to come sees of h, as its product's operand too.
   const auto hand_on = [&](int row, int unit, int step, bool starts, float h) {
     if (starts) h = 0.f;
@@ -67,8 +70,8 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
     float gate[4];
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
-      gate[g] = g < G ? *block.fed(row, g, unit) : 0.f;
-      if (g < G && a.bias_hh) sums[g] += a.bias_hh[g * H + at];
+      gate[g] = g < G ? *block.fed(step, row, g, unit) : 0.f;
+      if (g < G && a.bias_hh) sums[g] += *block.constant(bias + g, unit);
     }
     const float c_before = *block.state(1, row, unit);
     float h = 0.f, c = c_before;
@@ -84,11 +87,8 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
       h = rnn_step(gate, sums, a.cell == Cell::rnn_relu);
     }
     c = blended(new_share(a, stream_c, position, at), c_before, c);
-#pragma unroll
-    for (int g = 0; g < 4; ++g)
-      if (a.gates && g < G) a.gates[(position * G + g) * H + at] = gate[g];
-    if (a.extra) a.extra[position * H + at] = a.cell == Cell::lstm ? c : sums[2];
-    if (a.c_n && step == block.lengths[row] - 1) a.c_n[(block.first_row + row) * H + at] = c;
+    block.written(row, unit)[0] = {gate[0], gate[1], gate[2], gate[3]};
+    block.written(row, unit)[1].at[0] = a.cell == Cell::lstm ? c : sums[2];
     *block.state(1, row, unit) = starts ? 0.f : c;
     return h;
   };
@@ -97,25 +97,52 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
     const int64_t position = block.position(row, step);
     const int at = own_h.first + unit;
     h = blended(new_share(a, stream_h, position, at), *block.state(0, row, unit), h);
+    block.written(row, unit)[1].at[1] = h;
+    hand_on(row, unit, step + 1, starts, h);
+  };
+  const auto write_cell = [&](int row, int unit, int step) {
+    const int64_t position = block.position(row, step);
+    const int at = own.first + unit;
+    const device::Four* const from = block.written(row, unit);
+    const device::Four gates = from[0];
+    const float extra = from[1].at[0];
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      if (g >= G) continue;
+      if (a.gates) a.gates[(position * G + g) * H + at] = gates.at[g];
+      if (extended && a.normed && a.norm_hh) a.normed[position * a.normed_row + g * H + at] = from[2].at[g];
+    }
+    if (a.extra) a.extra[position * H + at] = extra;
+    if (a.c_n && step == block.lengths[row] - 1) a.c_n[(block.first_row + row) * H + at] = extra;
+  };
+  const auto write_output = [&](int row, int unit, int step) {
+    const int64_t position = block.position(row, step);
+    const int at = own_h.first + unit;
+    const float h = block.written(row, unit)[1].at[1];
     static_cast<Element*>(a.output)[position * P + at] = device::rounded<Element>(h);
     if (a.exact) a.exact[position * P + at] = h;
     if (step == block.lengths[row] - 1) a.h_n[(block.first_row + row) * P + at] = h;
-    hand_on(row, unit, step + 1, starts, h);
+  };
+  const auto write = [&](int step) {
+    block.each_unit(own_h, 0, block.rows, step, [&](int row, int unit) {
+      write_output(row, unit, step);
+      if constexpr (!extended) write_cell(row, unit, step);
+    });
+    if constexpr (extended) block.each_unit(own, 0, block.rows, step, [&](int row, int unit) { write_cell(row, unit, step); });
   };
   // `by` multiplies what is exchanged, pass by pass; item(row, unit, column) finds its sums there.
-  const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
-                            const auto& item) {
+  const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int step, const auto& item) {
     for (int first = 0; first < block.rows; first += columns) {
       by.run(block.ready(from, turn, first), from.row_bytes, block.rows - first);
       device::copies_wait();
       device::block_sync();
       const int end = block.rows - first < columns ? block.rows : first + columns;
-      block.each_unit(of, units, first, end, step, [&](int row, int unit) { item(row, unit, row - first); });
+      block.each_unit(of, first, end, step, [&](int row, int unit) { item(row, unit, row - first); });
       if (first + columns < block.rows) device::block_sync();  // the sums' memory is the next pass's
     }
   };
 
-  const auto take_steps = [&](const auto& step_of) {
+  const auto take_steps = [&](const auto& step_of, const auto& write_rows) {
     for (int64_t begin = static_cast<int64_t>(block.team) * a.plan.rows; begin < a.batch;
          begin += static_cast<int64_t>(block.teams) * a.plan.rows) {
       const int steps = block.enter(begin);
@@ -136,33 +163,44 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
           *block.state(1, row, unit) = starts ? 0.f : c;
         }
       }
-      block.meet(recurrent, 0, [&] { block.feed(0); });
+      block.meet(recurrent, 0, [&] {
+        for (int step = 0; step < feed_turns; ++step) block.feed(step);
+      });
       for (int step = 0; step < steps; ++step) {
         step_of(step);
-        block.meet(recurrent, (step + 1) % 2, [&] { block.feed(step + 1); });
+        block.meet(recurrent, (step + 1) % 2, [&] {
+          write(step);
+          write_rows(step);
+          block.feed(step + feed_turns);
+        });
       }
     }
   };
 
   if constexpr (!extended) {
-    take_steps([&](int step) {
-      multiply(product, recurrent, step % 2, own, U, step, [&](int row, int unit, int column) {
-        float sums[4];
-#pragma unroll
-        for (int g = 0; g < 4; ++g) sums[g] = g < G ? product.summed(g * U + unit, column) : 0.f;
-        const bool starts = starts_after(row, step);
-        settle(row, unit, step, starts, cell_step(row, unit, step, starts, sums));
-      });
-    });
+    take_steps(
+        [&](int step) {
+          multiply(product, recurrent, step % 2, own, step, [&](int row, int unit, int column) {
+            float sums[4];
+            product.summed(unit, U, G, column, sums);
+            const bool starts = starts_after(row, step);
+            settle(row, unit, step, starts, cell_step(row, unit, step, starts, sums));
+          });
+        },
+        [](int) {});
   } else {
     const Exchange<operand> projected = block.projection();
     const auto projection = projection_of<Block, operand, cluster>(
         a, block, [&](int unit, int k) { return row_of<Element>(a.weight_hr, own_h.first + unit, k, H, unit < own_h.count); });
     RowStatistics<operand, cluster> statistics(a, block);
-    const auto save_scale = [&](int step, int scale, int number) {
+    const auto write_scales = [&](int step) {
       if (!a.normed || block.rank > 0) return;
-      for (int row = threadIdx.x; row < block.rows; row += blockDim.x)
-        if (step < block.lengths[row]) a.normed[block.position(row, step) * a.normed_row + G * H + scale] = statistics.of(row)[number];
+      for (int row = threadIdx.x; row < block.rows; row += blockDim.x) {
+        if (step >= block.lengths[row]) continue;
+        float* const to = a.normed + block.position(row, step) * a.normed_row + G * H;
+        to[scale_hh] = statistics.of(row)[2];
+        if (a.norm_c) to[mean_c] = statistics.of(row)[0], to[scale_c] = statistics.of(row)[1];
+      }
     };
     const auto finish = [&](int row, int unit, float h) {
       if (a.shape.projected)
@@ -170,55 +208,60 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
       else
         *block.kept(row, 0, unit) = h;
     };
-    take_steps([&](int step) {
-      multiply(product, recurrent, step % 2, own, U, step, [&](int row, int unit, int column) {
-        for (int g = 0; g < G; ++g) *block.kept(row, g, unit) = product.summed(g * U + unit, column);
-      });
-      device::block_sync();
-      if (a.norm_hh) {
-        statistics.send_moments(0, G, step);
-        statistics.meet();
-        statistics.receive_moments(0, G);
-        device::block_sync();
-        save_scale(step, scale_hh, 1);
-      }
-      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
-        float sums[4];
+    take_steps(
+        [&](int step) {
+          multiply(product, recurrent, step % 2, own, step, [&](int row, int unit, int column) {
+            float sums[4];
+            product.summed(unit, U, G, column, sums);
 #pragma unroll
-        for (int g = 0; g < 4; ++g) {
-          sums[g] = g < G ? *block.kept(row, g, unit) : 0.f;
-          if (g >= G || !a.norm_hh) continue;
-          sums[g] = (sums[g] - statistics.of(row)[0]) * statistics.of(row)[1];
-          if (a.normed) a.normed[block.position(row, step) * a.normed_row + g * H + own.first + unit] = sums[g];
-          sums[g] *= a.norm_hh[g * H + own.first + unit];
-        }
-        const float h = cell_step(row, unit, step, starts_after(row, step), sums);
-        if (!a.norm_c) finish(row, unit, h);
-      });
-      if (a.norm_c) {
-        device::block_sync();
-        statistics.send_moments(1, 1, step);
-        statistics.meet();
-        statistics.receive_moments(1, 1);
-        device::block_sync();
-        save_scale(step, mean_c, 0);
-        save_scale(step, scale_c, 1);
-        block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
-          const int at = own.first + unit;
-          const float normal = (*block.kept(row, 0, unit) - statistics.of(row)[0]) * statistics.of(row)[1];
-          finish(row, unit, *block.kept(row, 1, unit) * tanhf(fmaf(normal, a.norm_c[at], a.norm_b[at])));
-        });
-      }
-      statistics.pass();
-      if (a.shape.projected) {
-        block.meet(projected, 0, [] {});
-        multiply(projection, projected, 0, own_h, W, step,
-                 [&](int row, int unit, int column) { *block.kept(row, 0, unit) = projection.summed(unit, column); });
-        device::block_sync();
-      }
-      block.each_unit(own_h, W, 0, block.rows, step,
-                      [&](int row, int unit) { settle(row, unit, step, starts_after(row, step), *block.kept(row, 0, unit)); });
-    });
+            for (int g = 0; g < 4; ++g)
+              if (g < G) *block.kept(row, g, unit) = sums[g];
+          });
+          device::block_sync();
+          if (a.norm_hh) {
+            statistics.send_moments(0, G, step);
+            statistics.meet();
+            statistics.receive_moments(0, G);
+            device::block_sync();
+            for (int row = threadIdx.x; row < block.rows; row += blockDim.x) statistics.of(row)[2] = statistics.of(row)[1];
+          }
+          block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
+            float sums[4];
+#pragma unroll
+            for (int g = 0; g < 4; ++g) {
+              sums[g] = g < G ? *block.kept(row, g, unit) : 0.f;
+              if (g >= G || !a.norm_hh) continue;
+              sums[g] = (sums[g] - statistics.of(row)[0]) * statistics.of(row)[1];
+              block.written(row, unit)[2].at[g] = sums[g];
+              sums[g] *= *block.constant(norm_hh + g, unit);
+            }
+            const float h = cell_step(row, unit, step, starts_after(row, step), sums);
+            if (!a.norm_c) finish(row, unit, h);
+          });
+          if (a.norm_c) {
+            device::block_sync();
+            statistics.send_moments(1, 1, step);
+            statistics.meet();
+            statistics.receive_moments(1, 1);
+            device::block_sync();
+            block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
+              const int at = own.first + unit;
+              const float normal = (*block.kept(row, 0, unit) - statistics.of(row)[0]) * statistics.of(row)[1];
+              finish(row, unit,
+                     *block.kept(row, 1, unit) * tanhf(fmaf(normal, *block.constant(norm_c, unit), *block.constant(norm_b, unit))));
+            });
+          }
+          statistics.pass();
+          if (a.shape.projected) {
+            block.meet(projected, 0, [] {});
+            multiply(projection, projected, 0, own_h, step,
+                     [&](int row, int unit, int column) { *block.kept(row, 0, unit) = projection.summed(unit, column); });
+            device::block_sync();
+          }
+          block.each_unit(own_h, 0, block.rows, step,
+                          [&](int row, int unit) { settle(row, unit, step, starts_after(row, step), *block.kept(row, 0, unit)); });
+        },
+        write_scales);
   }
 }
 
@@ -239,23 +282,28 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
                                   gate < G && unit < own_h.count);
       });
 
+  if constexpr (extended) {
+    block.read_norms(own);
+    block.read_constants(weight_sum, a.weight_sums, 1, 0, own_h);
+  }
+
   // The gradient that reaches the step's new h, and in `direct` what of it reaches h of the step before without a product.
   const auto zoned = [&](int row, int unit, int step, float& direct) {
-    const float dh = *block.state(0, row, unit) + *block.fed(row, 0, unit);
+    const float dh = *block.state(0, row, unit) + *block.fed(step, row, 0, unit);
     const float share = new_share(a, stream_h, block.position(row, step), own_h.first + unit);
     direct = (1.f - share) * dh;
     return share * dh;
   };
-  const auto cell_before = [&](int row, int unit, int step) { return block.has_before(row, step, a.c0) ? *block.fed(row, 5, unit) : 0.f; };
+  const auto cell_before = [&](int row, int unit, int step) {
+    return block.has_before(row, step, a.c0) ? *block.fed(step, row, 5, unit) : 0.f;
+  };
   // From the gradient of h that of the gates before activation, which goes out, and of the product's sums. squash(c): what an LSTM's output
   // gate multiplies, and the gradient of the new cell that comes through it.
   const auto cell_gradient = [&](int row, int unit, int step, bool starts, float dh, float& direct, float (&sums)[4], const auto& squash) {
-    const int64_t position = block.position(row, step);
-    const int at = own.first + unit;
     float dc = *block.state(1, row, unit), gate[4];
 #pragma unroll
-    for (int g = 0; g < 4; ++g) gate[g] = g < G ? *block.fed(row, 1 + g, unit) : 0.f;
-    const float share_c = new_share(a, stream_c, position, at);
+    for (int g = 0; g < 4; ++g) gate[g] = g < G ? *block.fed(step, row, 1 + g, unit) : 0.f;
+    const float share_c = new_share(a, stream_c, block.position(row, step), own.first + unit);
     float recurrent_n = 0.f;
     if (a.cell == Cell::lstm) {
       const float c_before = cell_before(row, unit, step), kept = (1.f - share_c) * dc;
@@ -264,29 +312,47 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
       lstm_gradient(gate, c_before, squashed.value, dh, dc);
       dc += kept;
     } else if (a.cell == Cell::gru) {
-      const float h_before = block.has_before(row, step, a.h0) ? *block.fed(row, 5, unit) : 0.f;
+      const float h_before = block.has_before(row, step, a.h0) ? *block.fed(step, row, 5, unit) : 0.f;
       direct += dh * gate[1];
-      recurrent_n = gru_gradient(gate, *block.fed(row, 4, unit), h_before, dh);
+      recurrent_n = gru_gradient(gate, *block.fed(step, row, 4, unit), h_before, dh);
     } else {
       rnn_gradient(gate, dh, a.cell == Cell::rnn_relu);
     }
     *block.state(1, row, unit) = starts ? 0.f : dc;
 #pragma unroll
+    for (int g = 0; g < 4; ++g) sums[g] = a.cell == Cell::gru && g == 2 ? recurrent_n : gate[g];
+    block.written(row, unit)[0] = {gate[0], gate[1], gate[2], gate[3]};
+    block.written(row, unit)[1].at[0] = recurrent_n;
+  };
+  const auto write_cell = [&](int row, int unit, int step) {
+    const int64_t position = block.position(row, step);
+    const device::Four gates = block.written(row, unit)[0];
+    const float recurrent_n = block.written(row, unit)[1].at[0];
+#pragma unroll
     for (int g = 0; g < 4; ++g) {
-      sums[g] = a.cell == Cell::gru && g == 2 ? recurrent_n : gate[g];
       if (g >= G) continue;
-      a.grad_inputs[(position * G + g) * H + at] = gate[g];
-      if (a.grad_recurrent) a.grad_recurrent[(position * G + g) * H + at] = sums[g];
+      const int64_t to = (position * G + g) * H + own.first + unit;
+      a.grad_inputs[to] = gates.at[g];
+      if (a.grad_recurrent) a.grad_recurrent[to] = g == 2 ? recurrent_n : gates.at[g];  // a GRU's
     }
   };
-  const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int units, int step,
-                            const auto& before_sums, const auto& item) {
+  const auto write = [&](int step) {
+    block.each_unit(own, 0, block.rows, step, [&](int row, int unit) { write_cell(row, unit, step); });
+    if constexpr (extended) {
+      if (!a.shape.projected) return;
+      block.each_unit(own_h, 0, block.rows, step, [&](int row, int unit) {
+        a.grad_projected[block.position(row, step) * P + own_h.first + unit] = block.written(row, unit)[1].at[1];
+      });
+    }
+  };
+  const auto multiply = [&](const auto& by, const Exchange<operand>& from, int turn, const OwnUnits& of, int step, const auto& before_sums,
+                            const auto& item) {
     for (int first = 0; first < block.rows; first += columns) {
       by.run(block.ready(from, turn, first), from.row_bytes, block.rows - first);
       if (first == 0) before_sums();
       device::block_sync();
       const int end = block.rows - first < columns ? block.rows : first + columns;
-      block.each_unit(of, units, first, end, step, [&](int row, int unit) { item(row, unit, row - first); });
+      block.each_unit(of, first, end, step, [&](int row, int unit) { item(row, unit, row - first); });
       if (first + columns < block.rows) device::block_sync();
     }
   };
@@ -313,7 +379,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
           if (extended && a.norm_c) *block.state(2, row, unit) = *block.state(3, row, unit) = 0.f;
         }
       }
-      block.feed(steps - 1);
+      for (int ahead = 0; ahead < feed_turns; ++ahead) block.feed(steps - 1 - ahead);
       for (int step = steps - 1; step >= 0; --step, turn ^= 1) {
         device::copies_wait();
         device::block_sync();
@@ -335,7 +401,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
 
   if constexpr (!extended) {
     take_steps([&](int step) {
-      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+      block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
         const bool starts = block.starts(row, step);
         float direct, sums[4];
         const float dh = zoned(row, unit, step, direct);
@@ -345,9 +411,12 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
         for (int g = 0; g < 4; ++g)
           if (g < G) recurrent.put(turn, row, g, unit, sums[g]);
       });
-      block.meet(recurrent, turn, [&] { block.feed(step - 1); });
+      block.meet(recurrent, turn, [&] {
+        write(step);
+        block.feed(step - feed_turns);
+      });
       multiply(
-          product, recurrent, turn, own, U, step, [] {},
+          product, recurrent, turn, own, step, [] {},
           [&](int row, int unit, int column) {
             settle(row, unit, step, product.summed(unit, column));
             if (step == 0) settle_cell(row, unit);
@@ -359,19 +428,19 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
         a, block, [&](int unit, int k) { return column_of<Element>(a.weight_hr, k, own.first + unit, H, P - k, unit < own.count); });
     RowStatistics<operand, cluster> statistics(a, block);
     // Of an LSTM's cell, normalised: `normal`, and as `squashed_cell`, but the gradient is that of what w_c multiplies.
-    const auto squashed_normal = [&](int row, int unit, float c, float o, float dh, float& normal) {
+    const auto squashed_normal = [&](int row, int unit, int step, float c, float o, float dh, float& normal) {
       const int at = own.first + unit;
-      normal = (c - block.scale(row)[mean_c]) * block.scale(row)[scale_c];
-      return squashed_cell(fmaf(normal, a.norm_c[at], a.norm_b[at]), o, dh);
+      normal = (c - block.scale(step, row)[mean_c]) * block.scale(step, row)[scale_c];
+      return squashed_cell(fmaf(normal, *block.constant(norm_c, unit), *block.constant(norm_b, unit)), o, dh);
     };
     take_steps([&](int step) {
-      block.each_unit(own_h, W, 0, block.rows, step, [&](int row, int unit) {
+      block.each_unit(own_h, 0, block.rows, step, [&](int row, int unit) {
         float direct;
         const float dh = zoned(row, unit, step, direct);
         *block.state(0, row, unit) = block.starts(row, step) ? 0.f : direct;
-        if (a.norm_hh) *block.kept(row, 3, unit) = *block.fed(row, a.normed_feed + G, unit);
+        if (a.norm_hh) *block.kept(row, 3, unit) = *block.fed(step, row, a.normed_feed + G, unit);
         if (a.shape.projected) {
-          a.grad_projected[block.position(row, step) * P + own_h.first + unit] = dh;
+          block.written(row, unit)[1].at[1] = dh;
           projected.put(0, row, 0, unit, dh);
         } else {
           *block.kept(row, 2, unit) = dh;
@@ -380,20 +449,20 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
       if (a.shape.projected) {
         block.meet(projected, 0, [] {});
         multiply(
-            projection, projected, 0, own, U, step, [] {},
+            projection, projected, 0, own, step, [] {},
             [&](int row, int unit, int column) { *block.kept(row, 2, unit) = projection.summed(unit, column); });
       }
       if (a.norm_c) {
         device::block_sync();
-        block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
-          const float i = *block.fed(row, 1, unit), f = *block.fed(row, 2, unit), g = *block.fed(row, 3, unit);
+        block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
+          const float i = *block.fed(step, row, 1, unit), f = *block.fed(step, row, 2, unit), g = *block.fed(step, row, 3, unit);
           float normal;
           const float c = fmaf(f, cell_before(row, unit, step), i * g), dh = *block.kept(row, 2, unit);
-          const float through = squashed_normal(row, unit, c, *block.fed(row, 4, unit), dh, normal).gradient;
+          const float through = squashed_normal(row, unit, step, c, *block.fed(step, row, 4, unit), dh, normal).gradient;
           *block.state(2, row, unit) += through * normal;
           *block.state(3, row, unit) += through;
-          *block.kept(row, 0, unit) = through * a.norm_c[own.first + unit];
-          *block.kept(row, 1, unit) = through * a.norm_c[own.first + unit] * normal;
+          *block.kept(row, 0, unit) = through * *block.constant(norm_c, unit);
+          *block.kept(row, 1, unit) = through * *block.constant(norm_c, unit) * normal;
         });
         device::block_sync();
         statistics.send_sums(1, step);
@@ -401,16 +470,16 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
         statistics.receive_means(1, 1);
       }
       device::block_sync();
-      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+      block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
         const bool starts = block.starts(row, step);
         float direct = 0.f, sums[4];
         const float dh = *block.kept(row, 2, unit);
         cell_gradient(row, unit, step, starts, dh, direct, sums, [&](float c, float o) {
           if (!a.norm_c) return squashed_cell(c, o, dh);
           float normal;
-          Squashed squashed = squashed_normal(row, unit, c, o, dh, normal);
+          Squashed squashed = squashed_normal(row, unit, step, c, o, dh, normal);
           const float *const means = statistics.of(row), apart = *block.kept(row, 0, unit) - means[0] - normal * means[1];
-          squashed.gradient = block.scale(row)[scale_c] * apart;
+          squashed.gradient = block.scale(step, row)[scale_c] * apart;
           return squashed;
         });
         if (!starts && a.cell == Cell::gru) *block.state(0, row, unit) += direct;
@@ -419,9 +488,9 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
         for (int g = 0; g < 4; ++g) {
           if (g >= G) continue;
           if (a.norm_hh) {
-            sums[g] *= a.norm_hh[g * H + own.first + unit];
+            sums[g] *= *block.constant(norm_hh + g, unit);
             sum += sums[g];
-            sum_normal = fmaf(sums[g], *block.fed(row, a.normed_feed + g, unit), sum_normal);
+            sum_normal = fmaf(sums[g], *block.fed(step, row, a.normed_feed + g, unit), sum_normal);
           }
           recurrent.put(turn, row, g, unit, sums[g]);
         }
@@ -431,23 +500,26 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
       if (a.norm_hh) {
         device::block_sync();
         statistics.send_sums(0, step);
-        for (int row = threadIdx.x; row < block.rows; row += blockDim.x) statistics.of(row)[2] = block.scale(row)[scale_hh];
+        for (int row = threadIdx.x; row < block.rows; row += blockDim.x) statistics.of(row)[2] = block.scale(step, row)[scale_hh];
       }
-      block.meet(recurrent, turn, [&] { block.feed(step - 1); });
+      block.meet(recurrent, turn, [&] {
+        write(step);
+        block.feed(step - feed_turns);
+      });
       const auto receive = [&] {
         if (a.norm_hh) statistics.receive_means(0, G);
       };
-      multiply(product, recurrent, turn, own_h, W, step, receive, [&](int row, int unit, int column) {
+      multiply(product, recurrent, turn, own_h, step, receive, [&](int row, int unit, int column) {
         float through = product.summed(unit, column);
         if (a.norm_hh) {
           const float* const means = statistics.of(row);
-          through = means[2] * (through - means[0] * a.weight_sums[own_h.first + unit] - means[1] * *block.kept(row, 3, unit));
+          through = means[2] * (through - means[0] * *block.constant(weight_sum, unit) - means[1] * *block.kept(row, 3, unit));
         }
         settle(row, unit, step, through);
       });
       statistics.pass();
       if (step > 0) return;
-      block.each_unit(own, U, 0, block.rows, step, [&](int row, int unit) {
+      block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
         settle_cell(row, unit);
         if (!a.norm_c) return;
         a.grad_norm_c[(block.first_row + row) * H + own.first + unit] = *block.state(2, row, unit);

@@ -12,11 +12,11 @@ using Kernel = void (*)(const Arguments);
 
 template <Operand operand, bool cluster, bool extended>
 Kernel<RecurrenceForward> kernel_for(const RecurrenceForward*) {
-  return recurrence_forward<operand, cluster, held_blocks(operand, false), extended>;
+  return recurrence_forward<operand, cluster, held_blocks(operand, false, extended), extended>;
 }
 template <Operand operand, bool cluster, bool extended>
 Kernel<RecurrenceBackward> kernel_for(const RecurrenceBackward*) {
-  return recurrence_backward<operand, cluster, held_blocks(operand, true), extended>;
+  return recurrence_backward<operand, cluster, held_blocks(operand, true, extended), extended>;
 }
 template <class Arguments, bool cluster, bool extended>
 Kernel<Arguments> kernel_of(Operand operand) {

@@ -8,16 +8,13 @@
 //
 // Two exchanges: a cluster (one team each) writes into its blocks' shared memories; a cooperative grid goes through the L2 cache and a
 // counter in global memory. A grid's blocks all read all rows, which is dear where these are many: where several warps want the same ones,
-// the block reads them once, into shared memory. What a step costs is modelled in `step_time`; the plan of least time is taken. Predicted
-// for the bar GR2 (LSTM, float16, B = 16, H = 768, H100), forward: 96 blocks of 8 units, 1.1 us for the barrier and the latency of L2, 0.45
-// us for 2.4 MiB out of it, 0.2 us for products, 0.2 us for sums over warps, 0.1 us for the cell: 2.0 us a step, where cuDNN takes 1.96.
-// Backward: 48 blocks of 16 units, 2.6 us. Other sizes, forward, float16, H = 256, 512, 1024, 1536: with 16 rows 1.1, 1.7, 2.5, 4.4 us
-// (A100: 1.7, 2.0, 3.6, 5.8), with one row 0.9, 1.4, 1.8, 3.0, with 128 rows 1.1, 2.1, 11, 27, and 6.1 for H = 768.
+// the block reads them once, into shared memory. What a step costs is modelled in `step_time`; the plan of least time is taken.
 //
-// Layer normalisation needs sums over all units within a step (recurrence_kernels.cuh says which waits that takes), a projection has a
-// second product and its weights, which stay in shared memory. Predicted, forward and backward, B = 16, H100: an LSTM normalised, H = 512
-// 4.1 and 3.5 us, where a wait costs 0.45 us in a cluster and 0.6 in a grid and the sums themselves about as much; a GRU 2.9 and 2.3; an
-// LSTM of 768 projected to 256 3.1 and 4.0 us, 5.2 and 5.3 with both. Not measured: no number here has met a GPU.
+// Measured on an H100, microseconds a step, forward and backward, B = 16 unless said: LSTM float16 H = 768 3.0 and 4.0, where cuDNN's
+// persistent kernel takes 2.2 forward; bfloat16 H = 128, 512, 1024, 1536 2.3, 2.7, 3.5, 5.4 and 2.5, 3.3, 5.2, 8.2; with one row of H = 512
+// 2.5 and 2.9; with 128 rows of H = 256, 768 3.5, 11 and 3.7, 14. GRU H = 512 2.7 and 3.0. An LSTM normalised, H = 512, 9.8 and 8.5; one of
+// 768 projected to 256 5.4 and 6.7. Of the 3.0 us 0.9 are the exchanged rows out of L2 and the products, 0.9 the cell, 1.0 the barrier: the
+// fence before the counter, the counter, and whoever waits for it reading it again.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -40,11 +37,14 @@ constexpr int columns = 2 * tile_n;  // rows of the batch that a pass of a step 
 constexpr int block_bytes = 64;      // of K: what four lanes read of a row at once, the K of two matrix instructions
 constexpr int most_threads = 256;
 constexpr int most_feeds = 11;
+constexpr int feed_turns = 2;                 // steps that are read ahead: memory takes longer to answer than a step
 constexpr int row_group = 4, word_group = 8;  // loads out of L2 that a thread has under way: of exchanged rows, and of sums about them
 constexpr int row_lanes = 16;                 // that sum over a row of the batch, in layer normalisation
 
 // K-blocks whose recurrent weights fit a warp's registers: 96 a lane.
-constexpr int held_blocks(Operand operand, bool backward) { return operand == Operand::float32 ? 0 : backward ? 12 : 6; }
+constexpr int held_blocks(Operand operand, bool backward, bool extended) {
+  return operand == Operand::float32 ? 0 : backward ? 12 - 2 * extended : 6 - extended;
+}
 
 struct RecurrencePlan {
   int cluster;               // whether the exchange is a cluster's, else the grid's
@@ -109,6 +109,15 @@ struct RecurrenceShape {
   S2S_EVERYWHERE int states() const { return normed && backward ? 4 : 2; }
 };
 
+// Of each unit, four numbers each, that go out to memory once the block has arrived: gates or their gradients; extra and h, or the
+// gradients of a GRU's recurrent candidate and of h; forward's normalised product.
+S2S_EVERYWHERE constexpr int written_fours(bool extended) { return extended ? 3 : 2; }
+
+// Numbers of a unit that every step reads, by their places: of each gate forward's bias, or its sum of the weights in backward; what layer
+// normalisation multiplies each gate and an LSTM's cell by, and what it adds to that.
+constexpr int bias = 0, weight_sum = 0, norm_hh = 4, norm_c = 8, norm_b = 9;
+S2S_EVERYWHERE constexpr int unit_constants(bool extended) { return extended ? 10 : 4; }
+
 S2S_EVERYWHERE int padded_rows(int rows) { return (rows + columns - 1) / columns * columns; }
 // Of sums over one warp's K, in shared memory: so wide that the eight rows of a tile meet in no bank.
 constexpr int partial_row = columns + 8;
@@ -144,7 +153,7 @@ S2S_EVERYWHERE int64_t pairs_bytes(const RecurrencePlan& p, const RecurrenceShap
 
 // Where the parts of a block's shared memory begin, in bytes.
 struct RecurrenceLayout {
-  int weights, projection, exchange, partial, feeds, state, kept, pairs, moments, scales, lengths, bytes;
+  int weights, projection, exchange, partial, feeds, written, constants, state, kept, pairs, moments, scales, lengths, bytes;
 
   S2S_EVERYWHERE RecurrenceLayout(const RecurrencePlan& p, const RecurrenceShape& s) {
     const ProductShape recurrent = recurrent_product(p, s), second = projection_product(p, s);
@@ -162,12 +171,14 @@ struct RecurrenceLayout {
                     : p.staged ? columns * (row_bytes > second_row ? row_bytes : second_row)
                                : 0);
     partial = take(partial_bytes > second_bytes ? partial_bytes : second_bytes);
-    feeds = take(p.rows * s.feeds * most_units(p) * 4);
+    feeds = take(feed_turns * p.rows * s.feeds * most_units(p) * 4);
+    written = take(p.rows * written_fours(s.extended()) * most_units(p) * 16);
+    constants = take(unit_constants(s.extended()) * most_units(p) * 4);
     state = take(s.states() * p.rows * most_units(p) * 4);
     kept = take(s.kept() * p.rows * most_units(p) * 4);
     pairs = take(pairs_bytes(p, s) / (p.cluster ? 1 : 4));
     moments = take(s.normed ? p.rows * 16 : 0);
-    scales = take(s.normed && s.backward ? p.rows * 16 : 0);
+    scales = take(s.normed && s.backward ? feed_turns * p.rows * 16 : 0);
     lengths = take(p.rows * 4);
     bytes = at;
   }
@@ -183,53 +194,43 @@ inline int64_t workspace_bytes(const RecurrencePlan& p, const RecurrenceShape& s
   return p.cluster ? 0 : p.teams * (counter_bytes + team_bytes(p, s));
 }
 
-// Nanoseconds of a step, from rates that are known of compute capability 8.0 and 9.0: bytes a clock of a multiprocessor from L2 (64) and
-// from shared memory (128), of all of them from L2; latencies of a barrier through L2 (850 ns), of one of a cluster (250 ns), of a read
-// past the first cache (250 ns, 100 for each more of a thread's, which other warps' overlap) and of a word's way through L2 to who waits
-// for it (600 ns); 8 clocks of a quarter, or 6.4, for a matrix instruction; 25 clocks for a shuffle.
+// Nanoseconds of a step. Fitted to 900 plans of LSTMs, GRUs and RNNs measured on an H100 (B 1 to 512, H 128 to 1536; root mean square error
+// 9 %), in terms of what a thread does in turn: units of the cell, values stored and read ahead, passes, matrix instructions of a quarter
+// of a multiprocessor; and of bytes: weights out of shared memory, exchanged rows out of L2 for a block and for all, or between the blocks
+// of a cluster. A matrix instruction of a warp that waits for its operands takes 6 ns, not the 4 of its rate; a unit's turn 0.6 us, since
+// few warps hide its latencies. Below compute capability 9.0 not measured: the same by the clock.
 inline double step_time(const RecurrencePlan& p, const RecurrenceShape& s, bool hopper) {
-  const double ghz = hopper ? 1.7 : 1.4, l2_bytes = hopper ? 3200 : 2600;
-  const int passes = padded_rows(p.rows) / columns;
-  const double batch = static_cast<double>(s.batch < p.rows ? (s.batch + tile_n - 1) / tile_n * tile_n : padded_rows(p.rows));
-  const double active = p.team * p.teams;
-  double latency = 0, clocks = passes * 150 + batch * p.units / most_threads * 120;  // of the cell
+  const auto turns = [](double items, double at_once) {
+    return static_cast<double>(static_cast<int64_t>((items + at_once - 1) / at_once));
+  };
+  const int threads = warps_of(p) * warp, gates = s.gates;
+  const double rows = static_cast<double>(s.batch < p.rows ? s.batch : p.rows), passes = turns(rows, columns);
+  const double tiles_n = s.batch < p.rows ? turns(rows, tile_n) : padded_rows(p.rows) / tile_n, batch = tiles_n * tile_n;
+  const double in_pass = rows < columns ? rows : columns, quarters = warps_of(p) > 4 ? warps_of(p) / 4.0 : 1;
+  const double units = most_units(p), read = units * s.feeds / (p.units % 4 == 0 && p.width_units % 4 == 0 && s.hidden % 4 == 0 ? 4 : 1);
+  const double cell = passes * turns(in_pass, threads / p.units);
+  double time = 621 * cell + 76 * turns(rows, threads / p.units) * (gates + 1) + 527 * passes;
+  time += 179 * (read < threads ? turns(rows, static_cast<int>(threads / read)) : rows * turns(read, threads));
   // An exchange of the block's units in each segment of a row, its barrier, and the product of what it gave.
-  const auto multiply = [&](const ProductShape& product, const ExchangedRow& row, int units) {
-    const double operand = batch * static_cast<double>(row.row_bytes());
-    const double tiles = batch / tile_n * product.tiles * product.each() * (product.warps() > 4 ? product.warps() / 4.0 : 1);
-    // The multipliers: 64 products a lane for 16 vectors out of shared memory, for each block of K.
-    clocks += s.operand == Operand::float32 ? tiles * 96 : tiles * 2 * (hopper ? 6.4 : 8);
-    clocks += passes * static_cast<double>(product.weight_bytes()) / 128;
-    clocks += 2.0 * product.warps() * product.tiles * tile_m * batch * 4 / 128 + passes * 60;
-    if (p.cluster) {
-      latency += 250 + 200;
-      clocks += product.warps_m * operand / 128 + batch * units * s.element_bytes() * row.segments * (p.team - 1) / 32;
-    } else {
-      latency += 850 + 250;
-      const double reads = p.staged ? operand : product.warps_m * operand;
-      const double block = reads / 64, all = active * reads / l2_bytes;
-      clocks += (block > all ? block : all) + (p.staged ? product.warps_m * operand / 128 + 40 : 0);
-      const double pass = operand / passes, under_way = 16.0 * row_group * warps_of(p) * warp;
-      if (p.staged) latency += (passes - 1) * 250 + passes * 100 * static_cast<int>((pass - 1) / under_way);
-    }
+  const auto multiply = [&](const ProductShape& product, const ExchangedRow& row, int own) {
+    const double operand = batch * static_cast<double>(row.row_bytes()) / 1024;
+    const double matrix = tiles_n * product.tiles * product.each() * quarters;
+    time += matrix * (s.operand == Operand::float32 ? 142 : 5.75) + passes * product.weight_bytes() / 1024.0 * 15.1;
+    if (p.cluster) return time += 675 + 41.5 * batch * own * s.element_bytes() * row.segments * (p.team - 1) / 1024;
+    const double reads = p.staged ? operand : product.warps_m * operand;
+    return time += 777 + 15.3 * reads + 6.74 * p.team * p.teams * reads / 1024 + (p.staged ? 440 * passes : 0);
   };
   multiply(recurrent_product(p, s), s.recurrent(), s.backward ? p.units : p.width_units);
-  if (s.projected) multiply(projection_product(p, s), s.projection(), s.backward ? p.width_units : p.units);
-  if (s.normed) {
-    // Sums for the recurrent product's gradient go with its exchange, and wait for nothing else.
-    const int of_cell = s.cell == Cell::lstm ? 1 : 0, sums = s.backward ? 1 : 2, waits = of_cell + (s.backward ? 0 : 1);
-    const int threads = warps_of(p) * warp, rounds = (static_cast<int>(batch) * row_lanes + threads - 1) / threads;
-    const double words = batch * p.team, values = p.units * (s.backward ? 1 : s.gates);
-    const double summed = sums * (2 * (4 * 25 + 30) + (values + p.team) / row_lanes * 10) + 120;
-    clocks += rounds * (1 + of_cell) * summed + of_cell * (passes * 60 + batch * p.units / most_threads * 60);
-    latency += waits * (p.cluster ? 250 + 200 : 600);
-    if (!p.cluster) {
-      const double block = words * 8 / 64, all = active * words * 8 / l2_bytes;
-      clocks += (1 + of_cell) * (block > all ? block : all);
-      latency += (1 + of_cell) * 250 * static_cast<int>((words - 1) / (word_group * threads));
-    }
+  if (s.projected) {
+    multiply(projection_product(p, s), s.projection(), s.backward ? p.width_units : p.units);
+    time += 1200;
   }
-  return latency + clocks / ghz;
+  if (s.normed) {
+    // One normalisation, and that of an LSTM's cell; the words that blocks send each other, of a thread.
+    const double each = s.cell == Cell::lstm ? 2 : 1, words = batch * p.team / threads;
+    time += each * (s.backward ? 1175 + 360 * cell + 330 * words : 870 * cell + 1210 * turns(batch * row_lanes, threads) + 510 * words);
+  }
+  return hopper ? time : time * 1.7 / 1.4;
 }
 
 // Of the whole batch: teams take several tiles of it in turn where there are more tiles than teams.
@@ -241,11 +242,19 @@ inline double planned_time(const RecurrencePlan& p, const RecurrenceShape& s, bo
 struct RecurrenceMachine {
   int multiprocessors, shared_limit;  // bytes of shared memory that one block may have
   bool clusters;                      // compute capability 9.0 or above
+
+  // Teams that are resident at once. A cluster lies within one of the groups of multiprocessors, of which an H100's have 16 or 18: 7 of 16
+  // blocks were seen there, 14 of 8 and 30 of 4, the whole of which is asked of the device itself.
+  int most_teams(bool cluster, int team) const {
+    constexpr int group = 18;
+    return cluster ? multiprocessors / group * (group / team) + multiprocessors % group / team : multiprocessors / team;
+  }
 };
 
-// The plan of least modelled time; false: nothing fits.
-inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m, RecurrencePlan& best) {
-  if (s.hidden < 1 || s.width < 1 || s.batch < 1 || s.hidden > 1 << 20 || s.width > 1 << 20) return false;
+// Calls visit(plan) for every plan that fits.
+template <class Visit>
+void each_plan(const RecurrenceShape& s, const RecurrenceMachine& m, const Visit& visit) {
+  if (s.hidden < 1 || s.width < 1 || s.batch < 1 || s.hidden > 1 << 20 || s.width > 1 << 20) return;
   const int hidden = static_cast<int>(s.hidden), width = static_cast<int>(s.width), each = 16 / s.element_bytes();
   // Units of a cluster's blocks are whole vectors of 16 bytes; those of a grid's are copied four at a time where they can be.
   const auto vectors = [&](bool cluster, int units) { return cluster ? each : units % 4 == 0 ? 4 : 1; };
@@ -257,8 +266,6 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
     if (warps_k > row.blocks_k()) warps_k = row.blocks_k();
     return true;
   };
-  double least = 0;
-  bool found = false;
   const auto consider = [&](bool cluster, bool staged, int units) {
     RecurrencePlan p{};
     p.cluster = cluster, p.staged = staged, p.extended = s.extended(), p.units = p.width_units = units,
@@ -274,16 +281,16 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
     const int rows_m = s.backward ? p.width_units : s.gates * units;
     if (!share(rows_m, recurrent_tiles(s.backward), s.recurrent(), p.warps_m, p.warps_k)) return;
     if (staged && p.warps_m < 2 && p.project_m < 2) return;
-    p.held = held_blocks(s.operand, s.backward);
+    p.held = held_blocks(s.operand, s.backward, s.extended());
     for (int rows = columns; rows <= 128; rows *= 2) {
       p.rows = rows;
-      const int64_t chunks = (s.batch + rows - 1) / rows, most = m.multiprocessors / p.team;
+      const int64_t chunks = (s.batch + rows - 1) / rows, most = m.most_teams(p.cluster, p.team);
+      if (most < 1) break;
       p.teams = static_cast<int>(chunks < most ? chunks : most);
       p.shared_bytes = RecurrenceLayout(p, s).bytes;
       if (p.shared_bytes > m.shared_limit) break;
       p.workspace_bytes = workspace_bytes(p, s);
-      const double time = planned_time(p, s, m.clusters);
-      if (!found || time < least) best = p, least = time, found = true;
+      visit(p);
       if (rows >= s.batch) break;
     }
   };
@@ -294,6 +301,16 @@ inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m
       if (!cluster) consider(cluster, true, units);
     }
   }
+}
+
+// The plan of least modelled time; false: nothing fits.
+inline bool plan_recurrence(const RecurrenceShape& s, const RecurrenceMachine& m, RecurrencePlan& best) {
+  double least = 0;
+  bool found = false;
+  each_plan(s, m, [&](const RecurrencePlan& p) {
+    const double time = planned_time(p, s, m.clusters);
+    if (!found || time < least) best = p, least = time, found = true;
+  });
   return found;
 }
 

@@ -118,6 +118,7 @@ template <typename T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulator::block->shared.data());
 }
+inline int in_register(int value) { return value; }
 inline void block_sync() { emulator::block->barrier.wait(); }
 inline void warp_sync() { emulator::block->warps[threadIdx.x / 32]->barrier.wait(); }
 // By the lanes' own slots of the warp's exchange, as a matrix instruction does.
@@ -163,6 +164,7 @@ inline Words load_coherent(const void* from) { return *static_cast<const Words*>
 
 inline void copy_word(float* to, const float* from) { *to = *from; }
 inline void copy_words(float* to, const float* from) { *reinterpret_cast<Words*>(to) = *reinterpret_cast<const Words*>(from); }
+inline void copies_commit() {}
 inline void copies_wait() {}
 
 // d (16, 8) += a (16, K) b (K, 8): value(word, place) is one of the Each values that a register holds.
