@@ -237,7 +237,7 @@ def on_a_gpu(grid: Grid, kind: str, batch: int, width: int, time: int = 512, **o
     In float16 one of the rows is inside the window in which cuDNN keeps the weights on the chip; in bfloat16 it has no
     such window."""
     layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
-    forced = able(kind, width, options)
+    forced = able(kind, width, options, grid.dtype)
     inside = (kind, batch, width, time, options) == ("LSTM", 16, 768, 1024, {})
     bar = {torch.bfloat16: "GR1" if kind != "RNN" else "", torch.float16: "GR2" if inside else ""}.get(grid.dtype, "")
 
@@ -270,15 +270,15 @@ def on_a_gpu(grid: Grid, kind: str, batch: int, width: int, time: int = 512, **o
     return on_gpu(case, bar, quick=inside or (kind != "RNN" and (batch, width, time) in QUICK_ON_A_GPU))
 
 
-def able(kind: str, width: int, options: dict[str, Any]) -> list[str]:
+def able(kind: str, width: int, options: dict[str, Any], dtype: torch.dtype) -> list[str]:
     """Which of our backends for CUDA tensors cover a layer here."""
     if not torch.cuda.is_available():
         return []
-    layer, names = getattr(s2s.nn, kind)(width, width, **options, device="cuda"), []
+    layer, names = getattr(s2s.nn, kind)(width, width, **options, device="cuda", dtype=dtype), []
     for name in ("cuda", "triton"):
         try:
             with s2s.use_backend(name):
-                s2s.explain(layer, torch.empty(1, 1, width, device="cuda"))
+                s2s.explain(layer, torch.empty(1, 1, width, device="cuda", dtype=dtype))
         except NotImplementedError:
             continue
         names.append(name)
