@@ -43,10 +43,7 @@ def cuda_flags() -> list[str]:
     binaries = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}" in known]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in binaries]
     flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in binaries if not arch.endswith("a")]
-    # The architectures at once, and functions of one, where there are processors.
-    helped = subprocess.run([nvcc, "--help"], capture_output=True, text=True, check=True).stdout
-    parallel = ["--threads=0", *(["--split-compile=0"] if "--split-compile" in helped else [])]
-    return ["-O3", "-std=c++17", *parallel, *flags]
+    return ["-O3", "-std=c++17", "--threads=0", *flags]  # the architectures at once, where there are processors
 
 
 def operators() -> CppExtension:

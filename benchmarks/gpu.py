@@ -36,7 +36,9 @@ TIMED_OUT = 124
 TESTS, SANITIZER, CONTRACT, COMPILATION = 300, 280, 200, 100
 GRACE = 45  # seconds in which a process of the grid begins, and ends its last case
 SHARES = {"bfloat16": 0.6, "float16": 0.2, "float32": 0.2}  # of the grid's time; the bars are in bfloat16
+INTERRUPTED = 8  # seconds that an interrupted process has to end by itself
 RESERVED = 15  # seconds of --within for what is between the steps
+GRID = 120  # and for the benchmarks, where they come after the tests
 # What is kept of pytest-benchmark's JSON.
 FACTS = (
     "suite", "row", "entrant", "direction", "T", "dtype", "bar", "limit_seconds", "peak_bytes", "algorithm", "backend",
@@ -97,8 +99,9 @@ def terminated(*_: Any) -> None:
 def command(
     words: Sequence[str], limit: float, show: bool = False, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Runs a command at the root for so many seconds at most; its exit code, seconds and the end of what it printed.
-    No process that it started outlives it: one would disturb the timings that follow."""
+    """Runs a command at the root for so many seconds at most, after which it is interrupted, so that pytest says how
+    far it came; its exit code, seconds and the end of what it printed. No process that it started outlives it: one
+    would disturb the timings that follow."""
     start, kept = time.perf_counter(), [""]
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -119,6 +122,9 @@ def command(
         code = process.wait(max(limit, 0))
     except subprocess.TimeoutExpired:
         code = TIMED_OUT
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPTED)
     LIVE.discard(process.pid)
     end(process.pid)
     process.wait()
@@ -276,19 +282,22 @@ def measure(chosen: argparse.Namespace, known: dict[str, Any], folder: Path) -> 
     def left() -> float:
         return chosen.within - (time.time() - began) - RESERVED
 
+    benchmarks = "benchmarks" in chosen.steps
+    until = left() - GRID * benchmarks  # what the others have, all beside one another
+
     outcome: dict[str, Any] = {"facts": known}
     beside: dict[str, Callable[[], Any]] = {
-        "tests": lambda: tests(min(TESTS, left())),
-        "sanitizer": lambda: sanitizer(min(SANITIZER, left())),
-        "contract": lambda: kept(min(CONTRACT, left())),
+        "tests": lambda: tests(min(TESTS, until)),
+        "sanitizer": lambda: sanitizer(min(SANITIZER, until)),
+        "contract": lambda: kept(min(CONTRACT, until)),
     }
     asked = [step for step in beside if step in chosen.steps]
     if asked:
         outcome |= zip(asked, side_by_side([beside[step] for step in asked]), strict=True)
     if "contract" in outcome:
         outcome["keeps_contract"] = outcome["contract"].pop("kept")
-    if "benchmarks" in chosen.steps:
-        outcome["compilation"] = compilation(min(COMPILATION, left()), chosen.quick)
+    if benchmarks:
+        outcome["compilation"] = compilation(min(COMPILATION, left() / 2), chosen.quick)
         outcome["benchmarks"] = grid(folder, max(0.0, min(chosen.seconds, left())), chosen.budget, chosen.quick)
     return outcome
 
@@ -303,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=200.0, help="of measuring, in all (default 200)")
     parser.add_argument("--budget", type=float, default=0.15, help="seconds of rounds for each case (default 0.15)")
     parser.add_argument("--quick", action="store_true", help="the small grid: some cases of each bar")
-    parser.add_argument("--within", type=float, default=500.0, help="seconds for everything (default 500)")
+    parser.add_argument("--within", type=float, default=510.0, help="seconds for everything (default 510)")
     parser.add_argument("--since", type=float, help="from when they count, in seconds of the epoch (default: now)")
     chosen = parser.parse_args(arguments)
     if not devices():

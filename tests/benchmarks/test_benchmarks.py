@@ -294,8 +294,9 @@ time.sleep({})
 def test_nothing_that_a_step_started_outlives_it(seconds, code, capsys):
     run = gpu.command([sys.executable, "-c", FORKING.format(seconds)], 5, environment={"S2S_BACKEND": "reference"})
     assert run["code"] == code and run["seconds"] < 20 and run.get("timed_out", False) == bool(code)
+    assert ("KeyboardInterrupt" in run["output"]) == bool(code)
     assert ("timed out" in capsys.readouterr().err) == bool(code)
-    child = Path(f"/proc/{run['output']}/stat")  # a zombie where nobody waits for it
+    child = Path(f"/proc/{run['output'].split()[0]}/stat")  # a zombie where nobody waits for it
     deadline = time.monotonic() + 5
     while child.exists() and child.read_text().rpartition(") ")[2][0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -339,6 +340,7 @@ def test_every_step_runs_within_its_time_and_the_exit_code_tells(told, monkeypat
     answers |= {"code": gpu.TIMED_OUT, "timed_out": True}
     assert gpu.main(["--within", "500", "--since", str(time.time() - 400)]) == 1
     assert len(calls) == 11 and max(limit for _, limit in calls) <= 100 + gpu.GRACE
+    assert max(limit for words, limit in calls if "tests" in words) < 0 < calls[-1][1]
     errors = capsys.readouterr().err
     assert "failed: memcheck: timed out, 1.0 s" in errors and "failed: benchmarks, float32: timed out" in errors
     assert json.loads((tmp_path / "gpu.json").read_text())["keeps_contract"] is None
