@@ -1,5 +1,6 @@
 """Attention against torch's scaled_dot_product_attention and the naive form."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import s2s_kernels as s2s
 
 from . import work
-from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
+from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs, on_gpu
 from .peers import biased_score, compiled_flex_attention, naive_attention, varlen_attention
 
 sdpa = F.scaled_dot_product_attention
@@ -37,14 +38,22 @@ def on_backend(backend: SDPBackend, call: Callable[[], torch.Tensor]) -> Callabl
     return run
 
 
-def serves(backend: SDPBackend, causal: bool, dtype: torch.dtype) -> bool:
-    """Whether this GPU has torch's backend for such a call."""
-    query = torch.randn(1, 8, 64, 64, device="cuda", dtype=dtype)
+@functools.cache
+def serves(backend: SDPBackend, kind: str, dtype: torch.dtype, width: int = 64) -> bool:
+    """Whether this GPU has torch's backend for such a call and its gradients, that of a learned bias included."""
+    query = torch.randn(1, 8, 64, width, device="cuda", dtype=dtype, requires_grad=True)
+    mask = None
+    if kind == "lengths":
+        mask = (torch.arange(64, device="cuda") < 32)[None, None, None]
+    elif kind == "bias":
+        mask = torch.randn(1, 8, 64, 64, device="cuda", dtype=dtype, requires_grad=True)
+    call = on_backend(backend, lambda: sdpa(query, query, query, attn_mask=mask, is_causal=kind == "causal"))
+    leaves = [leaf for leaf in (query, mask) if leaf is not None and leaf.requires_grad]
     try:
-        on_backend(backend, lambda: sdpa(query, query, query, is_causal=causal))()
+        gradients = torch.autograd.grad(call().sum(), leaves, allow_unused=True)
     except RuntimeError:
         return False
-    return True
+    return all(gradient is not None for gradient in gradients)
 
 
 def dense(
@@ -52,10 +61,11 @@ def dense(
 ) -> list[Case]:
     """8 heads of width 64 over T = S, all pairs or causal."""
     count, width = 8, 64
+    kind = "causal" if causal else "dense"
 
     def case(time: int) -> Case:
         backends = (
-            [name for name, backend in CUDA_BACKENDS.items() if serves(backend, causal, grid.dtype)]
+            [name for name, backend in CUDA_BACKENDS.items() if serves(backend, kind, grid.dtype)]
             if grid.device == "cuda"
             else []
         )
@@ -277,64 +287,79 @@ def decoding(label: str, count: int, kv_heads: int, width: int, cached: int, dty
     return Case(row, cached, 1, build, amount, ("ours", "sdpa"), (FORWARD,), quick=True)
 
 
-def on_a_gpu(grid: Grid, width: int, kind: str, time: int = 2048) -> Case:
-    """16 heads against torch's backends by name and FlexAttention, at sizes that fill a GPU. `kind`: dense, causal,
-    lengths (of keys, half of S on average) or bias (learned, (1, H, T, S))."""
-    batch, count = 4, 16
+def on_a_gpu(
+    grid: Grid, kind: str, batch: int, width: int, queries: int, keys: int, *, bar: str, count: int = 16
+) -> Case:
+    """Against torch's backends by name, at sizes that fill a GPU, and with long sequences of the width 128 against
+    FlexAttention, whose compilation takes half a minute. `kind`: dense, causal, lengths (of keys, half of S on average)
+    or bias (learned, (1, H, T, S))."""
     causal, lengths, bias = kind == "causal", kind == "lengths", kind == "bias"
-    backends = [name for name, backend in CUDA_BACKENDS.items() if serves(backend, causal, grid.dtype)]
-    if lengths or bias:  # only one of torch's backends has a mask, and none learns one that is broadcast
-        backends = [name for name in backends if name == "sdpa efficient"]
+    backends = [name for name, backend in CUDA_BACKENDS.items() if serves(backend, kind, grid.dtype, width)]
+    long = queries == keys >= 2048
+    flexible = long and width == 128
+    names = ("ours", *(["triton"] if bar == "GA2" else []), "sdpa", *backends, *(["flex"] if flexible else []))
+
+    def keys_of(time: int) -> int:
+        return time * keys // queries
 
     def lengths_of(time: int) -> torch.Tensor:
         share = torch.rand(batch, generator=torch.Generator().manual_seed(11))
-        return (share * time).long() + 1
+        return (share * keys_of(time)).long() + 1
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
-        query, key, value = tensors = heads(inputs, batch, count, time, width)
+        source = keys_of(time)
+        query, key, value = tensors = [inputs.noise(batch, count, t, width) for t in (time, source, source)]
         present = lengths_of(time).to(inputs.device)
-        learned = inputs.noise(1, count, time, time) if bias else None
+        learned = inputs.noise(1, count, time, source) if bias else None
         leaves = tensors if learned is None else (*tensors, learned)
-        mask = (torch.arange(time, device=inputs.device) < present[:, None])[:, None, None] if lengths else learned
-        flexible: dict[str, Any] = {}
-        if causal:
-            flexible["block_mask"] = create_block_mask(lambda b, h, i, j: i >= j, None, None, time, time, inputs.device)
-        elif lengths:
-            flexible["block_mask"] = create_block_mask(
-                lambda b, h, i, j: j < present[b], batch, None, time, time, inputs.device
-            )
-        elif learned is not None:
-            flexible["score_mod"] = biased_score(learned)
+        mask = (torch.arange(source, device=inputs.device) < present[:, None])[:, None, None] if lengths else learned
 
         def ours() -> torch.Tensor:
             return s2s.attention(
                 query, key, value, causal=causal, bias=learned, key_lengths=present if lengths else None
             )  # fmt: skip
 
+        def by_triton() -> torch.Tensor:
+            with s2s.use_backend("triton"):
+                return ours()
+
         def theirs() -> torch.Tensor:
             return sdpa(query, key, value, attn_mask=mask, is_causal=causal)
 
-        return {
-            "ours": Entrant(ours, leaves),
-            **{name: Entrant(on_backend(CUDA_BACKENDS[name], theirs), leaves) for name in backends},
-            "flex": Entrant(lambda: compiled_flex_attention()(query, key, value, **flexible), leaves),
-        }
+        functions = {"ours": ours, "triton": by_triton, "sdpa": theirs}
+        functions |= {name: on_backend(CUDA_BACKENDS[name], theirs) for name in backends}
+        if flexible:
+            options: dict[str, Any] = {} if learned is None else {"score_mod": biased_score(learned)}
+            if causal or lengths:
+                options["block_mask"] = create_block_mask(
+                    (lambda b, h, i, j: i >= j) if causal else (lambda b, h, i, j: j < present[b]),
+                    batch if lengths else None, None, time, source, inputs.device,
+                )  # fmt: skip
+            functions["flex"] = lambda: compiled_flex_attention()(query, key, value, **options)
+        return {name: Entrant(functions[name], leaves) for name in names}
 
     def amount(t: int) -> work.Work:
-        present = lengths_of(t).double().mean().item() / t if lengths else 1.0
+        present = lengths_of(t).double().mean().item() / keys_of(t) if lengths else 1.0
         share = (t + 1) / (2 * t) if causal else present
-        return work.attention(batch, count, t, t, width, share=share, present=present)
+        return work.attention(batch, count, t, keys_of(t), width, share=share, present=present)
 
-    row = f"GPU {kind} attention B{batch} H{count} D{width}"
-    return Case(row, time, batch * time, build, amount, ("ours", *backends, "flex"), quick=width == 128)
+    across = "" if queries == keys else f" S{keys}"
+    row = f"{kind} attention B{batch} H{count}{across} D{width}"
+    case = Case(row, queries, batch * queries, build, amount, names, varied=not flexible)
+    return on_gpu(case, bar, quick=not long or flexible)
 
 
 def for_a_gpu(grid: Grid) -> list[Case]:
     if grid.device != "cuda":
         return []
+    short = ((16, 64, 512, 512), (16, 128, 256, 384), (8, 256, 512, 512), (4, 512, 512, 512))
+    both = ("dense", "causal")
     return [
-        *(on_a_gpu(grid, width, kind) for width in (64, 128, 256) for kind in ("dense", "causal", "lengths", "bias")),
-        *(packed(grid, 2048, causal, 16, 16, 128, quick=causal) for causal in (False, True)),
+        *(on_a_gpu(grid, kind, *sizes, bar="GA1") for kind in ("lengths", "bias", "dense") for sizes in short),
+        *(on_a_gpu(grid, kind, 4, width, 2048, 2048, bar="GA2") for width in (64, 128) for kind in both),
+        *(on_a_gpu(grid, kind, 4, width, 2048, 2048, bar="GA1") for width in (64, 128) for kind in ("lengths", "bias")),
+        *(on_a_gpu(grid, kind, 4, 256, 2048, 2048, bar="GA1") for kind in (*both, "lengths", "bias")),
+        *(on_gpu(packed(grid, 2048, causal, 16, 16, 128)) for causal in (False, True)),
     ]
 
 

@@ -8,12 +8,20 @@ import torch.nn.functional as F
 import s2s_kernels as s2s
 
 from . import work
-from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
+from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs, on_gpu
 from .peers import RingWaveNet, chomped_conv1d, deterministic_conv1d, padded_conv1d
 
 
 def convolution(
-    grid: Grid, label: str, batch: int, channels: int, taps: int, dilation: int, groups: int = 1, quick: Any = ()
+    grid: Grid,
+    label: str,
+    batch: int,
+    channels: int,
+    taps: int,
+    dilation: int,
+    groups: int = 1,
+    quick: tuple[int, ...] = (),
+    lengths: list[int] | None = None,
 ) -> list[Case]:
     """One convolution over T, with as many outputs as inputs. On a GPU F.pad is cuDNN, as it chooses and held to the
     same bits on every run."""
@@ -43,7 +51,7 @@ def convolution(
             ("ours", "F.pad", "chomp", *(("deterministic",) if gpu else ())),
             quick=time in quick,
         )
-        for time in grid.lengths()
+        for time in (lengths or grid.lengths())
     ]
 
 
@@ -160,14 +168,15 @@ def for_a_gpu(grid: Grid) -> list[Case]:
     """Sizes that fill one."""
     if grid.device != "cuda":
         return []
+    dense = ((16, 512, 3, 4, 2048), (16, 256, 3, 64, 2048), (8, 64, 3, 16, 1024))
+    depthwise = ((16, 2048, 4, 1, 2048), (16, 2048, 4, 64, 2048), (16, 2048, 64, 1, 2048))
     return [
-        *convolution(grid, "dense", 16, 512, 3, 4, quick=(2048,)),
-        *convolution(grid, "dense", 16, 256, 3, 64, quick=(2048,)),
-        *(
-            case
-            for taps, dilation in ((4, 1), (4, 64), (64, 1))
-            for case in convolution(grid, "depthwise", 16, 2048, taps, dilation, 2048, quick=(2048,))
-        ),
+        on_gpu(case, bar, quick=True)
+        for label, bar, rows in (("dense", "GC1", dense), ("depthwise", "GC2", depthwise))
+        for batch, channels, taps, dilation, time in rows
+        for case in convolution(
+            grid, label, batch, channels, taps, dilation, channels if label == "depthwise" else 1, lengths=[time]
+        )
     ]
 
 

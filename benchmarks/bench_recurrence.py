@@ -13,11 +13,12 @@ from s2s_kernels.ops.recurrence.builtin import rounds_more
 from s2s_kernels.ops.recurrence.reference import block_diagonal
 
 from . import onnx_peer, work
-from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs
+from .harness import FORWARD, TRAINING, Case, Entrant, Grid, Inputs, on_gpu
 from .peers import cell_loop, layer_norm_lstm_loop
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 LOOPED = 512  # longest T of a loop over time: it costs milliseconds a step
+QUICK_ON_A_GPU = ((16, 512, 512), (20, 512, 512))  # (B, H, T)
 
 
 def pair(inputs: Inputs, kind: str, width: int, **options: Any) -> tuple[Any, Any]:
@@ -231,13 +232,14 @@ def tiny(batch: int = 5, time: int = 3, width: int = 16) -> Case:
     )
 
 
-def on_a_gpu(
-    kind: str, batch: int, width: int, time: int = 512, *, quick: bool = False, backends: bool = False, **options: Any
-) -> Case:
-    """A layer, or several, where cuDNN has no kernel that keeps the weights on the chip: GRUs, two directions, batches
-    that are no multiple of 8. backends: beside each of ours, forced, from which the choice among them is made."""
+def on_a_gpu(grid: Grid, kind: str, batch: int, width: int, time: int = 512, **options: Any) -> Case:
+    """A layer, or several, beside cuDNN's and each of our backends, forced, from which the choice among them is made.
+    In float16 one of the rows is inside the window in which cuDNN keeps the weights on the chip; in bfloat16 it has no
+    such window."""
     layers, directions = options.get("num_layers", 1), 1 + options.get("bidirectional", False)
-    forced = able(kind, width, options) if backends else []
+    forced = able(kind, width, options, grid.dtype)
+    inside = (kind, batch, width, time, options) == ("LSTM", 16, 768, 1024, {})
+    bar = {torch.bfloat16: "GR1" if kind != "RNN" else "", torch.float16: "GR2" if inside else ""}.get(grid.dtype, "")
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
         ours, theirs = pair(inputs, kind, width, **options)
@@ -258,40 +260,32 @@ def on_a_gpu(
         return work.chain([first] * directions + [other] * (directions * (layers - 1)))
 
     label = (f" {layers} layers" if layers > 1 else "") + (" bidirectional" if directions > 1 else "")
-    row = f"GPU {'backends ' if backends else ''}{kind}{label} B{batch} H{width}"
+    row = f"{kind}{label} B{batch} H{width}"
     cell = "rnn_tanh" if kind == "RNN" else kind.lower()
     sizes = {
         "cell": cell, "batch": batch, "inputs": width, "hidden": width, "width": width, "layers": layers,
         "directions": directions, "precision": torch.get_float32_matmul_precision(), "torch rounds": rounds_more(),
     }  # fmt: skip
-    return Case(
-        row,
-        time,
-        batch * time,
-        build,
-        amount,
-        ("ours", "torch", *forced),
-        quick=quick,
-        sizes=sizes if backends else None,
-    )
+    case = Case(row, time, batch * time, build, amount, ("ours", "torch", *forced), sizes=sizes)
+    return on_gpu(case, bar, quick=inside or (kind != "RNN" and (batch, width, time) in QUICK_ON_A_GPU))
 
 
-def able(kind: str, width: int, options: dict[str, Any]) -> list[str]:
+def able(kind: str, width: int, options: dict[str, Any], dtype: torch.dtype) -> list[str]:
     """Which of our backends for CUDA tensors cover a layer here."""
     if not torch.cuda.is_available():
         return []
-    layer, names = getattr(s2s.nn, kind)(width, width, **options, device="cuda"), []
+    layer, names = getattr(s2s.nn, kind)(width, width, **options, device="cuda", dtype=dtype), []
     for name in ("cuda", "triton"):
         try:
             with s2s.use_backend(name):
-                s2s.explain(layer, torch.empty(1, 1, width, device="cuda"))
+                s2s.explain(layer, torch.empty(1, 1, width, device="cuda", dtype=dtype))
         except NotImplementedError:
             continue
         names.append(name)
     return names
 
 
-def parted(kind: str, label: str, batch: int = 32, time: int = 512, width: int = 512) -> Case:
+def parted(grid: Grid, kind: str, label: str, batch: int = 32, time: int = 512, width: int = 512) -> Case:
     """What lengths or 1 % of resets cost beside our plain layer, of as many steps."""
 
     def build(inputs: Inputs, time: int) -> dict[str, Entrant]:
@@ -310,33 +304,24 @@ def parted(kind: str, label: str, batch: int = 32, time: int = 512, width: int =
             "ours plain": Entrant(lambda: plain(x)[0], leaves),
         }
 
-    return Case(
-        f"GPU {kind} {label} B{batch} H{width}",
+    case = Case(
+        f"{kind} {label} B{batch} H{width}",
         time,
         batch * time,
         build,
         lambda t: work.recurrence(GATES[kind], batch, t, width, width, t),
         ("ours", "ours plain"),
-        quick=kind == "LSTM",
         agree=False,
     )
+    return on_gpu(case, "GR4" if grid.dtype == torch.bfloat16 else "", quick=True)
 
 
 def for_a_gpu(grid: Grid) -> list[Case]:
     if grid.device != "cuda":
         return []
     return [
-        on_a_gpu("LSTM", 20, 512, quick=True),
-        on_a_gpu("LSTM", 160, 768),
-        on_a_gpu("LSTM", 16, 128),
-        on_a_gpu("LSTM", 16, 64),
-        on_a_gpu("LSTM", 16, 512, bidirectional=True, quick=True),
-        on_a_gpu("LSTM", 16, 512, num_layers=3),
-        on_a_gpu("GRU", 16, 512, quick=True),
-        on_a_gpu("GRU", 16, 128),
-        on_a_gpu("GRU", 16, 768, num_layers=2, bidirectional=True),
-        *(parted(kind, label) for kind in ("LSTM", "GRU") for label in ("lengths", "resets")),
-        *(on_a_gpu(kind, *sizes, backends=True, **options) for kind, sizes, options in compared()),
+        *(parted(grid, kind, label) for kind in ("LSTM", "GRU") for label in ("lengths", "resets")),
+        *(on_a_gpu(grid, kind, *sizes, **options) for kind, sizes, options in compared()),
     ]
 
 
@@ -344,7 +329,7 @@ def compared() -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
     """Where the choice among backends is measured: (B, H) and, where it isn't 512, T."""
     for kind, sizes in (
         ("LSTM", ((1, 512), (16, 64), (16, 128), (16, 256), (16, 512), (16, 768, 1024), (16, 1024), (20, 512))),
-        ("LSTM", ((64, 512), (128, 256), (128, 768), (16, 512, 16), (1, 256, 16))),
+        ("LSTM", ((64, 512), (128, 256), (128, 768), (160, 768), (16, 512, 16), (1, 256, 16))),
         ("GRU", ((1, 512), (16, 128), (16, 256), (16, 512), (16, 1024), (128, 512), (16, 512, 16))),
         ("RNN", ((16, 128), (16, 512), (128, 512))),
     ):
@@ -353,6 +338,8 @@ def compared() -> Iterator[tuple[str, tuple[int, ...], dict[str, Any]]]:
         yield kind, (16, 512), {"bidirectional": True}
         yield kind, (16, 512), {"num_layers": 2}
         yield kind, (16, 512), {"num_layers": 2, "bidirectional": True}
+    yield "LSTM", (16, 512), {"num_layers": 3}
+    yield "GRU", (16, 768), {"num_layers": 2, "bidirectional": True}
 
 
 def cases(grid: Grid) -> list[Case]:

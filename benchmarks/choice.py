@@ -2,25 +2,31 @@
 by which a call on CUDA tensors finds the fastest (s2s_kernels/ops/recurrence/measurements.json).
 
 `--probe` prints for which cells and dtypes cuDNN keeps the contract on this device, as `make gpu` asks: whether a state
-of 16 bits is carried in float32 from step to step, and NaN is handed on.
+of 16 bits is carried in float32 from step to step, NaN is handed on, and values and gradients keep the tolerance rule.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from s2s_kernels.ops.recurrence import COMPARED, measurements
 from s2s_kernels.ops.recurrence.reference import GATES
+from s2s_kernels.testing import Call, Draw, compare
+from s2s_kernels.testing.recurrent_layers import build, recurrent_layers
 
-# cuDNN's algorithms: the persistent one, that of few units, the standard one.
+# (B, H) of cuDNN's algorithms: the persistent one, that of few units, the standard one.
 PROBED = ((16, 256), (16, 64), (5, 200))
+# And, where values and gradients are judged, sizes that fill no tile.
+JUDGED = (*PROBED, (3, 5), (16, 31))
 STEPS = 400
 
 
@@ -68,14 +74,45 @@ def hands_on_nan(cell: str, dtype: torch.dtype, device: str, batch: int, hidden:
     return torch.equal(seen, expected)
 
 
+@contextlib.contextmanager
+def unquestioned() -> Iterator[None]:
+    """Inside, no call is refused for want of the answers looked for here, and cuDNN multiplies float32 whole."""
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision  # type: ignore[attr-defined]
+    with mock.patch.object(measurements, "keeps_contract", return_value=True):
+        rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            rnn.fp32_precision = before  # type: ignore[attr-defined]
+
+
+def calls(cell: str, dtype: torch.dtype, device: str, batch: int, hidden: int) -> list[Call]:
+    """Of one layer and direction, which all algorithms take, and of two, which the persistent one doesn't."""
+    sizes: dict[str, Any] = {"batch": batch, "time": 9, "inputs": 128, "hidden": hidden, "state": True, "scale": 0.1}
+    return [build(Draw(dtype, device), cell, layers=count, directions=count, **sizes) for count in (1, 2)]
+
+
+def accurate(cell: str, dtype: torch.dtype, device: str, batch: int, hidden: int) -> bool:
+    """Whether values and gradients of whole calls keep the tolerance rule; not where the dtype isn't taken at all."""
+    with unquestioned():
+        try:
+            judged = [compare(recurrent_layers, asked, "torch") for asked in calls(cell, dtype, device, batch, hidden)]
+        except NotImplementedError:
+            return False
+    return all(by <= 0 for broken in judged for by in broken.values())
+
+
+def keeps(cell: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether torch's layer keeps the contract on this device, whichever algorithm runs."""
+    return all(probe(cell, dtype, device, *sizes) for probe in (carries, hands_on_nan) for sizes in PROBED) and all(
+        accurate(cell, dtype, device, *sizes) for sizes in JUDGED
+    )
+
+
 def kept(device: str, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)) -> list[str]:
-    """The cells and dtypes for which torch's layers keep the contract on this device, whichever algorithm runs."""
-    return [
-        measurements.kind(cell, dtype)
-        for dtype in dtypes
-        for cell in GATES
-        if all(probe(cell, dtype, device, *sizes) for probe in (carries, hands_on_nan) for sizes in PROBED)
-    ]
+    """The cells and dtypes for which torch's layers keep the contract on this device."""
+    return [measurements.kind(cell, dtype) for dtype in dtypes for cell in GATES if keeps(cell, dtype, device)]
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:

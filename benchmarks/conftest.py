@@ -16,6 +16,7 @@ from s2s_kernels import machine
 
 from . import harness, limits
 from .harness import FORWARD, Case, Grid, Measured, Refused
+from .results import OURS
 from .work import with_backward
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,6 +24,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 CASES = pytest.StashKey[dict[tuple[str, str], Case]]()
 TOTAL = pytest.StashKey[int]()
 LIMITS = pytest.StashKey[limits.Limits]()
+# The cases that were skipped or failed: of each its bar, and why.
+LOST = pytest.StashKey[dict[str, dict[str, dict[str, str]]]]()
+COMPILED = ("ours", "triton", "flex", "compile")  # entrants that may compile when they are first called
 
 
 class Replay:
@@ -55,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", choices=tuple(DTYPES), default="float32")
     group.addoption("--any-load", action="store_true", help="measure, and mark the result, however busy the machine is")
     group.addoption("--patience", type=float, default=120.0, help="seconds to wait in all for the load to fall")
+    group.addoption("--compile", action="store_true", help="only run once what compiles when it is called; no timing")
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which no further case begins")
     group.addoption("--text", help="train the model families on this file, not on Python's own documentation")
     group.addoption("--train-seconds", type=float, help="training time of each model family")
@@ -72,6 +77,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     os.execve(sys.executable, command, {**os.environ, **harness.ENVIRONMENT})
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    lost: dict[str, dict[str, dict[str, str]]] = {"skipped": {}, "failed": {}}
+    config.stash[LOST] = lost
+
+
 def grid_of(config: pytest.Config) -> Grid:
     option = config.getoption
     return Grid(option("--quick"), option("--longest"), option("--device"), DTYPES[option("--dtype")])
@@ -86,6 +96,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for direction in case.directions:
             metafunc.config.stash.setdefault(CASES, {})[case.name, direction] = case
             rows += [(case.name, direction, name) for name in case.entrants]
+    if metafunc.config.getoption("--compile"):  # all directions of a case at once
+        once = {(name, entrant): (name, direction, entrant) for name, direction, entrant in rows}
+        rows = [row for (_, entrant), row in once.items() if entrant in COMPILED]
     metafunc.parametrize("case, direction, entrant", rows, ids=["-".join(row) for row in rows])
 
 
@@ -93,6 +106,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "race" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+    cases = config.stash.get(CASES, {})
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        asked = item.callspec.params if hasattr(item, "callspec") else {}
+        case = cases.get((asked.get("case", ""), asked.get("direction", "")))
+        return (case is None or not (case.bar and case.quick), case is None or not case.bar)
+
+    if config.getoption("--device") == "cuda":  # where time runs out, it is not at the cost of a bar
+        items.sort(key=place)  # stable: the entrants of a case stay together
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -144,6 +166,10 @@ class Arena:
                 if str(self.outcome) != str(error):  # not the same again for each of many
                     self.say(f"{case.name}, {direction}: {reason}")
                 self.outcome = error
+        if isinstance(self.outcome, Exception):
+            kind = "skipped" if isinstance(self.outcome, Refused) else "failed"
+            reason = str(self.outcome).partition("\n")[0] or repr(self.outcome)
+            self.config.stash[LOST][kind][f"{case.name}, {direction}"] = {"bar": case.bar, "reason": reason}
         if isinstance(self.outcome, Refused):
             pytest.skip(str(self.outcome))
         if isinstance(self.outcome, Exception):
@@ -172,7 +198,7 @@ class Arena:
         assert isinstance(self.outcome, dict)
         best = {name: min(measured.seconds) for name, measured in self.outcome.items()}
         times = ", ".join(f"{name} {value * 1e3:.3f}" for name, value in best.items())
-        rivals = [value for name, value in best.items() if name != "ours"]
+        rivals = [value for name, value in best.items() if name not in OURS]
         ratio = f"  {min(rivals) / best['ours']:.2f}x" if rivals else ""
         self.say(f"{case.name}, {direction}, ms: {times}{ratio}  ({took:.1f} s)")
 
@@ -202,11 +228,16 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
 
 
 @pytest.fixture
-def race(benchmark: Any, arena: Arena, request: pytest.FixtureRequest) -> Any:
+def race(benchmark: Any, request: pytest.FixtureRequest) -> Any:
     """race(case, direction, entrant): this entrant's times, measured beside the others', go to pytest-benchmark."""
 
     def run(name: str, direction: str, entrant: str) -> None:
         case = request.config.stash[CASES][name, direction]
+        if request.config.getoption("--compile"):
+            grid = grid_of(request.config)
+            harness.compile(case, entrant, device=grid.device, dtype=grid.dtype)
+            return
+        arena = request.getfixturevalue("arena")
         results = arena.results(case, direction)
         record(benchmark, arena, case, direction, entrant, results[entrant])
 
@@ -242,9 +273,15 @@ def record(benchmark: Any, arena: Arena, case: Case, direction: str, entrant: st
         algorithm=measured.algorithm,
         backend=measured.backend,
         **({} if case.sizes is None else {"sizes": case.sizes}),
+        **({"bar": case.bar} if case.bar else {}),
     )
     REPLAY.pending = list(measured.seconds)
     benchmark.pedantic(REPLAY.advance, rounds=len(measured.seconds))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    lost: dict[str, dict[str, dict[str, str]]] = config.stash[LOST]
+    output_json.update(lost)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,18 +55,18 @@ class Inputs:
 
     def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.touched: list[torch.Tensor] = []
 
     def noise(self, *shape: int, scale: float = 1.0, grad: bool = True) -> torch.Tensor:
         """A leaf of normal noise."""
-        tensor = (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.dtype)
+        tensor = (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
         self.touched.append(tensor.requires_grad_(grad))
         return tensor
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
         """int64 noise in [low, high)."""
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
 
     def module(self, module: nn.Module, like: nn.Module | None = None) -> Any:
         """A module on this device, with the weights of another of the same names where one is given."""
@@ -94,6 +94,7 @@ class Case:
         compared: leading positions (B, T, ...) that must agree, where rounding errors grow over time without bound.
         varied: whether T changes between rounds.
         sizes: what a table of its kind finds it by.
+        bar: which of the bars on a GPU it belongs to; gpu_bars.py has them.
     """
 
     row: str
@@ -108,6 +109,7 @@ class Case:
     compared: int | None = None
     varied: bool = True
     sizes: dict[str, Any] | None = None
+    bar: str = ""
 
     @property
     def name(self) -> str:
@@ -115,6 +117,11 @@ class Case:
 
     def lengths(self) -> tuple[int, ...]:
         return (self.time, self.time - 1, self.time - 2) if self.varied and self.time > 4 else (self.time,)
+
+
+def on_gpu(case: Case, bar: str = "", quick: bool = False) -> Case:
+    """The case as one of those that are made for a GPU, which the names tell."""
+    return replace(case, row=f"GPU {case.row}", bar=bar, quick=quick)
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,14 @@ def measure(
         measured[name].peak_bytes, measured[name].algorithm = observe(call, device)
     measured["ours"].backend = explain(entrants[case.time]["ours"].function).backend
     return measured
+
+
+def compile(case: Case, entrant: str, *, device: str, dtype: torch.dtype) -> None:
+    """Runs one entrant of a case once in each direction, so that what it compiles is in the caches on disk."""
+    made = case.build(Inputs(device, dtype), case.time)[entrant]
+    for direction in case.directions:
+        caller(made, direction)()
+    synchronize(device)
 
 
 def check_agreement(case: Case, entrants: dict[str, Entrant]) -> None:

@@ -1,8 +1,9 @@
-"""python -m benchmarks.tables [--check] [--bars FILE…]: the generated tables of README.md.
+"""python -m benchmarks.tables [--check] [--bars FILE…] [--gpu FILE…]: the generated tables of README.md.
 
 The table of operators asks `explain` which backend serves each sample; the table of bars is made from the files that
 the outside measurement of the bars wrote, kept as benchmarks/results/<machine>/bars-<threads>.json. `--bars` takes
-such files in, with this machine's facts and today's date; `--check` writes nothing and fails where README.md differs.
+such files in, with this machine's facts and today's date; `--gpu` those of `make gpu`, one or the parts of one GPU's,
+from which the table of the bars on a GPU is made. `--check` writes nothing and fails where README.md differs.
 """
 
 import argparse
@@ -21,10 +22,12 @@ import s2s_kernels
 from s2s_kernels import dispatch, explain, machine
 from s2s_kernels.testing import CASES, Draw, OperatorCase, prepare
 
+from . import gpu, gpu_bars
 from .harness import threads_of
 from .run import ROOT, machine_folder
 
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WORK = {
     "R1": "GRU and RNN, small batches",
@@ -150,6 +153,23 @@ def take_in(file: Path, command: str) -> Path:
     return target
 
 
+def take_in_gpu(files: Sequence[Path]) -> Path:
+    """Keeps what `make gpu` measured under its GPU's results; of a step that is in several files, the last.
+
+    Raises:
+        ValueError: they aren't of one GPU.
+    """
+    parts = [json.loads(file.read_text()) for file in files]
+    names = {part["facts"]["gpu"] for part in parts}
+    if len(names) != 1:
+        raise ValueError(f"not results of one GPU, but of {', '.join(sorted(names))}")
+    target = RESULTS / gpu.slug(names.pop()) / "gpu.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: value for part in parts for name, value in part.items()}
+    target.write_text(json.dumps(whole, separators=(",", ":")) + "\n")
+    return target
+
+
 def replaced(readme: str, name: str, lines: Sequence[str]) -> str:
     """README with these lines between its markers of that name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -163,7 +183,8 @@ def replaced(readme: str, name: str, lines: Sequence[str]) -> str:
 def generated(readme: str) -> str:
     """README with every table made anew."""
     readme = replaced(readme, "operators", operators())
-    return replaced(readme, "bars", bars((ROOT / "benchmarks" / "results").glob("*/bars-*.json")))
+    readme = replaced(readme, "gpu-bars", gpu_bars.table(RESULTS.glob("*/gpu.json")))
+    return replaced(readme, "bars", bars(RESULTS.glob("*/bars-*.json")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where README.md differs")
     parser.add_argument("--bars", nargs="+", type=Path, default=[], metavar="FILE", help="files to take in")
     parser.add_argument("--command", default="python speed.py", help="what wrote them (default 'python speed.py')")
+    parser.add_argument("--gpu", nargs="+", type=Path, default=[], metavar="FILE", help="gpu.json, or its parts")
     chosen = parser.parse_args(arguments)
+    if chosen.gpu:
+        print(take_in_gpu(chosen.gpu))
     for file in chosen.bars:
         print(take_in(file, chosen.command))
     readme = README.read_text()

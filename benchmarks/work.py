@@ -1,6 +1,7 @@
 """Analytic counts: floating-point operations, compulsory traffic and critical path of a call.
 
-Backward counts twice the operations of forward, and every tensor has a gradient of its own size to move.
+Backward counts twice the operations of forward, and, where nothing else is said, its traffic: every tensor has a
+gradient of its own size to move.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,19 @@ class Phase:
         flops: floating-point operations.
         bytes: traffic that can't be avoided.
         resident: bytes that are touched again and again, which decide the level of memory that serves the traffic.
+        special: hyperbolic tangents, which a GPU has units for that can bound the speed. Backward needs them again.
+        backward: bytes of traffic of its backward pass; None: those of forward.
     """
 
     flops: float
     bytes: float
     resident: float
+    special: float = 0.0
+    backward: float | None = None
+
+    def scaled(self, ratio: float) -> "Phase":
+        backward = None if self.backward is None else self.backward * ratio
+        return replace(self, bytes=self.bytes * ratio, resident=self.resident * ratio, backward=backward)
 
 
 @dataclass(frozen=True)
@@ -46,20 +55,24 @@ class Work:
 
     def scaled(self, element_size: int) -> "Work":
         """The same work on elements of another size."""
-        ratio = element_size / FLOAT
-        return Work(
-            tuple(replace(p, bytes=p.bytes * ratio, resident=p.resident * ratio) for p in self.phases), self.path
-        )
+        return Work(tuple(phase.scaled(element_size / FLOAT) for phase in self.phases), self.path)
 
 
-def simple(flops: float, elements: float, path: int = 1) -> Work:
-    """One phase that reads its inputs and writes its results once, `elements` in all."""
-    return Work((Phase(flops, FLOAT * elements, FLOAT * elements),), path)
+def simple(
+    flops: float, elements: float, path: int = 1, *, special: float = 0.0, backward: float | None = None
+) -> Work:
+    """One phase that reads its inputs and writes its results once, `elements` in all, and `backward` in its backward
+    pass."""
+    traffic = FLOAT * elements
+    return Work((Phase(flops, traffic, traffic, special, None if backward is None else FLOAT * backward),), path)
 
 
 def with_backward(forward: Work) -> Work:
-    """Forward and backward: three times the operations, twice the traffic of forward, twice its critical path."""
-    backward = tuple(replace(phase, flops=2 * phase.flops) for phase in forward.phases)
+    """Forward and backward: three times the operations, the traffic of both, twice the critical path."""
+    backward = tuple(
+        replace(phase, flops=2 * phase.flops, bytes=phase.bytes if phase.backward is None else phase.backward)
+        for phase in forward.phases
+    )
     return Work(forward.phases + backward, 2 * forward.path)
 
 
@@ -90,9 +103,12 @@ def recurrence(gates: int, batch: float, time: float, inputs: int, hidden: int, 
 
 
 def convolution(batch: int, time: int, inputs: int, outputs: int, taps: int, groups: int = 1) -> Work:
-    """Dense or grouped causal convolution."""
-    elements = batch * time * (inputs + outputs) + outputs * inputs // groups * taps
-    return simple(2 * batch * time * taps * inputs * outputs / groups, elements)
+    """Dense or grouped causal convolution. Backward reads both x and the gradient of y."""
+    positions, weights = batch * time, outputs * inputs // groups * taps
+    backward = positions * (2 * inputs + outputs) + 2 * weights
+    return simple(
+        2 * positions * taps * inputs * outputs / groups, positions * (inputs + outputs) + weights, backward=backward
+    )
 
 
 def attention(
@@ -114,10 +130,10 @@ def attention(
 
 def additive_attention(batch: int, queries: int, keys: int, width: int, values: int, share: float = 1.0) -> Work:
     """Scores weight . tanh(q + k), softmax, context. Two operations for a tanh's sum and product; the tanh itself,
-    which bounds the speed, isn't counted."""
+    which bounds the speed, is counted apart."""
     pairs = batch * queries * keys * share
     elements = batch * (queries * (width + values) + keys * share * (width + values))
-    return simple(2 * pairs * width + 2 * pairs * values, elements)
+    return simple(2 * pairs * width + 2 * pairs * values, elements, special=pairs * width)
 
 
 def language_model(family: str, batch: int, time: int, model: object) -> Work:

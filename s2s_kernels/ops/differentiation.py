@@ -40,6 +40,9 @@ def differentiable(
         @staticmethod
         def forward(ctx, options, *tensors):
             outputs, saved = forward(tensors, options, True)
+            if torch.compiler.is_compiling():
+                # torch 2.11 loses the gradient of an output that is saved as well, not that of a view of it.
+                outputs = tuple(output if output is None else output.view_as(output) for output in outputs)
             ctx.options, ctx.count = options, len(tensors)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*tensors, *saved)

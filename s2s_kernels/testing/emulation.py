@@ -54,20 +54,27 @@ def _interpreter() -> Iterator[None]:
     """Triton's interpreter with those instructions, and without making triton.language its own again at each call of a
     function by a kernel, where it has done so for the kernel: that took longer than the rest."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-    originals = InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__
+    originals = InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__, interpreter._patch_lang_tensor
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load):
             return originals[1](self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
+    def with_index(tensor: Any, scope: Any) -> None:
+        originals[2](tensor, scope)
+        # The interpreter of triton 3.6 has int() of an array of one element, which numpy takes no more since 2.4.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__ = _inline_assembly, call
+    interpreter._patch_lang_tensor = with_index
     try:
         yield
     finally:
-        InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__ = originals
+        InterpreterBuilder.create_inline_asm, InterpretedFunction.__call__, interpreter._patch_lang_tensor = originals
 
 
 @contextlib.contextmanager

@@ -5,12 +5,30 @@ import json
 import os
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_recurrence, gpu, harness, limits, report, results, run, tables, text, work
+from benchmarks import (
+    bench_additive_attention,
+    bench_attention,
+    bench_convolution,
+    bench_recurrence,
+    conftest,
+    gpu,
+    gpu_bars,
+    harness,
+    limits,
+    report,
+    results,
+    run,
+    tables,
+    text,
+    work,
+)  # fmt: skip
 from benchmarks.harness import FORWARD, TRAINING, Case, Entrant, Grid
 from benchmarks.results import Group, Record
 
@@ -147,6 +165,10 @@ def test_counts_by_hand():
     both = work.with_backward(lstm)
     assert both.flops == 3 * lstm.flops and both.bytes == 2 * lstm.bytes and both.path == 20
     assert both.parallelism == both.flops / 20
+    assert work.with_backward(conv).bytes == conv.bytes + 4 * (2 * 10 * (2 * 4 + 6) + 2 * 6 * 4 * 3)
+    assert work.with_backward(conv).scaled(2).bytes == work.with_backward(conv.scaled(2)).bytes
+    tangents_of = work.additive_attention(2, 3, 5, 7, 11)
+    assert work.with_backward(tangents_of.scaled(2)).phases[1].special == 2 * 3 * 5 * 7
     assert lstm.scaled(2).bytes == lstm.bytes / 2 and lstm.scaled(2).flops == lstm.flops
 
 
@@ -169,6 +191,9 @@ def test_the_limit_takes_the_slower_of_arithmetic_and_memory():
     assert bounds.seconds(work.Work((near,), 1)) == pytest.approx(100 / 1e9)
     assert bounds.seconds(work.Work((far,), 1)) == pytest.approx(100 / 1e8)
     assert bounds.seconds(work.Work((work.Phase(1e3, 1.0, 1.0), far), 1)) == pytest.approx(1e-6 + 1e-6)
+    bounds = dataclasses.replace(bounds, special=1e3)
+    assert bounds.seconds(work.Work((dataclasses.replace(near, special=7.0),), 1)) == pytest.approx(7e-3)
+    assert bounds.as_dict()["special"] == 1e3
 
 
 def test_the_grid_grows_with_its_longest():
@@ -257,25 +282,135 @@ def test_without_a_gpu_nothing_is_done(monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_a_gpus_grid_measures_the_choice_among_backends(monkeypatch, tmp_path):
-    calls = []
-    told = {"code": 0, "output": 'a warning\n["lstm float16"]'}
-    monkeypatch.setattr(gpu, "command", lambda words, show=False: calls.append(words) or told)
-    assert gpu.kept() == ["lstm float16"] and calls.pop()[-2:] == ["benchmarks.choice", "--probe"]
-    told["code"] = 1
-    assert gpu.kept() is None
-    calls.clear()
-    assert gpu.grid(tmp_path, 512, True).keys() == {"float32", "bfloat16", "float16"}
-    halves = calls[-1]
-    assert "benchmarks/bench_recurrence.py" in halves and "--dtype=float16" in halves and "benchmarks" not in halves
-    assert "benchmarks" in calls[0]
+FORKING = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep({})
+"""
 
+
+@pytest.mark.parametrize("seconds, code", [(0, 0), (60, gpu.TIMED_OUT)])
+def test_nothing_that_a_step_started_outlives_it(seconds, code, capsys):
+    run = gpu.command([sys.executable, "-c", FORKING.format(seconds)], 5, environment={"S2S_BACKEND": "reference"})
+    assert run["code"] == code and run["seconds"] < 20 and run.get("timed_out", False) == bool(code)
+    assert ("KeyboardInterrupt" in run["output"]) == bool(code)
+    assert ("timed out" in capsys.readouterr().err) == bool(code)
+    child = Path(f"/proc/{run['output'].split()[0]}/stat")  # a zombie where nobody waits for it
+    deadline = time.monotonic() + 5
+    while child.exists() and child.read_text().rpartition(") ")[2][0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not child.exists() or child.read_text().rpartition(") ")[2][0] == "Z"
+
+
+def test_one_sample_of_every_operator_is_run_on_each_backend_that_covers_it():
+    served = gpu.samples("cpu", ("cpu", "triton"))
+    assert all(backends == ["cpu"] for backends in served.values()) and served.keys() >= {"lstm", "attention_pool"}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What would be run is kept, and nothing run; the answers are these."""
+    calls, answers = [], {"code": 0, "seconds": 1.0, "output": 'a warning\n["lstm float16"]'}
+    monkeypatch.setattr(gpu, "command", lambda words, limit, **options: calls.append((words, limit)) or dict(answers))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(gpu, "devices", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "facts", lambda: {"gpu": "NVIDIA H100"})
+    return calls, answers
+
+
+def test_every_step_runs_within_its_time_and_the_exit_code_tells(told, monkeypatch, tmp_path, capsys):
+    calls, answers = told
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--within", "1000"]) == 0
+    said = [" ".join(words) for words, _ in calls]
+    for part in ("-m gpu -n", "--tool memcheck", "--tool racecheck", "--tool synccheck", "benchmarks.choice --probe"):
+        assert sum(part in line for line in said) == 1, part
+    assert sum("--compile" in line for line in said) == 3
+    measured = [(line, limit) for line, (_, limit) in zip(said, calls, strict=True) if "--deadline" in line]
+    assert [line.partition("--dtype=")[2].split()[0] for line, _ in measured] == ["bfloat16", "float16", "float32"]
+    assert all("-k GPU" in line and limit < 200 for line, limit in measured)
+    assert "bench_recurrence.py" in measured[1][0] and "bench_recurrence.py" not in measured[0][0]
+    assert sum(float(line.partition("--deadline=")[2].split()[0]) for line, _ in measured) == pytest.approx(200, abs=2)
+    outcome = json.loads((tmp_path / "gpu.json").read_text())
+    assert outcome["keeps_contract"] == ["lstm float16"] and outcome["sanitizer"]["racecheck"]["code"] == 0
+
+    calls.clear()
+    answers |= {"code": gpu.TIMED_OUT, "timed_out": True}
+    assert gpu.main(["--within", "500", "--since", str(time.time() - 400)]) == 1
+    assert len(calls) == 11 and max(limit for _, limit in calls) <= 100 + gpu.GRACE
+    assert max(limit for words, limit in calls if "tests" in words) < 0 < calls[-1][1]
+    errors = capsys.readouterr().err
+    assert "failed: memcheck: timed out, 1.0 s" in errors and "failed: benchmarks, float32: timed out" in errors
+    assert json.loads((tmp_path / "gpu.json").read_text())["keeps_contract"] is None
+
+    calls.clear()
+    answers |= {"code": 0}
+    assert gpu.main(["--steps", "contract"]) == 0 and len(calls) == 1
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    assert gpu.sanitizer(1.0) == "compute-sanitizer is not installed"
+
+
+@pytest.fixture
+def for_a_gpu(monkeypatch):
+    """The cases made for a GPU in a dtype, by suite; nothing is asked of a device."""
+    monkeypatch.setattr(bench_recurrence, "able", lambda *layer: ["cuda", "triton"])
+    monkeypatch.setattr(bench_attention, "serves", lambda *call: True)
+    suites = (bench_recurrence, bench_attention, bench_convolution, bench_additive_attention)
+    return lambda dtype: [case for suite in suites for case in suite.for_a_gpu(Grid(device="cuda", dtype=dtype))]
+
+
+def test_every_bar_of_a_gpu_has_cases_named_for_one(for_a_gpu):
+    cases = for_a_gpu(torch.bfloat16)
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(case.row.startswith("GPU ") and case.time <= 2048 and "loop" not in case.entrants for case in cases)
+    assert all(case.bar or not case.quick for case in cases)
+    by_bar = {bar: [case for case in cases if case.bar == bar] for bar in ("GR1", "GR4", "GC1", "GC2", "GA1", "GA2")}
+    assert all(any(case.quick for case in found) for found in by_bar.values())
+    assert {case.bar for case in cases} == {*by_bar, "GD1", ""}
+    assert [case.name for case in for_a_gpu(torch.float16) if case.bar == "GR2"] == ["GPU LSTM B16 H768 T1024"]
+    for ask in gpu_bars.ASKS:
+        if ask.missing:
+            continue
+        found = [case for case in for_a_gpu(getattr(torch, ask.dtype)) if case.bar == ask.bar]
+        rivals = [set(case.entrants) & set(ask.against) for case in found]
+        assert found and all(ask.entrant in case.entrants for case in found)
+        assert ask.limit or all(rivals) or not ask.against
+    compiled = {case.bar for case in cases if "compile" in case.entrants}
+    flexible = [case for case in cases if "flex" in case.entrants]
+    assert compiled == {"GD1"} and len(flexible) == 4 and all("D128" in case.row for case in flexible)
+
+
+def test_bars_come_first_on_a_gpu():
+    case = recording_case([])
+    cases = {"other": case, "bar": dataclasses.replace(case, bar="GC1"), "first": harness.on_gpu(case, "GA1", True)}
+    config = types.SimpleNamespace(stash=pytest.Stash(), getoption={"--device": "cuda"}.get)
+    config.stash[conftest.CASES] = {(name, FORWARD): case for name, case in cases.items()}
+    items = [
+        types.SimpleNamespace(name=name, callspec=types.SimpleNamespace(params={"case": name, "direction": FORWARD}))
+        for name in ("other", "bar", "first", "bar", "first")
+    ]
+    items.append(types.SimpleNamespace(name="another suite's"))
+    conftest.pytest_collection_modifyitems(config, items)
+    assert [item.name for item in items] == ["first", "first", "bar", "bar", "other", "another suite's"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "lengths", "bias", "causal"])
+def test_attention_of_a_gpu_runs_here_too(kind, monkeypatch):
+    monkeypatch.setattr(bench_attention, "serves", lambda *call: False)
+    case = bench_attention.on_a_gpu(Grid(), kind, 1, 8, 6, 9, bar="GA1", count=2)
+    measured = harness.measure(case, TRAINING, budget=0.0)
+    assert measured.keys() == {"ours", "sdpa"} and case.row.endswith("S9 D8")
+    harness.compile(case, "ours", device="cpu", dtype=torch.float32)
+
+
+def test_a_gpus_grid_measures_the_choice_among_backends(monkeypatch):
     monkeypatch.setattr(bench_recurrence, "able", lambda *layer: [])
-    cases = bench_recurrence.for_a_gpu(Grid(device="cuda"))
-    chosen = [case for case in cases if case.sizes is not None]
-    assert len({case.name for case in cases}) == len(cases) and len(chosen) > 20
+    chosen = [case for case in bench_recurrence.for_a_gpu(Grid(device="cuda")) if case.sizes is not None]
+    assert len(chosen) > 20
     for case in chosen:
-        assert case.row.startswith("GPU backends ") and case.entrants[:2] == ("ours", "torch")
+        assert case.entrants[:2] == ("ours", "torch")
         facts = {"cell", "batch", "inputs", "hidden", "width", "layers", "directions", "precision", "torch rounds"}
         assert case.sizes.keys() == facts
         assert f"B{case.sizes['batch']} H{case.sizes['hidden']}" in case.row
@@ -283,6 +418,85 @@ def test_a_gpus_grid_measures_the_choice_among_backends(monkeypatch, tmp_path):
     assert {("lstm", 1, 1), ("gru", 2, 2), ("rnn_tanh", 1, 1), ("lstm", 2, 1), ("gru", 1, 2)} <= kinds
     measured = harness.measure(dataclasses.replace(chosen[0], time=2), FORWARD, budget=0.0)
     assert measured.keys() == set(chosen[0].entrants)
+
+
+def test_what_is_lost_is_told_and_what_compiles_is_called_once():
+    """A run whose time is up before it begins, and one that only compiles."""
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_convolution.py", "-k", "TCN and d16", "-rA"]
+    outcomes = {
+        "--deadline=-1": ("the time of this run is up", "6 skipped"),
+        "--compile": ("d16 T784-forward+backward-ours", "1 passed"),
+    }
+    for option, (said, outcome) in outcomes.items():
+        options = [*command, option, "--any-load"]
+        done = subprocess.run(options, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout and outcome in done.stdout, done.stdout + done.stderr
+
+
+def gpu_result(dtype, bar, direction, best, **more):
+    """A case of a result of `make gpu`, with the best seconds of its entrants."""
+    facts = {"bar": bar, "direction": direction, "dtype": dtype, "limit_seconds": 0.5, **more}
+    return [
+        {"group": f"{bar} {direction} {best}", "extra_info": {**facts, "entrant": name}, "stats": {"min": seconds}}
+        for name, seconds in best.items()
+    ]
+
+
+def test_the_bars_of_a_gpu_become_a_table(tmp_path, monkeypatch):
+    assert "Not measured yet" in gpu_bars.table([])[0]
+    empty = [line for line in gpu_bars.table([]) if line.startswith("| G")]
+    assert len(empty) == len(gpu_bars.ASKS) and all("not measured" in line or "FlashRNN" in line for line in empty)
+    entries = [
+        *gpu_result("bfloat16", "GR1", FORWARD, {"ours": 1.0, "torch": 4.0, "cuda": 0.5}),
+        *gpu_result("bfloat16", "GR1", TRAINING, {"ours": 1.0, "torch": 0.9}),
+        *gpu_result("bfloat16", "GC1", TRAINING, {"ours": 1.0, "F.pad": 3.0, "chomp": 1.5, "deterministic": 6.0}),
+        *gpu_result("bfloat16", "GC2", FORWARD, {"ours": 0.625, "F.pad": 9.0}),
+        *gpu_result("bfloat16", "GA2", FORWARD, {"ours": 1.0, "triton": 2.0, "sdpa": 1.1, "sdpa cudnn": 1.0}),
+    ]
+    lost = {"case, forward+backward": {"bar": "GC1", "reason": "AssertionError"}}
+    late = {"other, forward": {"bar": "GR1", "reason": "the time is up"}}
+    results = {"benchmarks": entries, "failed": lost, "skipped": late}
+    facts = {"gpu": "NVIDIA H100", "torch": "2.11", "cudnn": 91000, "date": "2026-02-03"}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    parts = []
+    for place, part in enumerate(({"tests": {"code": 0}}, {"benchmarks": {"bfloat16": {"results": results}}})):
+        parts.append(tmp_path / f"{place}.json")
+        parts[-1].write_text(json.dumps({"facts": facts, **part}))
+    kept = tables.take_in_gpu(parts)
+    assert kept == tmp_path / "nvidia-h100" / "gpu.json" and json.loads(kept.read_text()).keys() >= {
+        "tests",
+        "benchmarks",
+    }
+    lines = gpu_bars.table(tmp_path.glob("*/gpu.json"))
+    assert lines[0] == "NVIDIA H100; torch 2.11, cuDNN 91000. `make gpu`, 2026-02-03."
+    rows = {line.split(" | ")[0].strip("| "): [] for line in lines if line.startswith("| G")}
+    for line in lines:
+        if line.startswith("| G"):
+            rows[line.split(" | ")[0].strip("| ")].append([cell.strip() for cell in line.split("|")[3:-1]])
+    assert rows["GR1"] == [
+        ["mean 2.00x, each 1.00x", "4.00x, mean 4.00x", "0.90x, mean 0.90x",
+         "1 of 2, the mean does not, 1 not reached"]
+    ]  # fmt: skip
+    assert rows["GC1"] == [["1.20x", "", "1.50x", "1 of 1, 1 failed"], ["5.00x", "", "6.00x", "1 of 1, 1 failed"]]
+    assert rows["GC2"] == [["90 %", "80 %", "not measured", "0 of 1"]]
+    assert rows["GA2"][0] == ["0.80x", "0.50x", "not measured", "0 of 1"]
+    assert rows["GA2"][1] == ["0.97x", "1.00x", "not measured", "1 of 1"]
+    assert rows["GR2"] == [["1.00x", "not measured", "not measured", ""]]
+    assert "FlashRNN" in rows["GR3"][0][1]
+    parts[0].write_text(json.dumps({"facts": {"gpu": "another"}}))
+    with pytest.raises(ValueError, match="not results of one GPU"):
+        tables.take_in_gpu(parts)
+
+
+def test_what_is_kept_of_a_result_is_small(tmp_path):
+    whole = json.loads(write_results(tmp_path / "1.json", entry("conv", "ours", 1.0, load_average=(1, 2))).read_text())
+    whole["benchmarks"][0]["stats"] |= {"data": [1.0] * 100, "rounds": 100}
+    whole["skipped"] = {"case, forward": {"bar": "", "reason": "late"}}
+    small = gpu.trimmed(whole)
+    assert small["skipped"] == whole["skipped"] and small["failed"] == {}
+    (kept,) = small["benchmarks"]
+    assert kept["stats"] == {"min": 1.0, "median": 2.0, "rounds": 100}
+    assert kept["extra_info"]["entrant"] == "ours" and "load_average" not in kept["extra_info"]
 
 
 def test_the_text_is_pythons_own_or_a_file(tmp_path):
@@ -329,4 +543,19 @@ def test_the_folder_of_results_names_the_machine(monkeypatch):
 
 @pytest.mark.gpu
 def test_one_sample_of_every_operator_runs_on_the_gpu():
-    assert gpu.samples() == 0
+    served = gpu.samples()
+    assert served["lstm"] == served["gru"] == served["rnn"] == ["cuda", "triton"]
+    assert all(served.values())
+
+
+@pytest.mark.gpu
+def test_the_units_for_tangents_are_measured():
+    from benchmarks import tangents
+
+    numbers = torch.full((2**20,), 0.5, device="cuda")
+    tangents.run(numbers)
+    expected = torch.tensor(0.5, dtype=torch.float64)
+    for _ in range(tangents.ROUNDS):
+        expected = expected.tanh()
+    torch.testing.assert_close(numbers.cpu().double(), expected.expand(2**20), rtol=0.05, atol=0)
+    assert tangents.count(numbers) == numbers.numel() * tangents.ROUNDS

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 from typing import Any
 
@@ -530,8 +531,14 @@ def test_a_traced_call_asks_too():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gap_without_the_kernels():
-    assert "weren't built" in Case("").gap(torch.device("cpu"))
+def test_gap_without_the_kernels(monkeypatch):
+    """Whether this process could have them or not."""
+    monkeypatch.setattr(cuda_kernels, "kernels", types.SimpleNamespace())
+    assert "weren't built" in Case("").gap(torch.device("cuda", 0))
+    built = types.SimpleNamespace(recurrence_persistent_forward=None)
+    monkeypatch.setattr(cuda_kernels, "kernels", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in Case("").gap(torch.device("cuda", 0))
 
 
 def test_an_uncovered_call_is_refused():

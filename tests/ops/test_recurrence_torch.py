@@ -1,6 +1,7 @@
 """torch's own layers as a backend of the recurrences, beside what tests/test_operators.py runs on them; and the choice
 between them and ours on CUDA tensors, as far as it shows without any."""
 
+import functools
 import gc
 import itertools
 import json
@@ -15,7 +16,7 @@ import s2s_kernels as s2s
 from benchmarks import choice as measured
 from s2s_kernels import dispatch
 from s2s_kernels.ops.recurrence import OPERATORS, Asked, builtin, cuda_kernels, estimates, measurements
-from s2s_kernels.testing import CASES, Draw, compare
+from s2s_kernels.testing import CASES, Draw, compare, evaluate, noise_like, prepare
 from s2s_kernels.testing.recurrence import recurrence_sample
 from s2s_kernels.testing.recurrent_layers import build, recurrent_layers
 from s2s_kernels.testing.twins import pair, same_function
@@ -245,13 +246,19 @@ def test_the_gaps_of_a_cpu():
     assert reason(cpu, projected=True, width=767) is None and "fewer" in reason(cpu, projected=True)
 
 
-def test_torch_carries_16_bits_on_a_cpu():
-    """What the gap says of it, and that of wider numbers nothing of the kind holds."""
-    kept = measured.kept("cpu", (torch.float64, torch.float32, torch.float16, torch.bfloat16))
-    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        assert f"{cell} float64" in kept and f"{cell} float32" in kept
-    for dtype in ("float16", "bfloat16"):
-        assert f"lstm {dtype}" not in kept and f"gru {dtype}" not in kept
+def test_what_torch_keeps_of_the_contract_on_a_cpu():
+    """float32; what the gap says of 16 bits is so, beside that they are refused."""
+    kept = measured.kept("cpu", (torch.float32, torch.float16, torch.bfloat16))
+    assert kept == [f"{cell} float32" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
+    for cell, dtype in itertools.product(("lstm", "gru"), (torch.float16, torch.bfloat16)):
+        assert not measured.carries(cell, dtype, "cpu", 5, 200)
+
+
+def test_an_inaccurate_answer_is_seen(monkeypatch):
+    original = torch.gru
+    monkeypatch.setattr(torch, "gru", lambda *args: tuple(value * (1 + 1e-5) for value in original(*args)))
+    assert not measured.accurate("gru", torch.float32, "cpu", 3, 5)
+    assert measured.accurate("lstm", torch.float32, "cpu", 3, 5)
 
 
 def test_a_cpu_is_served_by_torch_only_where_it_is_forced():
@@ -316,6 +323,8 @@ def test_the_gaps_of_cudnn(gpu, monkeypatch):
     assert "65535 positions" in reason(time=65536) and "32 bits" in reason(batch=16384, time=65535)
     assert "tf32" in reason(dtype=torch.float32) and reason(dtype=torch.float64) is None
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert "no measurement" in reason(dtype=torch.float32)
+    gpu["keeps_contract"].append("lstm float32")
     assert reason(dtype=torch.float32) is None
     torch.use_deterministic_algorithms(True)
     assert "deterministic" in reason()
@@ -550,19 +559,45 @@ def test_the_table_in_the_package_is_well_formed():
 # On a GPU
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("cell, hidden", [*itertools.product(("lstm", "gru", "rnn_tanh"), (5, 64, 256, 300))])
-def test_cudnn_on_a_gpu(cell, hidden, dtype, monkeypatch):
-    """As it is where it may serve: with the whole width of float32, and of float16 as far as it keeps the contract."""
-    torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    kept = measured.kept("cuda", (dtype,))
-    if measurements.kind(cell, dtype) not in kept:
-        pytest.skip(f"cuDNN doesn't keep the contract for {measurements.kind(cell, dtype)}")
-    monkeypatch.setattr(measurements, "keeps_contract", lambda *call: True)
-    arguments = build(
-        Draw(dtype, "cuda"), cell, batch=16, time=9, inputs=128, hidden=hidden, directions=2, state=True, scale=0.1
+def roundings(arguments):
+    """By how many roundings of the largest value torch's layers differ from the definition, in float64 both."""
+    runs = []
+    for backend in ("torch", "reference"):
+        with dispatch.use_backend(backend):
+            runs.append(list(evaluate(recurrent_layers, prepare(arguments), noise_like)))
+    return max(
+        float((ours - exact).abs().max() / exact.abs().max().clamp(min=1)) / torch.finfo(torch.float64).eps
+        for (_, ours), (_, exact) in zip(*runs, strict=True)
     )
-    broken = compare(recurrent_layers, arguments, "torch")
-    assert all(by <= 0 for by in broken.values()), broken
+
+
+def judge_by_roundings(cell, device, batch, hidden):
+    """The tolerance rule asks of float64 to sum in the definition's order: eager is exact by its meaning, so that 4
+    roundings are left. Another order of the batch times 9 products of a weight's gradient, or of the units times 9 of a
+    state's, may differ by as many roundings as a fraction of its terms."""
+    with measured.unquestioned():
+        for arguments in measured.calls(cell, torch.float64, device, batch, hidden):
+            assert roundings(arguments) < 512
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_float64_differs_by_the_order_of_sums_alone(cell):
+    judge_by_roundings(cell, "cpu", 7, 96)
+
+
+keeps = functools.cache(measured.keeps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch, hidden", [(24, 384), (8, 96), (7, 300), (2, 9)])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_cudnn_on_a_gpu(cell, batch, hidden, dtype):
+    """Where it is said to keep the contract, it does so at other sizes of the same algorithms as well."""
+    torch.use_deterministic_algorithms(False)
+    if dtype == torch.float64:
+        judge_by_roundings(cell, "cuda", batch, hidden)
+        return
+    if not keeps(cell, dtype, "cuda"):
+        pytest.skip(f"cuDNN doesn't keep the contract for {measurements.kind(cell, dtype)} here: `explain` says so")
+    assert measured.accurate(cell, dtype, "cuda", batch, hidden)

@@ -40,6 +40,8 @@ def missing(device: torch.device) -> str | None:
     """Why the kernels don't run on this device at all."""
     if not hasattr(kernels, "recurrence_persistent_forward"):
         return "the CUDA kernels weren't built (nvcc or a CUDA build of torch was missing)"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "compute capability is below 8.0"
     return None

@@ -31,7 +31,8 @@ def kind(cell: str, dtype: torch.dtype) -> str:
 
 
 def keeps_contract(cell: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether cuDNN, in the version at hand, was seen to carry a state of this dtype in float32, and to hand NaN on."""
+    """Whether cuDNN, in the version at hand, was seen to carry a state of this dtype in float32, to hand NaN on, and to
+    keep the tolerance rule."""
     known = known_of(device)
     if known is None or known["cudnn"] != torch.backends.cudnn.version():
         return False
