@@ -210,13 +210,14 @@ class RecurrenceBlock {
   // Step s of a row is at this time; b T + t.
   __device__ int time(int row, int step) const { return a_.reverse ? lengths[row] - 1 - step : step; }
   __device__ int64_t position(int row, int step) const { return (first_row + row) * a_.time + time(row, step); }
-  // Whether the state is zeroed between the step before and this one.
-  __device__ bool starts(int row, int step) const {
+  // Whether the state is zeroed between the step before and this one: as memory has it, and of a step that was read ahead.
+  __device__ bool starts_in_memory(int row, int step) const {
     if (!a_.reset) return false;
     const int t = time(row, step);
     const bool* const flags = a_.reset + (first_row + row) * a_.time;
     return a_.reverse ? t + 1 < lengths[row] && flags[t + 1] : flags[t];
   }
+  __device__ bool starts(int row, int step) const { return a_.reset && starting(row, step)[0]; }
   __device__ bool has_before(int row, int step, const float* initial) const { return !starts(row, step) && (step > 0 || initial); }
 
   // Does item(row, unit) for units of the block in rows [first, end) that take the step.
@@ -243,7 +244,7 @@ class RecurrenceBlock {
         const float* source;
         if (!from.before)
           source = from.data + position(row, step) * from.stride;
-        else if (!has_before(row, step, from.initial))
+        else if (step == 0 && !from.initial)
           continue;
         else
           source = step > 0 ? from.data + position(row, step - 1) * from.stride : from.initial + (first_row + row) * from.stride;
@@ -259,6 +260,9 @@ class RecurrenceBlock {
         const int row = i / scales_of_row, number = i % scales_of_row;
         if (step < lengths[row]) device::copy_word(scale(step, row) + number, a_.scales + position(row, step) * a_.normed_row + number);
       }
+    if (a_.reset && step >= 0)
+      for (int row = threadIdx.x; row < rows; row += blockDim.x)
+        if (step < lengths[row]) *starting(row, step) = starts_in_memory(row, step);
     device::copies_commit();
   }
   __device__ float* fed(int step, int row, int slot, int unit) const {
@@ -282,6 +286,9 @@ class RecurrenceBlock {
   device::Pair* pairs;  // in shared memory of a cluster's blocks, in global memory of a grid's
 
  private:
+  // Backward asks for its step after it has begun to read two steps ahead.
+  __device__ int* starting(int row, int step) const { return lengths + (1 + step % (feed_turns + 1)) * a_.plan.rows + row; }
+
   const Recurrence& a_;
   const RecurrenceLayout layout_;
   int feed_rows_, feed_row_, feed_column_, feed_slot_, feed_vector_;

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
       const int most = extended ? most_units(a.plan) : U;
       for (int i = threadIdx.x; i < block.rows * most; i += blockDim.x) {
         const int row = i / most, unit = i % most;
-        const bool starts = block.lengths[row] > 0 && block.starts(row, 0);
+        const bool starts = block.lengths[row] > 0 && block.starts_in_memory(row, 0);
         if (unit < own_h.count) {
           const int64_t at = (begin + row) * P + own_h.first + unit;
           const float h = a.h0 ? a.h0[at] : 0.f;

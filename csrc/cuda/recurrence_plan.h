@@ -179,7 +179,7 @@ struct RecurrenceLayout {
     pairs = take(pairs_bytes(p, s) / (p.cluster ? 1 : 4));
     moments = take(s.normed ? p.rows * 16 : 0);
     scales = take(s.normed && s.backward ? feed_turns * p.rows * 16 : 0);
-    lengths = take(p.rows * 4);
+    lengths = take((2 + feed_turns) * p.rows * 4);  // and whether steps that were read ahead start anew
     bytes = at;
   }
 };

@@ -433,7 +433,7 @@ def test_nothing_is_saved_unless_asked_for():
         assert cuda_kernels.forward(*case.arguments(), **case.options(), save=False)[3:] == (None,) * 4
 
 
-@pytest.mark.parametrize("machine", [(8, 24 << 10, True), (8, 24 << 10, False), (2, 99 << 10, False)])
+@pytest.mark.parametrize("machine", [(8, 40 << 10, True), (8, 40 << 10, False), (2, 99 << 10, False)])
 @pytest.mark.parametrize("cell, options", EACH_KIND)
 def test_plans_of_small_machines(cell, options, machine):
     """The layouts that are chosen, not those of the other tests."""
@@ -485,22 +485,23 @@ def test_plans_stay_within_the_machine(machine, operand):
     assert found > 20
 
 
-def test_the_predicted_step():
-    """What the plan's comment says: of the bar GR2, and of steps that do more."""
-    told = (
-        (16, 768, 768, False, False, (96, 2.0), (48, 2.6)),
-        (16, 512, 512, True, False, (16, 4.1), (32, 3.5)),
-        (16, 768, 256, False, True, (16, 3.1), (48, 4.0)),
-        (16, 768, 256, True, True, (16, 5.2), (48, 5.3)),
-        (128, 768, 768, False, False, (32, 6.1), (48, 10.6)),
+def test_the_modelled_step():
+    """Beside what was measured on an H100: blocks of a team, and microseconds a step, forward and backward."""
+    measured = (
+        (16, 768, 768, False, False, (96, 3.0), (96, 4.0)),
+        (16, 512, 512, True, False, (32, 9.8), (32, 8.5)),
+        (16, 768, 256, False, True, (96, 5.4), (96, 6.7)),
+        (128, 768, 768, False, False, (32, 11.9), (64, 14.5)),
+        (128, 256, 256, False, False, (16, 3.5), (16, 3.7)),
+        (1, 512, 512, False, False, (64, 2.5), (32, 2.9)),
     )
     with emulated() as emulator:
-        for batch, hidden, width, normed, projected, *directions in told:
+        for batch, hidden, width, normed, projected, *directions in measured:
             for backward, (blocks, microseconds) in enumerate(directions):
-                size = (batch, 1024, hidden, width, LSTM, 1, 0, 0, normed, projected)
+                size = (batch, 1024, hidden, width, LSTM, 0, 0, 0, normed, projected)
                 plan = emulator.planned(size, backward, H100)
-                assert plan[FIELDS.index("team")] == blocks
-                assert round(emulator.modelled_step(size, backward, plan, True), 1) == microseconds
+                modelled = emulator.modelled_step(size, backward, plan, True)
+                assert (plan[FIELDS.index("team")], modelled) == (blocks, pytest.approx(microseconds, rel=0.2)), size
 
 
 def test_gap():

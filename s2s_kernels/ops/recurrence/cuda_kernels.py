@@ -160,17 +160,19 @@ def forward(
     """
     batch, time, rows = inputs.shape
     shape, name = _checked(Shape.of(batch, weight_hh, weight_hr, norm_hh, cell), inputs.device), CELLS[cell]
-    # Backward multiplies what is saved at absent positions by zero, so that it has to be finite.
-    fresh = torch.zeros if lengths is not None else torch.empty
+    # Backward multiplies what is saved at absent positions by zero, so that it has to be finite; gates and what is kept
+    # beside them are read elsewhere only where there is layer normalisation or a projection.
+    elsewhere = shape.normed or shape.projected
 
-    def over(width: int, wanted: bool = True, kind: torch.dtype = torch.float32) -> Optional:
+    def over(width: int, wanted: bool = True, kind: torch.dtype = torch.float32, finite: bool = True) -> Optional:
+        fresh = torch.zeros if finite and lengths is not None else torch.empty
         return fresh(batch, time, width, dtype=kind, device=inputs.device) if wanted else None
 
     output = over(shape.width, kind=dtype)
     h_n = inputs.new_empty(batch, shape.width)
     c_n = inputs.new_empty(batch, shape.hidden) if name == "lstm" else None
-    gates = over(rows, save and keeps_gates(name, zoneout_h))
-    extra = over(shape.hidden, save and name in ("lstm", "gru"))
+    gates = over(rows, save and keeps_gates(name, zoneout_h), finite=elsewhere)
+    extra = over(shape.hidden, save and name in ("lstm", "gru"), finite=elsewhere)
     exact = over(shape.width, save and dtype != torch.float32)
     normed = over(normed_row(rows), save and shape.normed)
     if batch > 0:
