@@ -162,10 +162,12 @@ def _fill(
     wide = power(columns, 1, 1024)
     lines = power(1024 // wide, 1, 64)
     lse_strides = (0, 0, 0) if grad_lse is None else (0, 0, *grad_lse.stride())[-3:]
-    delta_kernel[(-(-delta.numel() // lines),)](
+    options = call.options(grad_out)
+    rows = power(4096 // wide, 1, 64)
+    delta_kernel[(-(-call.time // rows) * (delta.numel() // call.time),)](
         grad_out, grad_lse, out, softmax, delta, *grad_out.stride(), *out.stride()[:3], *lse_strides,
-        call.heads, call.time, delta.numel(),
-        VALUE_WIDTH=columns, DENSE=dense(grad_out), WIDE=wide, QUERIES=lines, num_warps=4,
+        call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, DENSE=dense(grad_out),
+        VECTOR=options["VECTOR"] if columns % options["VECTOR"] == 0 else 1, WIDE=wide, QUERIES=rows, num_warps=4,
     )  # fmt: skip
     tensors = (
         query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
@@ -173,7 +175,6 @@ def _fill(
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
     sizes = (call.sequences, key.shape[1], *call.limits(), call.factor, *call.numbers())
-    options = call.options(grad_out)
     slope_sums = None if grad_slopes is None else torch.empty_like(delta)
     if grad_query is not None or slope_sums is not None:
         tiles = backward_tiles(call, "query")

@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from ..triton_common import kernel, spread
-from .triton_scores import between
+from .triton_scores import aligned, between
 
 
 @kernel
@@ -12,23 +12,30 @@ def delta_kernel(
     grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
     out_b: tl.int64, out_h: tl.int64, out_t: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, heads: tl.int64, time: tl.int64, count: tl.int64,
-    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key."""
-    row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    exists = row < count
-    i, h, b = row % time, row // time % heads, row // time // heads
-    alive = tl.load(softmax + count + row, mask=exists, other=0.0) != 0  # a NaN passes
+    """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key.
+    VECTOR: by how many elements the strides of grad_out and out are divisible."""
+    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+    out_b, out_h, out_t = aligned(out_b, out_h, out_t, VECTOR)
+    program, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(time, QUERIES)
+    first, lane = program % tiles * QUERIES, program // tiles
+    h, b = lane % heads, lane // heads
+    line = tl.arange(0, QUERIES)
+    exists = first + line < time
+    row = lane * time + first
+    alive = tl.load(softmax + count + row + line, mask=exists, other=0.0) != 0  # a NaN passes
     d = tl.arange(0, WIDE)[None, :]
     inside = alive[:, None] & (d < VALUE_WIDTH)
-    at = grad_out + (b * grad_b + h * grad_h + i * grad_t)[:, None] + spread(d, grad_d, DENSE)
+    at = grad_out + (b * grad_b + h * grad_h + first * grad_t) + ((line * grad_t)[:, None] + spread(d, grad_d, DENSE))
     grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    at = out + (b * out_b + h * out_h + i * out_t)[:, None] + d
+    at = out + (b * out_b + h * out_h + first * out_t) + ((line * out_t)[:, None] + d)
     result = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     total = tl.sum(grad * result, 1)
     if grad_lse is not None:
-        total -= tl.load(grad_lse + b * lse_b + h * lse_h + i * lse_t, mask=alive, other=0.0)
-    tl.store(delta + row, total, mask=exists)
+        at = grad_lse + (b * lse_b + h * lse_h + first * lse_t) + line * lse_t
+        total -= tl.load(at, mask=alive, other=0.0)
+    tl.store(delta + row + line, total, mask=exists)
 
 
 @kernel
