@@ -136,6 +136,7 @@ def query_kernel(
         upstream = load_rows(grad_out, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
     sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
     slope_sum = tl.zeros((ROWS,), tl.float32)
+    HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
     for phase in tl.static_range(2):
         column = tl.arange(0, KEYS if phase == 0 else EDGE)
         key_offset, value_offset = column * key_s, column * value_s
@@ -183,7 +184,7 @@ def query_kernel(
                 )  # fmt: skip
                 if slope_sums is not None:
                     slope_sum -= tl.sum(grad * tl.abs(i[:, None] + diagonal - j[None, :]).to(tl.float32), 1)
-                if phase == 1:
+                if phase == 1 and HIDES:
                     k = finite(k)
                 sums = tl.dot(inner.to(k.dtype), k, sums, input_precision=PRECISION)
 
@@ -264,6 +265,7 @@ def key_value_kernel(
         v = load_rows(value, value_offset, present, value_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
     key_sums = tl.zeros((KEYS, ELEMENTS), tl.float32)
     value_sums = tl.zeros((KEYS, VALUE_ELEMENTS), tl.float32)
+    HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
     for phase in tl.static_range(2):
         before = whole_first - first
         number = blocks if phase == 0 else before + stop - whole_stop
@@ -350,7 +352,7 @@ def key_value_kernel(
                 if into_value is not None:
                     value_sums = tl.dot(p.to(value.dtype.element_ty), upstream, value_sums, input_precision=PRECISION)
                 if into_key is not None:
-                    if phase == 1:
+                    if phase == 1 and HIDES:
                         q = finite(q)
                     key_sums = tl.dot(inner.to(q.dtype), q, key_sums, input_precision=PRECISION)
 
