@@ -54,7 +54,8 @@ def _differentiate(
 
 @kernel
 def query_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into, slope_sums,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
+    slope_sums,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
@@ -71,6 +72,9 @@ def query_kernel(
 ):  # fmt: skip
     """The gradient of queries (B, H, T, D), PACKED (T, H, D), and of each row's slope (B, H, T). factor: what products
     are scaled by; scale is that of the exponent. The rest as in forward_kernel."""
+    if needed is not None:
+        if tl.load(needed) == 0:
+            return
     tile, _split, head, batch, sequence = tile_of(
         batches, kv_heads, 1, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip
@@ -204,7 +208,7 @@ def query_kernel(
 
 @kernel
 def key_value_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed,
     into_key, into_value,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
@@ -222,6 +226,9 @@ def key_value_kernel(
 ):  # fmt: skip
     """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), PACKED (S, Hkv, D) and (S, Hkv, Dv), or of one
     of them, over all heads that read them. Tiles of products have keys along their first dimension."""
+    if needed is not None:
+        if tl.load(needed) == 0:
+            return
     tile, _split, head, batch, sequence = tile_of(batches, kv_heads, 1, source, key_lengths, 1, KEYS, PACKED)
     queries, keys, diagonal, query_begin, key_begin = span_of(
         query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
@@ -377,7 +384,7 @@ def key_value_kernel(
 
 @kernel
 def bias_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
@@ -397,6 +404,9 @@ def bias_kernel(
 
     A program makes a tile of it: the sum over the batch and the heads that share it and, where all queries do (not
     OWN_ROWS), over their tiles; of these it takes those whose number is its split's, modulo the splits."""
+    if needed is not None:
+        if tl.load(needed) == 0:
+            return
     query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
     key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)

@@ -59,7 +59,8 @@ def _write(
 
 @kernel
 def forward_kernel(
-    query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, out, lse, softmax, wide_out, parts,
+    query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, needed, out, lse, softmax,
+    wide_out, parts,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
@@ -76,8 +77,12 @@ def forward_kernel(
     keys' sums of values (splits, B H T, Dv + 2), each row followed by its greatest score and its sum of weights.
 
     DENSE: the last dimensions are contiguous. VECTOR: by how many elements strides are divisible. What the options say
-    is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it.
+    is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it. needed: (1,), 0 where nothing
+    is to be done.
     """
+    if needed is not None:
+        if tl.load(needed) == 0:
+            return
     tile, split, head, batch, sequence = tile_of(
         batches, kv_heads, splits, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip

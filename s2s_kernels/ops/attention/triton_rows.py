@@ -8,7 +8,7 @@ from .triton_scores import aligned, between
 
 @kernel
 def delta_kernel(
-    grad_out, grad_lse, out, softmax, delta,
+    grad_out, grad_lse, out, softmax, delta, needed,
     grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
     out_b: tl.int64, out_h: tl.int64, out_t: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, heads: tl.int64, time: tl.int64, count: tl.int64,
@@ -16,6 +16,9 @@ def delta_kernel(
 ):  # fmt: skip
     """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key.
     VECTOR: by how many elements the strides of grad_out and out are divisible."""
+    if needed is not None:
+        if tl.load(needed) == 0:
+            return
     grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
     out_b, out_h, out_t = aligned(out_b, out_h, out_t, VECTOR)
     program, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(time, QUERIES)
@@ -40,13 +43,16 @@ def delta_kernel(
 
 @kernel
 def drop_kernel(
-    value, grad_value,
+    value, grad_value, needed,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
     heads: tl.int64, source: tl.int64, count: tl.int64,
     VALUE_WIDTH: tl.constexpr, DENSE: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Takes the gradient from what is not finite in values, which had no part in the products. In a kernel of its own:
     in key_value_kernel it would cost registers that the loops need."""
+    if needed is not None:
+        if tl.load(needed) == 0:
+            return
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     j, h, b = line % source, line // source % heads, line // source // heads
     d = tl.arange(0, WIDE)[None, :]
@@ -55,6 +61,23 @@ def drop_kernel(
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     zero = tl.zeros((LINES, WIDE), grad_value.dtype.element_ty)
     tl.store(grad_value + line[:, None] * VALUE_WIDTH + d, zero, mask=inside & (x * 0.0 != 0.0))
+
+
+@kernel
+def spoilt_kernel(
+    x, spoilt, x_b: tl.int64, x_h: tl.int64, x_t: tl.int64, heads: tl.int64, time: tl.int64,
+    WIDTH: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sets `spoilt` (1,) if anything in x (B, H, T, D) isn't finite. VECTOR: by how many elements its strides are
+    divisible; its last dimension is contiguous."""
+    x_b, x_h, x_t = aligned(x_b, x_h, x_t, VECTOR)
+    program, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(time, ROWS)
+    first, lane = program % tiles * ROWS, program // tiles
+    line, d = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :]
+    at = x + (lane // heads * x_b + lane % heads * x_h + first * x_t) + ((line * x_t)[:, None] + d)
+    inside = (first + line < time)[:, None] & (d < WIDTH)
+    bad = tl.sum(tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32) * 0.0, 1), 0)
+    tl.store(spoilt, 1, mask=bad != 0.0)
 
 
 @kernel
