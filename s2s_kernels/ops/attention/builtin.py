@@ -58,8 +58,9 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
     leaves = [x.detach().requires_grad_(save and x.requires_grad) for x in (query, key, value)]
     with torch.set_grad_enabled(save), checks.without_autocast(query):
         result = torch.nn.functional.scaled_dot_product_attention(
-            *leaves, is_causal=right is not None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+            leaves[0], leaves[1], leaves[2], is_causal=right is not None, scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
     out = result.detach().contiguous()
     softmax, spoilt = _triton().mend_forward(*(x.detach() for x in leaves), options, out, save)
     return (out, None), (result, out, softmax, spoilt, *leaves) if save else ()

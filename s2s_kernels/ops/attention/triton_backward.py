@@ -11,6 +11,7 @@ from .triton_scores import (
     count_of,
     edges_of,
     finite,
+    idle,
     load_rows,
     offsets_of,
     pairs_of,
@@ -72,9 +73,8 @@ def query_kernel(
 ):  # fmt: skip
     """The gradient of queries (B, H, T, D), PACKED (T, H, D), and of each row's slope (B, H, T). factor: what products
     are scaled by; scale is that of the exponent. The rest as in forward_kernel."""
-    if needed is not None:
-        if tl.load(needed) == 0:
-            return
+    if idle(needed):
+        return
     tile, _split, head, batch, sequence = tile_of(
         batches, kv_heads, 1, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip
@@ -226,9 +226,8 @@ def key_value_kernel(
 ):  # fmt: skip
     """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), PACKED (S, Hkv, D) and (S, Hkv, Dv), or of one
     of them, over all heads that read them. Tiles of products have keys along their first dimension."""
-    if needed is not None:
-        if tl.load(needed) == 0:
-            return
+    if idle(needed):
+        return
     tile, _split, head, batch, sequence = tile_of(batches, kv_heads, 1, source, key_lengths, 1, KEYS, PACKED)
     queries, keys, diagonal, query_begin, key_begin = span_of(
         query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
@@ -404,9 +403,8 @@ def bias_kernel(
 
     A program makes a tile of it: the sum over the batch and the heads that share it and, where all queries do (not
     OWN_ROWS), over their tiles; of these it takes those whose number is its split's, modulo the splits."""
-    if needed is not None:
-        if tl.load(needed) == 0:
-            return
+    if idle(needed):
+        return
     query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
     key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)

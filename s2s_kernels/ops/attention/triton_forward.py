@@ -11,6 +11,7 @@ from .triton_scores import (
     count_of,
     edges_of,
     finite,
+    idle,
     load_rows,
     offsets_of,
     pairs_of,
@@ -80,9 +81,8 @@ def forward_kernel(
     is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it. needed: (1,), 0 where nothing
     is to be done.
     """
-    if needed is not None:
-        if tl.load(needed) == 0:
-            return
+    if idle(needed):
+        return
     tile, split, head, batch, sequence = tile_of(
         batches, kv_heads, splits, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip

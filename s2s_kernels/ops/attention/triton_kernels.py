@@ -72,16 +72,16 @@ def _forward(
     columns = value.shape[3]
     tiles = forward_tiles(call, wide_out is not None)
     programs = call.programs(call.time * call.group, tiles["ROWS"])
-    splits = 1 if call.needed is not None else _splits(programs, -(-call.source // (2 * tiles["KEYS"])))
+    splits = _splits(programs, -(-call.source // (2 * tiles["KEYS"]))) if call.needed is None else 1
     parts = None
     if splits > 1:
         parts = query.new_empty((splits, lse.numel(), columns + 2), dtype=torch.float32)
     with device_of(query):
         forward_kernel[(programs * splits,)](
             query, key, value, call.mask, call.bias, call.slopes, call.query_lengths, call.key_lengths, call.seed,
-            call.needed, out, lse, softmax, wide_out, parts, *query.stride(), *key.stride(), *value.stride(), *call.pairs(),
-            call.sequences, key.shape[1], *call.limits(), *call.numbers(), splits,
-            **call.options(), **call.grouped(), **tiles,
+            call.needed, out, lse, softmax, wide_out, parts,
+            *query.stride(), *key.stride(), *value.stride(), *call.pairs(), call.sequences, key.shape[1],
+            *call.limits(), *call.numbers(), splits, **call.options(), **call.grouped(), **tiles,
         )  # fmt: skip
         if parts is not None:
             wide = tiles["COLUMNS"]

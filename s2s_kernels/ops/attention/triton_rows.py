@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from ..triton_common import kernel, spread
-from .triton_scores import aligned, between
+from .triton_scores import aligned, between, idle
 
 
 @kernel
@@ -16,9 +16,8 @@ def delta_kernel(
 ):  # fmt: skip
     """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key.
     VECTOR: by how many elements the strides of grad_out and out are divisible."""
-    if needed is not None:
-        if tl.load(needed) == 0:
-            return
+    if idle(needed):
+        return
     grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
     out_b, out_h, out_t = aligned(out_b, out_h, out_t, VECTOR)
     program, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(time, QUERIES)
@@ -50,9 +49,8 @@ def drop_kernel(
 ):  # fmt: skip
     """Takes the gradient from what is not finite in values, which had no part in the products. In a kernel of its own:
     in key_value_kernel it would cost registers that the loops need."""
-    if needed is not None:
-        if tl.load(needed) == 0:
-            return
+    if idle(needed):
+        return
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     j, h, b = line % source, line // source % heads, line // source // heads
     d = tl.arange(0, WIDE)[None, :]
