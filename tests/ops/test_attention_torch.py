@@ -63,6 +63,8 @@ def test_torch_serves_what_it_is_measured_to_win(options, unforced):
         ({"width": 60}, "multiple of 8"),
         ({"value_width": 32}, "D = Dv"),
         ({"time": 0}, "empty"),
+        ({"heads": 65536, "kv_heads": 65536}, "up to 65535"),
+        ({"source": 2**23}, "32 bits"),
         ({"window": (4, 4)}, "no windows"),
         ({"dropout_p": 0.1}, "another dropout mask"),
         ({"return_lse": True}, "no differentiable lse"),

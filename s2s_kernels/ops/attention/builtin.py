@@ -33,6 +33,8 @@ def gap(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: boo
         return f"torch's fast kernels are measured for D = Dv, a multiple of 8 up to {WIDEST}"
     if any(x.stride(3) != 1 for x in (query, key, value)):
         return "torch's fast kernels take heads whose elements are neighbours in memory"
+    if max(*query.shape[:2]) > 65535 or max(x.numel() for x in (query, key, value)) >= 2**31:
+        return "torch's fast kernels count elements in 32 bits, and batch and heads up to 65535"
     if torch.are_deterministic_algorithms_enabled():
         return "torch's fast kernels of backward aren't deterministic"
     return None
