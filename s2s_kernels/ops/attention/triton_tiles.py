@@ -43,7 +43,9 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     elif call.busy:
         tiles = _tiles(128 if call.group == 1 else 64, 64 if major >= 9 else 32, 16, 128, 8, 2)
     else:
-        tiles = _tiles(128, 128, 32, 128, 8, 2) if major >= 9 or most <= 64 else _tiles(128, 32, 16, 128, 8, 2)
+        tiles = _tiles(128, 32, 16, 128, 8, 2)
+        if major >= 9 or most <= 64:
+            tiles |= {"KEYS": 64 if major >= 10 and most > 64 else 128, "EDGE": 32}
     rows = call.rows  # a few, as in decoding, or some: not a compilation for each number of queries
     if rows <= 16 and most <= 256:
         keys = 32 if tiles["CHUNK"] == 32 else 128 if most <= 128 else 64
