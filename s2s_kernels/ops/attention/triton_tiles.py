@@ -130,8 +130,8 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
             tiles = _tiles(64 if major == 9 and call.group == 1 else 32, 32, 16, 128, 8, 2)
         else:
             tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
-    elif call.busy:
-        tiles = _tiles(32, 64, 16, 128, 8, 2)
+    elif call.busy:  # of packed sequences triton 3.6 spills with 32 rows
+        tiles = _tiles(16 if major == 9 and most > 64 and call.packed else 32, 64, 16, 128, 8, 2)
     else:
         tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
