@@ -4,24 +4,17 @@ Sizes, strides and positions are 64-bit and never specialised, so that one compi
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .random import threshold
+from .triton_launch import kernel
 
 # How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
 # products, in one.
 PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-
-
-def kernel(function: Callable[..., None]) -> Any:
-    """A kernel that is compiled for no value of its numbers: of what is annotated as tl.int64 or tl.float32."""
-    numbers = [name for name, kind in function.__annotations__.items() if kind in (tl.int64, tl.float32)]
-    return triton.jit(function, do_not_specialize=numbers)
 
 
 @triton.jit
@@ -104,7 +97,7 @@ def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.con
 
 def power(size: int, low: int, high: int) -> int:
     """The power of two that holds size, within bounds that are powers of two."""
-    return min(max(triton.next_power_of_2(size), low), high)
+    return min(max(1 << max(size - 1, 0).bit_length(), low), high)
 
 
 def dense(tensor: torch.Tensor) -> bool:

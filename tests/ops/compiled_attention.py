@@ -66,8 +66,10 @@ def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
     call(torch.bfloat16, 128, packed=True, heads=32, batch=2, time=1, source=4096, backward=False)
     yield torch.bfloat16, "highest", False
     if arch == 90:
-        call(torch.bfloat16, 128)
-        call(torch.bfloat16, 256, backward=False)
+        for width in (64, 128, 256):
+            call(torch.bfloat16, width, kv_heads=2, lengths=True)
+            call(torch.bfloat16, width, bias=torch.bfloat16, causal=False)
+            call(torch.bfloat16, width, kv_heads=2, lengths=True, bias=torch.bfloat16, mask=True)
         call(torch.bfloat16, 512, backward=False)
         yield torch.bfloat16, "highest", False
     if arch == 100:

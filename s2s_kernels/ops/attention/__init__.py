@@ -8,7 +8,7 @@ import torch
 
 from ... import checks, dispatch
 from ..random import draw_seed
-from . import arguments, autograd
+from . import arguments, autograd, builtin
 from .packed import attention_packed
 
 __all__ = ["attention", "attention_packed", "scaled_dot_product_attention"]
@@ -26,10 +26,13 @@ class Call:
 def _torch_gap(call: Call) -> str | None:
     """Why torch's own kernels don't serve a call: they'd break the contract, or hardly win."""
     tensors, (left, right, _, dropout_p, _, softcap) = call.tensors, call.options
-    _, _, _, mask, bias, query_lengths, key_lengths, alibi_slopes = tensors
+    query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes = tensors
+    assert query is not None and key is not None and value is not None
     if mask is not None or bias is not None or query_lengths is not None or key_lengths is not None:
         return "torch's kernel lets what is not finite in a hidden key reach the rows that don't see it"
-    if left is not None or right is not None:
+    if query.is_cuda and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return "torch's kernel isn't traced: what mends its results is started from Python"
+    if left is not None or (right is not None and not (query.is_cuda and right == 0)):
         return "torch's kernel has no windows and no bottom-right diagonal, and its causal mask skips only large blocks"
     if alibi_slopes is not None or softcap is not None:
         return "torch's kernel has no slopes and no softcap"
@@ -37,6 +40,11 @@ def _torch_gap(call: Call) -> str | None:
         return "torch's kernel draws another dropout mask than the other backends"
     if call.with_lse:
         return "torch's kernel has no differentiable lse"
+    if query.is_cuda:
+        mended = dispatch.gap(OPERATOR, "triton", query.device, call)
+        if mended is not None:
+            return f"what isn't finite makes other results of torch's kernel, and Triton's can't mend them: {mended}"
+        return builtin.gap(query, key, value, right is not None)
     return (
         "torch's kernel has no second derivative; measured, it wins on long dense sequences only, by at most 15 % "
         "forward and 6 % with backward, and nowhere on a processor with a tile unit"
@@ -49,9 +57,17 @@ def _triton_gap(call: Call) -> str | None:
     return arguments.triton_gap(query, query.shape[2], query.shape[1], key.shape[2], key.shape[1])
 
 
-OPERATOR = dispatch.register("attention", cpu=lambda call: None, triton=_triton_gap, torch=_torch_gap)
+def _torch_deferral(call: Call) -> str | None:
+    query, key = call.tensors[:2]
+    assert query is not None and key is not None
+    return builtin.deferral(query, key)
+
+
+OPERATOR = dispatch.register(
+    "attention", {"torch": _torch_deferral}, cpu=lambda call: None, triton=_triton_gap, torch=_torch_gap
+)
 # The same kernels under torch's signature, which passes its calls on.
-dispatch.register("scaled_dot_product_attention", **OPERATOR.gaps)
+dispatch.register("scaled_dot_product_attention", OPERATOR.deferrals, **OPERATOR.gaps)
 
 
 def attention(
@@ -135,7 +151,7 @@ def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool)
     tensors = (*tensors, seed)
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
-    return autograd.kernel(tensors, options)  # type: ignore[return-value]
+    return (builtin if backend == "torch" else autograd).kernel(tensors, options)  # type: ignore[return-value]
 
 
 def scaled_dot_product_attention(

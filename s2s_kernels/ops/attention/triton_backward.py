@@ -11,6 +11,7 @@ from .triton_scores import (
     count_of,
     edges_of,
     finite,
+    idle,
     load_rows,
     offsets_of,
     pairs_of,
@@ -54,7 +55,8 @@ def _differentiate(
 
 @kernel
 def query_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into, slope_sums,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
+    slope_sums,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
@@ -71,6 +73,8 @@ def query_kernel(
 ):  # fmt: skip
     """The gradient of queries (B, H, T, D), PACKED (T, H, D), and of each row's slope (B, H, T). factor: what products
     are scaled by; scale is that of the exponent. The rest as in forward_kernel."""
+    if idle(needed):
+        return
     tile, _split, head, batch, sequence = tile_of(
         batches, kv_heads, 1, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip
@@ -136,6 +140,7 @@ def query_kernel(
         upstream = load_rows(grad_out, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
     sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
     slope_sum = tl.zeros((ROWS,), tl.float32)
+    HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
     for phase in tl.static_range(2):
         column = tl.arange(0, KEYS if phase == 0 else EDGE)
         key_offset, value_offset = column * key_s, column * value_s
@@ -183,7 +188,7 @@ def query_kernel(
                 )  # fmt: skip
                 if slope_sums is not None:
                     slope_sum -= tl.sum(grad * tl.abs(i[:, None] + diagonal - j[None, :]).to(tl.float32), 1)
-                if phase == 1:
+                if phase == 1 and HIDES:
                     k = finite(k)
                 sums = tl.dot(inner.to(k.dtype), k, sums, input_precision=PRECISION)
 
@@ -203,7 +208,7 @@ def query_kernel(
 
 @kernel
 def key_value_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed,
     into_key, into_value,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
@@ -221,6 +226,8 @@ def key_value_kernel(
 ):  # fmt: skip
     """The gradients of keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), PACKED (S, Hkv, D) and (S, Hkv, Dv), or of one
     of them, over all heads that read them. Tiles of products have keys along their first dimension."""
+    if idle(needed):
+        return
     tile, _split, head, batch, sequence = tile_of(batches, kv_heads, 1, source, key_lengths, 1, KEYS, PACKED)
     queries, keys, diagonal, query_begin, key_begin = span_of(
         query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
@@ -264,6 +271,7 @@ def key_value_kernel(
         v = load_rows(value, value_offset, present, value_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
     key_sums = tl.zeros((KEYS, ELEMENTS), tl.float32)
     value_sums = tl.zeros((KEYS, VALUE_ELEMENTS), tl.float32)
+    HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
     for phase in tl.static_range(2):
         before = whole_first - first
         number = blocks if phase == 0 else before + stop - whole_stop
@@ -350,7 +358,7 @@ def key_value_kernel(
                 if into_value is not None:
                     value_sums = tl.dot(p.to(value.dtype.element_ty), upstream, value_sums, input_precision=PRECISION)
                 if into_key is not None:
-                    if phase == 1:
+                    if phase == 1 and HIDES:
                         q = finite(q)
                     key_sums = tl.dot(inner.to(q.dtype), q, key_sums, input_precision=PRECISION)
 
@@ -375,7 +383,7 @@ def key_value_kernel(
 
 @kernel
 def bias_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, into,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
@@ -395,6 +403,8 @@ def bias_kernel(
 
     A program makes a tile of it: the sum over the batch and the heads that share it and, where all queries do (not
     OWN_ROWS), over their tiles; of these it takes those whose number is its split's, modulo the splits."""
+    if idle(needed):
+        return
     query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
     key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)

@@ -61,6 +61,7 @@ class Call:
     factor: float
     softcap: float | None
     packed: bool
+    needed: torch.Tensor | None = None  # (1,): 0 where there is nothing to be done, which only the GPU knows
 
     @property
     def sequences(self) -> int:

@@ -11,6 +11,7 @@ from .triton_scores import (
     count_of,
     edges_of,
     finite,
+    idle,
     load_rows,
     offsets_of,
     pairs_of,
@@ -59,7 +60,8 @@ def _write(
 
 @kernel
 def forward_kernel(
-    query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, out, lse, softmax, wide_out, parts,
+    query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, needed, out, lse, softmax,
+    wide_out, parts,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
@@ -76,8 +78,11 @@ def forward_kernel(
     keys' sums of values (splits, B H T, Dv + 2), each row followed by its greatest score and its sum of weights.
 
     DENSE: the last dimensions are contiguous. VECTOR: by how many elements strides are divisible. What the options say
-    is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it.
+    is in triton_scores.py. The width of queries fits into one tile if CHUNK reaches it. needed: (1,), 0 where nothing
+    is to be done.
     """
+    if idle(needed):
+        return
     tile, split, head, batch, sequence = tile_of(
         batches, kv_heads, splits, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip
@@ -139,29 +144,43 @@ def forward_kernel(
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    spoilt = tl.zeros((ROWS,), tl.float32)  # NaN where the row sees a value that isn't finite
-    for phase in tl.static_range(2):
+    spoilt = tl.zeros((ROWS,), tl.float32)  # in the end, NaN where the row sees a value that isn't finite
+    # What is absent is read as 0; what is hidden is read, and what isn't finite in its value makes NaN of the results.
+    HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0
+    for phase in tl.static_range(3 if HIDES else 2):
         # First the blocks in which nothing is hidden, then those before and after them, smaller ones: they take more
-        # registers, and less of them is hidden.
-        column = tl.arange(0, KEYS if phase == 0 else EDGE)
+        # registers, and less of them is hidden. Last, where anything isn't finite, all blocks again, with values in
+        # which everything is.
+        column = tl.arange(0, KEYS if phase == 0 else EDGE if phase == 1 else 16)
         key_offset, value_offset = column * key_s, column * value_s
         before = whole_first - first
-        count = blocks if phase == 0 else before + stop - whole_stop
-        if phase == 1 or MASK + BIAS == 0:
-            for n in tl.range(count, num_stages=1 if phase == 1 and MASK + BIAS == 0 else None):
+        if phase == 0:
+            count = blocks
+        elif phase == 1:
+            count = before + stop - whole_stop
+        else:
+            clean = tl.sum(tl.sum(sums * 0.0, 1), 0) == 0.0
+            count = tl.where(clean, 0, (stop - first) * (EDGE // 16))
+            sums = tl.where(clean, sums, 0.0)
+            peak = tl.where(clean, peak, float("-inf"))
+            total = tl.where(clean, total, 0.0)
+        if phase > 0 or MASK + BIAS == 0:
+            for n in tl.range(count, num_stages=1 if phase == 2 else None):
                 if phase == 0:
                     at = whole_first * EDGE + n * KEYS
+                elif phase == 2:
+                    at = first * EDGE + n * 16
                 else:
                     at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
                 j = at + column
                 keys_at = key + at * key_s
                 if CHUNK >= WIDTH:
-                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, CHUNK, DENSE, phase > 0)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 else:
                     s = wide_product(
                         query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
+                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16,
                     )  # fmt: skip
                 s, seen, _ = score(
                     s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
@@ -177,12 +196,14 @@ def forward_kernel(
                 peak = higher
                 total = total * factor + tl.sum(p, 1)
                 if seed is not None:
-                    keep = keep_tile(seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
+                    keep = keep_tile(
+                        seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16
+                    )
                     p = tl.where(keep, p * kept, 0.0)
                 v = load_rows(
-                    value + at * value_s, value_offset, j < keys, value_d, 0, VALUE_WIDTH, COLUMNS, DENSE, phase == 1
+                    value + at * value_s, value_offset, j < keys, value_d, 0, VALUE_WIDTH, COLUMNS, DENSE, phase > 0
                 )
-                if phase == 1:
+                if phase == 2:
                     bad = tl.sum(v.to(tl.float32) * 0.0, 1)
                     spoilt += tl.sum(tl.where(seen, bad[None, :], 0.0), 1)
                     v = finite(v)
@@ -195,7 +216,8 @@ def forward_kernel(
                     sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision=EXACT)
 
     exists = i < last
-    sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
+    if HIDES:
+        sums = tl.where((spoilt == 0.0)[:, None], sums, float("nan"))
     count = count_of(batches, kv_heads, time, GROUP, PACKED)
     if parts is None:
         out_b, out_h, out_t = strides_of(kv_heads * GROUP, time, VALUE_WIDTH, PACKED)

@@ -3,6 +3,7 @@
 Imported by the first call on a CUDA tensor.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from .arguments import TRITON_POSITIONS
 from .triton_backward import bias_kernel, key_value_kernel, query_kernel
 from .triton_call import Call, kind_of, laid_out
 from .triton_forward import combine_kernel, forward_kernel
-from .triton_rows import delta_kernel, drop_kernel, sequence_sum_kernel
+from .triton_rows import delta_kernel, drop_kernel, sequence_sum_kernel, spoilt_kernel
 from .triton_tiles import backward_tiles, forward_tiles
 
 # Programs among which a sum over keys, or over what shares a bias, is split. A constant: the bits must not depend on
@@ -71,16 +72,16 @@ def _forward(
     columns = value.shape[3]
     tiles = forward_tiles(call, wide_out is not None)
     programs = call.programs(call.time * call.group, tiles["ROWS"])
-    splits = _splits(programs, -(-call.source // (2 * tiles["KEYS"])))
+    splits = _splits(programs, -(-call.source // (2 * tiles["KEYS"]))) if call.needed is None else 1
     parts = None
     if splits > 1:
         parts = query.new_empty((splits, lse.numel(), columns + 2), dtype=torch.float32)
     with device_of(query):
         forward_kernel[(programs * splits,)](
             query, key, value, call.mask, call.bias, call.slopes, call.query_lengths, call.key_lengths, call.seed,
-            out, lse, softmax, wide_out, parts, *query.stride(), *key.stride(), *value.stride(), *call.pairs(),
-            call.sequences, key.shape[1], *call.limits(), *call.numbers(), splits,
-            **call.options(), **call.grouped(), **tiles,
+            call.needed, out, lse, softmax, wide_out, parts,
+            *query.stride(), *key.stride(), *value.stride(), *call.pairs(), call.sequences, key.shape[1],
+            *call.limits(), *call.numbers(), splits, **call.options(), **call.grouped(), **tiles,
         )  # fmt: skip
         if parts is not None:
             wide = tiles["COLUMNS"]
@@ -150,6 +151,48 @@ def _backward(
     )
 
 
+def mend_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], out: torch.Tensor,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Makes `out`, contiguous, anew if anything in the inputs, whose last dimensions are contiguous, isn't finite.
+    Returns what `mend_backward` takes: softmax, which nothing is in else and without `save`, and whether that is so."""
+    left, right, bottom_right, _, scale, softcap = options
+    spoilt = query.new_zeros(1, dtype=torch.int32)
+    call = _checked(
+        "mend_forward", query, key, value, None, None, None, None, None, None, left, right, bottom_right, 0.0, scale,
+        softcap,
+    )  # fmt: skip
+    call = dataclasses.replace(call, needed=spoilt)
+    lse = query.new_empty(call.lse_shape, dtype=torch.float32)
+    softmax = query.new_empty((2, *call.lse_shape) if save else (0,), dtype=torch.float32)
+    with device_of(query):
+        for x in (query, key, value):
+            batch, heads, time, width = x.shape
+            wide = power(width, 1, 1024)
+            rows, vector = power(4096 // wide, 1, 64), 16 // x.element_size()
+            spoilt_kernel[(-(-time // rows) * batch * heads,)](
+                x, spoilt, *x.stride()[:3], heads, time, WIDTH=width, WIDE=wide, ROWS=rows,
+                VECTOR=vector if all(stride % vector == 0 for stride in x.stride()[:3]) else 1, num_warps=4,
+            )  # fmt: skip
+    _forward(call, out, lse, softmax if save else None, None)
+    return softmax, spoilt
+
+
+def mend_backward(
+    grad_out: torch.Tensor, out: torch.Tensor, softmax: torch.Tensor, spoilt: torch.Tensor, query: torch.Tensor,
+    key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], grads: list[torch.Tensor | None],
+) -> None:  # fmt: skip
+    """Makes the gradients of query, key and value, contiguous, anew if `mend_forward` has found reason to."""
+    left, right, bottom_right, _, scale, softcap = options
+    call = _checked(
+        "mend_backward", query, key, value, None, None, None, None, None, None, left, right, bottom_right, 0.0, scale,
+        softcap,
+    )  # fmt: skip
+    with device_of(query):
+        _fill(dataclasses.replace(call, needed=spoilt), [*grads, None, None], grad_out, None, out, softmax)
+
+
 def _fill(
     call: Call, grads: list[torch.Tensor | None], grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
     out: torch.Tensor, softmax: torch.Tensor,
@@ -162,18 +205,19 @@ def _fill(
     wide = power(columns, 1, 1024)
     lines = power(1024 // wide, 1, 64)
     lse_strides = (0, 0, 0) if grad_lse is None else (0, 0, *grad_lse.stride())[-3:]
-    delta_kernel[(-(-delta.numel() // lines),)](
-        grad_out, grad_lse, out, softmax, delta, *grad_out.stride(), *out.stride()[:3], *lse_strides,
-        call.heads, call.time, delta.numel(),
-        VALUE_WIDTH=columns, DENSE=dense(grad_out), WIDE=wide, QUERIES=lines, num_warps=4,
+    options = call.options(grad_out)
+    rows = power(4096 // wide, 1, 64)
+    delta_kernel[(-(-call.time // rows) * (delta.numel() // call.time),)](
+        grad_out, grad_lse, out, softmax, delta, call.needed, *grad_out.stride(), *out.stride()[:3], *lse_strides,
+        call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, DENSE=dense(grad_out),
+        VECTOR=options["VECTOR"] if columns % options["VECTOR"] == 0 else 1, WIDE=wide, QUERIES=rows, num_warps=4,
     )  # fmt: skip
     tensors = (
         query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
-        call.key_lengths, call.seed,
+        call.key_lengths, call.seed, call.needed,
     )  # fmt: skip
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
     sizes = (call.sequences, key.shape[1], *call.limits(), call.factor, *call.numbers())
-    options = call.options(grad_out)
     slope_sums = None if grad_slopes is None else torch.empty_like(delta)
     if grad_query is not None or slope_sums is not None:
         tiles = backward_tiles(call, "query")
@@ -195,7 +239,7 @@ def _fill(
         lying = value.permute(2, 0, 1, 3) if call.packed else value  # as its gradient is
         count = value.numel() // columns
         drop_kernel[(-(-count // lines),)](
-            value, grad_value, *lying.stride(), *lying.shape[1:3], count,
+            value, grad_value, call.needed, *lying.stride(), *lying.shape[1:3], count,
             VALUE_WIDTH=columns, DENSE=dense(value), WIDE=wide, LINES=lines, num_warps=4,
         )  # fmt: skip
     if grad_slopes is not None:

@@ -23,6 +23,15 @@ VECTORS = tl.constexpr(16)  # such keys, a multiple of 16 of them, and strides t
 
 
 @triton.jit
+def idle(needed):
+    """Whether a kernel that may not be needed, which only the GPU knows, isn't."""
+    if needed is None:
+        return False
+    else:
+        return tl.load(needed) == 0
+
+
+@triton.jit
 def aligned(batch, head, row, VECTOR: tl.constexpr):
     """Strides of a tensor, said to the compiler to be what the launcher has seen: divisible by the size of a vector."""
     return batch // VECTOR * VECTOR, head // VECTOR * VECTOR, row // VECTOR * VECTOR

@@ -1,4 +1,12 @@
-"""The sizes of what a program of the Triton kernels of attention works on at a time. Not measured on a GPU yet."""
+"""The sizes of what a program of the Triton kernels of attention works on at a time.
+
+HOPPER holds what was measured on an H100 (torch 2.11, triton 3.6, 2026-11-27), in bfloat16: the fastest of those tried
+with which the compiler doesn't spill, at T = S = 2048 without a mask or bias (D 64 and 128; causal forward too), and at
+T = S = 512 under a bias (D 64; D 256: keys and values) and without (D 256: forward); at T = 256, S = 384 under a bias
+forward (D 128). Its others are those of their neighbours, or near them where the compiler spilled: queries of D 256,
+backward of D 128 under a bias and of D 256 without. What this holds nothing of is reasoned, not measured: other
+architectures, float32, heads wider than 256, softcap, slopes, dropout and decoding.
+"""
 
 import torch
 
@@ -20,11 +28,47 @@ def _registers(many: bool) -> dict[str, int]:
     return {"maxnreg": 255} if many else {}
 
 
+# Of compute capability 9, in 16 bits, without and with a mask or bias, up to a width of heads: rows, keys, edge, chunk,
+# warps and stages.
+HOPPER = {
+    ("forward", False, 64): (64, 64, 64, 128, 4, 3),
+    ("forward", False, 128): (64, 64, 64, 128, 4, 3),
+    ("forward", False, 256): (128, 64, 16, 256, 8, 2),
+    ("forward", True, 64): (128, 32, 32, 128, 8, 3),
+    ("forward", True, 128): (64, 64, 64, 128, 4, 2),
+    ("forward", True, 256): (128, 32, 32, 256, 8, 3),
+    ("query", False, 64): (64, 64, 32, 128, 4, 3),
+    ("query", False, 128): (128, 64, 32, 128, 8, 3),
+    ("query", False, 256): (64, 64, 32, 64, 8, 2),
+    ("query", True, 64): (64, 32, 32, 128, 4, 3),
+    ("query", True, 128): (64, 32, 32, 128, 4, 3),
+    ("query", True, 256): (64, 32, 32, 256, 8, 2),
+    ("key", False, 64): (64, 64, 16, 128, 4, 3),
+    ("key", False, 128): (32, 128, 16, 128, 8, 3),
+    ("key", False, 256): (64, 64, 32, 64, 8, 3),
+    ("key", True, 64): (64, 64, 32, 128, 4, 2),
+    ("key", True, 128): (32, 128, 16, 128, 8, 3),
+    ("key", True, 256): (64, 64, 32, 64, 8, 3),
+    ("bias", True, 64): (64, 64, 16, 64, 4, 3),
+    ("bias", True, 128): (64, 64, 16, 64, 4, 3),
+}
+
+
+def _hopper(call: Call, direction: str, most: int) -> dict[str, int] | None:
+    if generation(call.query) != 9 or call.query.dtype == torch.float32 or call.busy:
+        return None
+    sizes = HOPPER.get((direction, call.hides, max(most, 64)))
+    return None if sizes is None else _tiles(*sizes)
+
+
 # Sizes with which the compiler doesn't spill, on any of the architectures.
 def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
-    if call.query.dtype == torch.float32 or wide_out:
+    known = None if wide_out else _hopper(call, "forward", most)
+    if known is not None:
+        tiles = known
+    elif call.query.dtype == torch.float32 or wide_out:
         if most <= 64:
             tiles = _tiles(64, 32, 16, 32, 8, 2)
         elif most <= 128:
@@ -36,14 +80,16 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     elif most > 256:
         tiles = _tiles(32 if most <= 512 else 8 if call.busy else 16, 32, 16, 64, 8, 2)
     elif most > 128:
-        tiles = _tiles(128, 64, 16, 256, 8, 2) if major == 9 and not call.busy else _tiles(64, 32, 16, 256, 8, 2)
+        tiles = _tiles(64, 32, 16, 256, 8, 2)
     elif call.hides:
         edge = 64 if most <= 64 else 32
         tiles = _tiles(128, 32, 16, 128, 8, 2) if call.busy else _tiles(64, edge, edge, 128, 8, 2)
     elif call.busy:
         tiles = _tiles(128 if call.group == 1 else 64, 64 if major >= 9 else 32, 16, 128, 8, 2)
     else:
-        tiles = _tiles(128, 128, 32, 128, 8, 2) if major >= 9 or most <= 64 else _tiles(128, 32, 16, 128, 8, 2)
+        tiles = _tiles(128, 32, 16, 128, 8, 2)
+        if major >= 10 or most <= 64:
+            tiles |= {"KEYS": 64 if most > 64 else 128, "EDGE": 32}
     rows = call.rows  # a few, as in decoding, or some: not a compilation for each number of queries
     if rows <= 16 and most <= 256:
         keys = 32 if tiles["CHUNK"] == 32 else 128 if most <= 128 else 64
@@ -58,7 +104,10 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
 def backward_tiles(call: Call, direction: str) -> dict[str, int]:
     width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
     most, major = max(width, columns), generation(call.query)
-    if call.query.dtype == torch.float32:
+    known = _hopper(call, direction, most)
+    if known is not None:
+        tiles = known
+    elif call.query.dtype == torch.float32:
         if direction == "bias":
             tiles = _tiles(32, 32, 16, 32, 8, 2)
         elif direction == "query":
@@ -81,8 +130,8 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
             tiles = _tiles(64 if major == 9 and call.group == 1 else 32, 32, 16, 128, 8, 2)
         else:
             tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
-    elif call.busy:
-        tiles = _tiles(32, 64, 16, 128, 8, 2)
+    elif call.busy:  # of packed sequences triton 3.6 spills with 32 rows
+        tiles = _tiles(16 if major == 9 and most > 64 and call.packed else 32, 64, 16, 128, 8, 2)
     else:
         tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
