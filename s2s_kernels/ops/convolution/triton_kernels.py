@@ -1,6 +1,6 @@
 """Launchers of the Triton kernels of causal convolution, under the schemas of csrc/operators.cpp.
 
-Imported by the first call on a CUDA tensor. The tiles have not been measured on a GPU yet.
+Imported by the first call on a CUDA tensor.
 """
 
 from typing import Any
@@ -17,6 +17,8 @@ STRIDED, TIME, CHANNEL = (unit.value for unit in (epilogue.STRIDED, epilogue.TIM
 GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 # Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
 PROGRAMS = 512
+# Of what is read along one dimension and written along another.
+SQUARE = {"CHANNELS": 64, "POSITIONS": 64, "num_warps": 4}
 
 
 def _unit(tensor: torch.Tensor | None) -> int:
@@ -79,7 +81,7 @@ def _heavy(x: torch.Tensor, inputs: int, results: int, taps: int) -> bool:
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(1) == 1 else _activation_gradient(x, None, None, x, x.shape[1], 0, False, True, False)
 
 
 def _aligned(x: torch.Tensor) -> bool:
@@ -124,22 +126,25 @@ def _dense(
     tiles, reach = -(-count // size), origin + (taps - 1) * dilation
     before = min(tiles, max(0, -(-(-origin - begin) // size)))
     last_whole = max(before, tiles if begin + count + reach <= time else max(0, time - reach - begin) // size)
-    spans = [(edge, 0, before), (whole, before, last_whole), (edge, last_whole, tiles)]
+    blocks = -(-results // whole["CHANNELS"])
+    flags = None if state is not None else x.new_empty(y.shape[0] * tiles * groups * blocks, dtype=torch.int32)
+    edges = [(edge, 0, before), (edge, last_whole, tiles)]
     if lengths is not None and reach > 0:
-        spans = [(whole, before, tiles), (edge, 0, tiles)]
+        last_whole, edges = tiles, [(edge, 0, tiles)]
+    spans = [(whole, before, last_whole) if flags is None else (whole, 0, tiles), *edges]
     with device_of(x):
         for chosen, first, stop in spans:
             programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * y.shape[0]
             if not programs:
                 continue
             dense_kernel[(programs,)](
-                x, state, packed, bias, condition, residual, lengths, saved, y,
+                x, state, packed, bias, condition, residual, lengths, saved, y, flags,
                 *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
                 time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
                 first, stop - first,
                 INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
                 X_UNIT=_unit(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=_aligned(x),
-                PRECISION=products, **chosen,
+                PRECISION=products, FLAGGED=whole["CHANNELS"], **chosen,
             )  # fmt: skip
 
 
@@ -259,7 +264,8 @@ def _activation_gradient(
         into = x.new_empty(batch, outputs, time)
     if into.numel():
         unit = _unit(grad)
-        tiles = _line_tiles(results, CHANNEL if into.stride(1) == 1 and unit == CHANNEL else TIME)
+        turned = unit != STRIDED and unit != _unit(into)
+        tiles = SQUARE if turned and results >= 64 else _line_tiles(results, min(unit, _unit(into)))
         programs = -(-results // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
         with device_of(x):
             epilogue.activation_gradient_kernel[(programs,)](
