@@ -12,11 +12,15 @@ from . import triton_epilogue as epilogue
 from .reference import padding
 from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel
 from .triton_depthwise import depthwise_kernel, depthwise_weight_kernel
+from .triton_toeplitz import toeplitz_kernel, toeplitz_weight_kernel
 
 STRIDED, TIME, CHANNEL = (unit.value for unit in (epilogue.STRIDED, epilogue.TIME, epilogue.CHANNEL))
 GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 # Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
 PROGRAMS = 512
+LONG = 256  # positions from which on lines are worth tiles of products
+TOEPLITZ = {"ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
 # Of what is read along one dimension and written along another.
 SQUARE = {"CHANNELS": 64, "POSITIONS": 64, "num_warps": 4}
 
@@ -160,6 +164,20 @@ def _depthwise(
     outputs, _, taps = weight.shape
     multiple = outputs // (y.shape[1] if backward else x.shape[1])
     unit, count = _unit(x), y.shape[2]
+    head = _toeplitz_head(x, weight, origin, dilation)
+    if head and y.shape == x.shape and begin == 0 and activation not in GATES:
+        batch, channels, time = x.shape
+        splits = max(1, min(4 * PROGRAMS // channels, batch * -(-time // (TOEPLITZ["ROWS"] * TOEPLITZ["BLOCK"]))))
+        with device_of(x):
+            toeplitz_kernel[(channels * splits,)](
+                x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
+                *x.stride()[:2], *strides_of(state), *strides_of(condition), *strides_of(residual),
+                batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
+                RESULTS=channels, TAPS=taps, ACTIVATION=activation, REVERSED=backward, CLIP=clip,
+                CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), HEAD=head, **TOEPLITZ,
+            )  # fmt: skip
+        return
+    even = unit == TIME and not (begin % 8 or origin % 8 or dilation % 8)
     tiles = _line_tiles(y.shape[1], unit)
     programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-count // tiles["POSITIONS"]) * y.shape[0]
     with device_of(x):
@@ -168,8 +186,43 @@ def _depthwise(
             *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
             x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
             RESULTS=y.shape[1], MULTIPLE=multiple, TAPS=taps, ACTIVATION=activation, BACKWARD=backward, CLIP=clip,
-            X_UNIT=unit, ALIGNED=_aligned(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
+            X_UNIT=unit, ALIGNED=_aligned(x), EVEN=even, CONDITION_UNIT=_unit(condition),
+            RESIDUAL_UNIT=_unit(residual), **tiles,
         )  # fmt: skip
+
+
+def _toeplitz_head(x: torch.Tensor, weight: torch.Tensor, origin: int, dilation: int) -> int:
+    """How many inputs more than results a block of a depthwise convolution sees, where it is one of triton_toeplitz;
+    else 0."""
+    outputs, _, taps = weight.shape
+    fits = x.element_size() == 2 and outputs == x.shape[1] and x.shape[2] >= LONG and x.stride(2) == 1
+    head = power(origin % 8 + (taps - 1) * dilation, 16, 256)
+    return head if fits and taps > 1 and head <= 128 else 0
+
+
+def _toeplitz_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
+    state: torch.Tensor | None, origin: int, dilation: int, head: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Those of the weight and of the bias."""
+    (batch, channels, time), taps = x.shape, weight.shape[2]
+    results = weight.new_empty(weight.shape), weight.new_empty(channels)
+    if not batch:
+        return results[0].zero_(), results[1].zero_()
+    tiles = batch * -(-time // (TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]))
+    splits = max(1, min(2 * PROGRAMS // channels, tiles))
+    sums = results
+    if splits > 1:
+        sums = tuple(x.new_empty((splits, *result.shape), dtype=torch.float32) for result in results)
+    with device_of(x):
+        toeplitz_weight_kernel[(channels * splits,)](
+            grad, x, state, lengths, *sums, *grad.stride()[:2], *x.stride()[:2], *strides_of(state),
+            batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
+            OUTPUTS=channels, TAPS=taps, LAGS=power(taps, 2, 128), HEAD=head, **TOEPLITZ_WEIGHT,
+        )  # fmt: skip
+        if splits > 1:
+            return reduce(sums[0], results[0]), reduce(sums[1], results[1])
+    return results
 
 
 def causal_conv1d_forward(
@@ -245,8 +298,12 @@ def causal_conv1d_backward(
         elif result.dim() == 3:
             _dense(grad, weight, groups, result, begin, -right, dilation, turned=True, clip=clip, lengths=lengths)
     grad_weight = nothing
+    state = initial_state if taps > 1 else None
+    head = _toeplitz_head(x, weight, -left, dilation) if depthwise and grad.stride(2) == 1 else 0
+    if need_weight and head:
+        grad_weight, grad_bias = _toeplitz_gradients(grad, x, weight, lengths, state, -left, dilation, head)
+        return grad_x, grad_weight, grad_bias if need_bias else nothing, grad_state, into if need_condition else nothing
     if need_weight:
-        state = initial_state if taps > 1 else None
         grad_weight = _weight_gradient(grad, x, weight, lengths, state, groups, -left, dilation, heavy)
     grad_bias = _bias_gradient(grad, lengths, outputs, x) if need_bias else nothing
     return grad_x, grad_weight, grad_bias, grad_state, into if need_condition else nothing
