@@ -239,8 +239,13 @@ def additive_attention_backward(
             if need_key and part.rows.stop == queries and key_sums.numel():
                 reduce(key_sums, grad_key[part.batch])
         if need_weight:
-            sums = weight_sums[0] if len(weight_sums) == 1 else torch.cat(weight_sums) if weight_sums else (
-                weight.new_zeros(1, width, dtype=torch.float32))
+            sums = (
+                weight_sums[0]
+                if len(weight_sums) == 1
+                else torch.cat(weight_sums)
+                if weight_sums
+                else (weight.new_zeros(1, width, dtype=torch.float32))
+            )
             if width:
                 reduce(sums, grad_weight)
     return grad_query, grad_key, of_value.to(value.dtype), grad_weight

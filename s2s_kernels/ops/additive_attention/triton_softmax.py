@@ -70,9 +70,7 @@ def statistics_kernel(
     batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
     length = length_of(lengths, batch, keys)
     offset = tl.arange(0, KEYS)[None, :]
-    most, total = _statistics(
-        scores, mask, batch, row, offset, mask_b, mask_i, mask_j, rows, keys, length, ROWS, KEYS
-    )
+    most, total = _statistics(scores, mask, batch, row, offset, mask_b, mask_i, mask_j, rows, keys, length, ROWS, KEYS)
     at = statistics + (batch * rows + row) * 2
     tl.store(at, most, mask=row < rows)
     tl.store(at + 1, total, mask=row < rows)

@@ -98,9 +98,8 @@ def dense_kernel(
             if GATE:
                 b = tl.dot(inputs, tl.load(at + RESULTS * ROW, mask=exists, other=0.0), b, input_precision=PRECISION)
         if flags is not None:
-            if whole == 0:
-                finite = is_finite(a) & is_finite(b) if GATE else is_finite(a)
-                tl.store(flags + flag, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
+            finite = is_finite(a) & is_finite(b) if GATE else is_finite(a)
+            tl.store(flags + flag, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
     else:
         # The taps that see anything from this tile.
         least, most = low - start - POSITIONS + 1 - origin, length - start - origin

@@ -57,9 +57,7 @@ def _whole_tile(
         if GATE:
             partner = channel + RESULTS
             source = partner // MULTIPLE
-            b = _all_taps(
-                x, weight + partner * TAPS, source, exists, first, offset, x_c, x_t, step, b, 1, TAPS, X_UNIT
-            )
+            b = _all_taps(x, weight + partner * TAPS, source, exists, first, offset, x_c, x_t, step, b, 1, TAPS, X_UNIT)
     return a, b
 
 

@@ -19,8 +19,8 @@ GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 # Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
 PROGRAMS = 512
 LONG = 256  # positions from which on lines are worth tiles of products
-TOEPLITZ = {"ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
-TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+TOEPLITZ = {"ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128}
+TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
 # Of what is read along one dimension and written along another.
 SQUARE = {"CHANNELS": 64, "POSITIONS": 64, "num_warps": 4}
 
