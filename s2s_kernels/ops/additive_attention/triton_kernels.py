@@ -45,8 +45,8 @@ def _gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
     return {"ROWS": 8, "KEYS": 4, "num_warps": 1, "maxnreg": 255}
 
 
-def _aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row of a (B, T, ...) tensor begins where a vector may be loaded."""
+def aligned_rows(tensor: torch.Tensor) -> bool:
+    """Whether every line along the last dimension begins where a vector may be loaded."""
     return dense(tensor) and not any(stride % 8 for stride in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
 
 
@@ -164,7 +164,8 @@ def additive_attention_forward(
                 context_kernel[(programs,)](
                     scores, found, part.value, part.mask, part.lengths, seed, part.of(context),
                     *part.value.stride(), *strides_of(part.mask), rows, keys, part.first_row(), *dropout,
-                    VALUES=values, VALUE_UNIT=dense(value), ALIGNED=_aligned(value), PRECISION=precision(), **products,
+                    VALUES=values, VALUE_UNIT=dense(value), ALIGNED=aligned_rows(value), PRECISION=precision(),
+                    **products,
                 )  # fmt: skip
     return context, weights, statistics if save else statistics.new_empty(0)
 
@@ -216,14 +217,14 @@ def additive_attention_backward(
                     value_gradient_kernel[(programs,)](
                         scores, found, grad, part.mask, part.lengths, seed, of_value[part.batch],
                         *grad.stride(), *strides_of(part.mask), *shared, begun,
-                        VALUES=values, GRAD_UNIT=dense(grad), ALIGNED=_aligned(grad_context), PRECISION=precision(),
+                        VALUES=values, GRAD_UNIT=dense(grad), ALIGNED=aligned_rows(grad_context), PRECISION=precision(),
                         **columns,
                     )  # fmt: skip
                 if need_scores and (programs := part.programs(tiles, "rk")):
                     product_kernel[(programs,)](
                         grad, part.value, part.lengths, products, *grad.stride(), *part.value.stride(), rows, keys,
                         VALUES=values, GRAD_UNIT=dense(grad), VALUE_UNIT=dense(value),
-                        ALIGNED=_aligned(grad_context) and _aligned(value), PRECISION=precision(), **tiles,
+                        ALIGNED=aligned_rows(grad_context) and aligned_rows(value), PRECISION=precision(), **tiles,
                     )  # fmt: skip
             if not need_scores:
                 continue
@@ -239,13 +240,9 @@ def additive_attention_backward(
             if need_key and part.rows.stop == queries and key_sums.numel():
                 reduce(key_sums, grad_key[part.batch])
         if need_weight:
-            sums = (
-                weight_sums[0]
-                if len(weight_sums) == 1
-                else torch.cat(weight_sums)
-                if weight_sums
-                else (weight.new_zeros(1, width, dtype=torch.float32))
-            )
+            if not weight_sums:
+                weight_sums = [weight.new_zeros(1, width, dtype=torch.float32)]
+            sums = weight_sums[0] if len(weight_sums) == 1 else torch.cat(weight_sums)
             if width:
                 reduce(sums, grad_weight)
     return grad_query, grad_key, of_value.to(value.dtype), grad_weight
