@@ -275,7 +275,8 @@ def attention_pool_forward(
         if pooled.numel():
             columns = power(width, 16, 64)
             pool_sum_kernel[(batch * -(-width // columns),)](
-                weights, x, lengths, pooled, *x.stride(), time, WIDTH=width, X_UNIT=dense(x), ALIGNED=aligned_rows(x), POSITIONS=32,
+                weights, x, lengths, pooled, *x.stride(), time, WIDTH=width, X_UNIT=dense(x),
+                ALIGNED=aligned_rows(x), POSITIONS=32,
                 COLUMNS=columns, num_warps=4,
             )  # fmt: skip
     return pooled, weights
@@ -320,7 +321,7 @@ def attention_pool_backward(
     grad_weight = causal_conv1d_backward(
         into.mT, x.mT, weight[:, :, None], None, lengths, None, 1, 1, 0, True, False, False, True, False, False, False
     )[1]
-    grad_context, grad_bias = sums.sum(1).to(x.dtype)
+    grad_context, grad_bias = (shares.sum(0).to(x.dtype) for shares in sums)
     return grad_x, grad_weight[:, :, 0], grad_bias, grad_context
 
 

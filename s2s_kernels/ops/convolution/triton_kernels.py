@@ -211,7 +211,7 @@ def _toeplitz_gradients(
         return results[0].zero_(), results[1].zero_()
     tiles = batch * -(-time // (TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]))
     splits = max(1, min(2 * PROGRAMS // channels, tiles))
-    sums = results
+    sums: tuple[torch.Tensor, ...] = results
     if splits > 1:
         sums = tuple(x.new_empty((splits, *result.shape), dtype=torch.float32) for result in results)
     with device_of(x):
