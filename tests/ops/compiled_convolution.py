@@ -7,7 +7,12 @@ import torch
 from s2s_kernels.ops.convolution import triton_kernels, triton_step
 from s2s_kernels.ops.convolution.autograd import ACTIVATIONS
 
-PRODUCTS = ("dense_kernel", "dense_weight_kernel")  # whose instructions are read
+PRODUCTS = (
+    "dense_kernel",
+    "dense_weight_kernel",
+    "toeplitz_kernel",
+    "toeplitz_weight_kernel",
+)  # whose instructions are read
 EVERYWHERE = (*PRODUCTS, "depthwise_kernel", "depthwise_weight_kernel", "step_kernel")
 
 
@@ -51,6 +56,7 @@ def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
         step(dtype, 64, 128, 2, "gated_tanh")
         yield dtype, "highest", dtype == torch.float32 and arch == 90
     step(torch.bfloat16, 96, 96, 4, "silu", groups=96)
+    call(torch.bfloat16, 96, 96, 30, groups=96, activation="gelu", extras=True)
     call(torch.bfloat16, 128, 256, 3, activation="gelu")
     yield torch.bfloat16, "highest", arch != 90
     call(torch.bfloat16, 128, 256, 3, activation="glu", backward=False)
@@ -68,3 +74,4 @@ def again() -> None:
     call(torch.bfloat16, 64, 128, 2, activation="gated_tanh", extras=True, batch=3, frames=513)
     call(torch.bfloat16, 128, 256, 3, activation="gelu", batch=1, frames=1001)
     call(torch.float16, 96, 96, 4, groups=96, activation="silu", last=True, batch=3, frames=64)
+    call(torch.bfloat16, 96, 96, 30, groups=96, activation="gelu", extras=True, batch=1, frames=4097)

@@ -20,7 +20,7 @@ GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 PROGRAMS = 512
 LONG = 256  # positions from which on lines are worth tiles of products
 TOEPLITZ = {"ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128}
-TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
 # Of what is read along one dimension and written along another.
 SQUARE = {"CHANNELS": 64, "POSITIONS": 64, "num_warps": 4}
 
@@ -210,17 +210,19 @@ def _toeplitz_gradients(
     if not batch:
         return results[0].zero_(), results[1].zero_()
     tiles = batch * -(-time // (TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]))
-    splits = max(1, min(2 * PROGRAMS // channels, tiles))
+    wanted = max(1, 2 * PROGRAMS // channels)
+    splits = min(wanted, tiles)
+    chosen = TOEPLITZ_WEIGHT if state is None else {**TOEPLITZ_WEIGHT, "maxnreg": 255}  # its addresses
     sums: tuple[torch.Tensor, ...] = results
-    if splits > 1:
+    if wanted > 1:  # not by the splits, which depend on the time: a dtype is compiled for
         sums = tuple(x.new_empty((splits, *result.shape), dtype=torch.float32) for result in results)
     with device_of(x):
         toeplitz_weight_kernel[(channels * splits,)](
             grad, x, state, lengths, *sums, *grad.stride()[:2], *x.stride()[:2], *strides_of(state),
             batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
-            OUTPUTS=channels, TAPS=taps, LAGS=power(taps, 2, 128), HEAD=head, **TOEPLITZ_WEIGHT,
+            OUTPUTS=channels, TAPS=taps, LAGS=power(taps, 2, 128), HEAD=head, **chosen,
         )  # fmt: skip
-        if splits > 1:
+        if wanted > 1:
             return reduce(sums[0], results[0]), reduce(sums[1], results[1])
     return results
 
