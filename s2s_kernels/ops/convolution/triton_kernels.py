@@ -167,6 +167,8 @@ def _depthwise(
     head = _toeplitz_head(x, weight, origin, dilation)
     if head and y.shape == x.shape and begin == 0 and activation not in GATES:
         batch, channels, time = x.shape
+        extras = not (state is condition is residual is None)
+        chosen = {**TOEPLITZ, "maxnreg": 168} if extras else TOEPLITZ  # their addresses
         splits = max(1, min(4 * PROGRAMS // channels, batch * -(-time // (TOEPLITZ["ROWS"] * TOEPLITZ["BLOCK"]))))
         with device_of(x):
             toeplitz_kernel[(channels * splits,)](
@@ -174,7 +176,7 @@ def _depthwise(
                 *x.stride()[:2], *strides_of(state), *strides_of(condition), *strides_of(residual),
                 batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
                 RESULTS=channels, TAPS=taps, ACTIVATION=activation, REVERSED=backward, CLIP=clip,
-                CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), HEAD=head, **TOEPLITZ,
+                CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), HEAD=head, **chosen,
             )  # fmt: skip
         return
     even = unit == TIME and not (begin % 8 or origin % 8 or dilation % 8)
