@@ -52,8 +52,8 @@ def aligned_rows(tensor: torch.Tensor) -> bool:
 
 def _context_tiles(dtype: torch.dtype, rows: int) -> dict[str, int]:
     """Of the kernels that make a product of weights; in value_gradient_kernel the sum is over rows."""
-    warps = 8 if dtype == torch.float32 else 4
-    return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": 64, "num_warps": warps}
+    columns, warps = (32, 8) if dtype == torch.float32 else (64, 4)
+    return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": columns, "num_warps": warps}
 
 
 def _product_tiles(dtype: torch.dtype, rows: int) -> dict[str, int]:
