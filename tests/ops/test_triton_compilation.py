@@ -29,7 +29,7 @@ KERNELS = {
     ),
     "convolution": (
         {"dense_kernel", "dense_weight_kernel", "toeplitz_kernel", "toeplitz_weight_kernel"},
-        {"depthwise_kernel", "depthwise_weight_kernel", "step_kernel"},
+        {"depthwise_kernel", "depthwise_weight_kernel", "line_kernel", "line_weight_kernel", "step_kernel"},
         {
             "bias_kernel", "reduce_kernel", "finish_kernel", "activation_gradient_kernel", "push_kernel",
             "advance_kernel",

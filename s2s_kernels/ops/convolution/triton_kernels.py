@@ -12,15 +12,19 @@ from . import triton_epilogue as epilogue
 from .reference import padding
 from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel
 from .triton_depthwise import depthwise_kernel, depthwise_weight_kernel
+from .triton_lines import line_kernel, line_weight_kernel
 from .triton_toeplitz import toeplitz_kernel, toeplitz_weight_kernel
 
 STRIDED, TIME, CHANNEL = (unit.value for unit in (epilogue.STRIDED, epilogue.TIME, epilogue.CHANNEL))
 GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 # Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
 PROGRAMS = 512
-LONG = 256  # positions from which on lines are worth tiles of products
-TOEPLITZ = {"ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128}
+LONG = 256  # positions from which on lines are worth kernels of their own
+FEW = 8  # taps that are worth a vector each
+TOEPLITZ = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 4, "maxnreg": 96}
 TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+LINE = {"POSITIONS": 1024, "num_warps": 4}
+LINE_WEIGHT = {"POSITIONS": 1024, "num_warps": 4}
 # Of what is read along one dimension and written along another.
 SQUARE = {"CHANNELS": 64, "POSITIONS": 64, "num_warps": 4}
 
@@ -164,19 +168,25 @@ def _depthwise(
     outputs, _, taps = weight.shape
     multiple = outputs // (y.shape[1] if backward else x.shape[1])
     unit, count = _unit(x), y.shape[2]
-    head = _toeplitz_head(x, weight, origin, dilation)
-    if head and y.shape == x.shape and begin == 0 and activation not in GATES:
+    line = _line(x, weight, origin, dilation)
+    if line is not None and y.shape == x.shape and begin == 0 and activation not in GATES:
         batch, channels, time = x.shape
-        extras = not (state is condition is residual is None)
-        chosen = {**TOEPLITZ, "maxnreg": 168} if extras else TOEPLITZ  # their addresses
-        splits = max(1, min(4 * PROGRAMS // channels, batch * -(-time // (TOEPLITZ["ROWS"] * TOEPLITZ["BLOCK"]))))
+        extras = not (state is condition is residual is None)  # whose addresses take registers too
+        chosen: dict[str, Any] = {**LINE, **({"maxnreg": 255} if extras else {})}
+        line_of, size, wanted = line_kernel, LINE["POSITIONS"], 16 * PROGRAMS
+        if line:
+            chosen = {**TOEPLITZ, "HEAD": line}
+            if extras or lengths is not None or activation or line > 64:
+                chosen |= {"ROWS": 16, "num_stages": 3, "maxnreg": 168 if line <= 64 else 255}
+            line_of, size, wanted = toeplitz_kernel, chosen["ROWS"] * chosen["BLOCK"], 4 * PROGRAMS
+        splits = max(1, min(wanted // channels, batch * -(-time // size)))
         with device_of(x):
-            toeplitz_kernel[(channels * splits,)](
+            line_of[(channels * splits,)](
                 x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
                 *x.stride()[:2], *strides_of(state), *strides_of(condition), *strides_of(residual),
                 batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
                 RESULTS=channels, TAPS=taps, ACTIVATION=activation, REVERSED=backward, CLIP=clip,
-                CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), HEAD=head, **chosen,
+                CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **chosen,
             )  # fmt: skip
         return
     even = unit == TIME and not (begin % 8 or origin % 8 or dilation % 8)
@@ -193,36 +203,53 @@ def _depthwise(
         )  # fmt: skip
 
 
-def _toeplitz_head(x: torch.Tensor, weight: torch.Tensor, origin: int, dilation: int) -> int:
-    """How many inputs more than results a block of a depthwise convolution sees, where it is one of triton_toeplitz;
-    else 0."""
+def _line(x: torch.Tensor, weight: torch.Tensor, origin: int, dilation: int) -> int | None:
+    """Whether a depthwise convolution is one of long lines, dense in time: None if not; 0 for the kernels of
+    triton_lines; for those of triton_toeplitz, how many inputs more than results a block sees."""
     outputs, _, taps = weight.shape
-    fits = x.element_size() == 2 and outputs == x.shape[1] and x.shape[2] >= LONG and x.stride(2) == 1
-    head = power(origin % 8 + (taps - 1) * dilation, 16, 256)
-    return head if fits and taps > 1 and head <= 128 else 0
+    time, reach = x.shape[2], (taps - 1) * dilation
+    if outputs != x.shape[1] or time < LONG or x.stride(2) != 1:
+        return None
+    few = taps <= FEW and x.shape[0] * time + reach < 2**30
+    head = power(origin % 8 + reach, 16, 256)
+    # Products need vectors, which the tiles of rows that begin anywhere can't load, and grow with the head.
+    if x.element_size() == 2 and taps > 1 and head <= 128 and not (few and (time % 8 or head > 64)):
+        return head
+    return 0 if few else None
 
 
-def _toeplitz_gradients(
+def _blackwell(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10
+
+
+def _line_gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
     state: torch.Tensor | None, origin: int, dilation: int, head: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Those of the weight and of the bias."""
+    """Those of the weight and of the bias; head: what `_line` says."""
     (batch, channels, time), taps = x.shape, weight.shape[2]
     results = weight.new_empty(weight.shape), weight.new_empty(channels)
     if not batch:
         return results[0].zero_(), results[1].zero_()
-    tiles = batch * -(-time // (TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]))
-    wanted = max(1, 2 * PROGRAMS // channels)
-    splits = min(wanted, tiles)
-    chosen = TOEPLITZ_WEIGHT if state is None else {**TOEPLITZ_WEIGHT, "maxnreg": 255}  # its addresses
+    chosen: dict[str, Any] = {**LINE_WEIGHT}
+    gradients_of, size, wanted = line_weight_kernel, LINE_WEIGHT["POSITIONS"], max(1, 8 * PROGRAMS // channels)
+    if head:
+        chosen = {**TOEPLITZ_WEIGHT, "LAGS": power(taps, 2, 128), "HEAD": head}
+        if state is not None or head > 64:  # registers for addresses, or for sums
+            chosen["maxnreg"] = 255
+        if head > 16 and _blackwell(x):  # where triton 3.6 fails to pipeline products of different widths
+            chosen["num_stages"] = 1
+        gradients_of, size = toeplitz_weight_kernel, TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]
+        wanted = max(1, 2 * PROGRAMS // channels)
+    splits = min(wanted, batch * -(-time // size))
     sums: tuple[torch.Tensor, ...] = results
     if wanted > 1:  # not by the splits, which depend on the time: a dtype is compiled for
         sums = tuple(x.new_empty((splits, *result.shape), dtype=torch.float32) for result in results)
     with device_of(x):
-        toeplitz_weight_kernel[(channels * splits,)](
+        gradients_of[(channels * splits,)](
             grad, x, state, lengths, *sums, *grad.stride()[:2], *x.stride()[:2], *strides_of(state),
             batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
-            OUTPUTS=channels, TAPS=taps, LAGS=power(taps, 2, 128), HEAD=head, **chosen,
+            OUTPUTS=channels, TAPS=taps, **chosen,
         )  # fmt: skip
         if wanted > 1:
             return reduce(sums[0], results[0]), reduce(sums[1], results[1])
@@ -303,9 +330,11 @@ def causal_conv1d_backward(
             _dense(grad, weight, groups, result, begin, -right, dilation, turned=True, clip=clip, lengths=lengths)
     grad_weight = nothing
     state = initial_state if taps > 1 else None
-    head = _toeplitz_head(x, weight, -left, dilation) if depthwise and grad.stride(2) == 1 else 0
-    if need_weight and head:
-        grad_weight, grad_bias = _toeplitz_gradients(grad, x, weight, lengths, state, -left, dilation, head)
+    if depthwise and need_weight and time >= LONG and _unit(x) == CHANNEL and grad.stride(2) == 1:
+        x = _activation_gradient(x, None, None, x, inputs, 0, False, False, False)  # turned: cheaper than to read so
+    head = _line(x, weight, -left, dilation) if depthwise and grad.stride(2) == 1 else None
+    if need_weight and head is not None:
+        grad_weight, grad_bias = _line_gradients(grad, x, weight, lengths, state, -left, dilation, head)
         return grad_x, grad_weight, grad_bias if need_bias else nothing, grad_state, into if need_condition else nothing
     if need_weight:
         grad_weight = _weight_gradient(grad, x, weight, lengths, state, groups, -left, dilation, heavy)
