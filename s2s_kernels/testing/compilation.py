@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 TENSOR_CORES = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 LIGHT = 90

@@ -9,6 +9,7 @@ from s2s_kernels.ops.additive_attention import triton_kernels, triton_pool
 
 PRODUCTS = (
     "context_kernel", "product_kernel", "value_gradient_kernel", "pool_scores_kernel", "pool_map_gradient_kernel",
+    "pool_input_gradient_kernel",
 )  # fmt: skip
 EVERYWHERE = (*PRODUCTS, "scores_kernel", "gradient_kernel")
 

@@ -20,6 +20,7 @@ SAMPLES = [pytest.param(sample, id=sample.name) for sample in CASE.samples]
 by_name = {sample.name: sample for sample in CASE.samples}
 pytestmark = emulating()
 judge = judging(s2s.causal_conv1d)
+NAN, INF = float("nan"), float("inf")
 
 
 @interpreted
@@ -97,6 +98,53 @@ def test_depthwise_channels_last_of_several_tiles():
     draw = Draw(torch.float16)
     x, weight = channels_last(draw(2, 72, 70)), draw(72, 1, 4)
     judge(((x, weight, draw(72)), {"groups": 72, "activation": "silu", "lengths": torch.tensor([70, 33])}))
+
+
+LINES = [(4, 1, 1304), (64, 1, 1032), (30, 3, 257), (2, 100, 304)]
+FEW_TAPS = [(1, 1, 1032), (4, 64, 2056), (8, 7, 1301), (3, 130, 264), (2, 1500, 2048)]
+
+
+def judge_lines(dtype, taps, dilation, time):
+    draw = Draw(dtype)
+    x, weight, options = draw(2, 3, time), draw(3, 1, taps, scale=taps**-0.5), {"groups": 3, "dilation": dilation}
+    judge(((x, weight, draw(3)), options))
+    full = {**options, "activation": "relu", "initial_state": draw(2, 3, (taps - 1) * dilation)}
+    judge(((x, weight, draw(3)), {**full, "residual": draw(2, 3, time), "lengths": torch.tensor([time - 9, 5])}))
+    judge(((sliced(x), weight, None), {**options, "causal": False, "lengths": torch.tensor([0, time - 3])}))
+    judge(((channels_last(x), weight, draw(3)), options))
+
+
+@interpreted
+@pytest.mark.parametrize("taps, dilation, time", LINES)
+def test_depthwise_lines_long_enough_for_products(taps, dilation, time):
+    judge_lines(torch.float16, taps, dilation, time)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("taps, dilation, time", FEW_TAPS)
+def test_depthwise_lines_of_few_taps(taps, dilation, time, dtype):
+    judge_lines(dtype, taps, dilation, time)
+
+
+@interpreted
+@pytest.mark.parametrize("dilation", [3, 64])  # products, and few taps
+@pytest.mark.parametrize("place", ["input", "weight", "gradient"])
+def test_what_is_not_finite_stays_where_it_is_seen_in_depthwise_lines(place, dilation):
+    draw = Draw(torch.float16)
+    x, weight, upstream = draw(1, 2, 1104), draw(2, 1, 4), draw(1, 2, 1104)
+    {"input": x, "weight": weight, "gradient": upstream}[place][0, 0, 0] = INF
+    if place == "input":
+        x[0, 1, 700] = NAN
+    leaves = [t.requires_grad_() for t in (x, weight, draw(2))]
+    found, expected = [], []
+    for backend, results in (("cpu", found), ("reference", expected)):
+        with s2s.use_backend(backend):
+            y = s2s.causal_conv1d(*leaves, groups=2, dilation=dilation)
+            results += [y, *torch.autograd.grad(y, leaves, upstream)]
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours.isnan(), right.isnan()) and torch.equal(ours.isinf(), right.isinf())
+        assert torch.allclose(ours, right, rtol=0.02, atol=0.05, equal_nan=True)
 
 
 @interpreted

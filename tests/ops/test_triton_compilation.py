@@ -19,7 +19,7 @@ KERNELS = {
     "additive_attention": (
         {
             "context_kernel", "product_kernel", "value_gradient_kernel", "pool_scores_kernel",
-            "pool_map_gradient_kernel",
+            "pool_map_gradient_kernel", "pool_input_gradient_kernel",
         },
         {"scores_kernel", "gradient_kernel"},
         {
@@ -28,8 +28,8 @@ KERNELS = {
         },
     ),
     "convolution": (
-        {"dense_kernel", "dense_weight_kernel"},
-        {"depthwise_kernel", "depthwise_weight_kernel", "step_kernel"},
+        {"dense_kernel", "dense_weight_kernel", "toeplitz_kernel", "toeplitz_weight_kernel"},
+        {"depthwise_kernel", "depthwise_weight_kernel", "line_kernel", "line_weight_kernel", "step_kernel"},
         {
             "bias_kernel", "reduce_kernel", "finish_kernel", "activation_gradient_kernel", "push_kernel",
             "advance_kernel",
@@ -48,13 +48,14 @@ THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
 
 
 def small(operator, kernel):
-    """Whether a tile is too small for the units of whole warp groups: one of decoding, of very wide heads, or of the
-    rows of a recurrence."""
+    """Whether a tile is too small for the units of whole warp groups: one of decoding, of very wide heads, of few rows
+    or keys, or of the rows of a recurrence."""
     if operator == "recurrence":
         return True
     if operator == "attention":
         return kernel["ROWS"] < 64 or kernel["dtype"] == "float32"
-    return kernel["dtype"] == "float32" or (operator == "additive_attention" and kernel.get("ROWS") == 16)
+    few = min(kernel.get("ROWS", 64), kernel.get("KEYS", 64)) < 64
+    return kernel["dtype"] == "float32" or (few and kernel["name"] not in ("dense_kernel", "dense_weight_kernel"))
 
 
 @pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))

@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels of additive attention, under the schemas of csrc/operators.cpp.
 
 Imported by the first call on a CUDA tensor. A call runs some queries at a time, as many as keep the scores within
-`PAIRS`. The tiles have not been measured on a GPU yet.
+`PAIRS`.
 """
 
 import dataclasses
@@ -45,12 +45,21 @@ def _gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
     return {"ROWS": 8, "KEYS": 4, "num_warps": 1, "maxnreg": 255}
 
 
-def _product_tiles(dtype: torch.dtype, rows: int, of_keys: bool = False) -> dict[str, int]:
-    """`of_keys`: the results are of keys and the sum is over rows."""
+def aligned_rows(tensor: torch.Tensor) -> bool:
+    """Whether every line along the last dimension begins where a vector may be loaded."""
+    return dense(tensor) and not any(stride % 8 for stride in tensor.stride()[:-1]) and tensor.data_ptr() % 16 == 0
+
+
+def _context_tiles(dtype: torch.dtype, rows: int) -> dict[str, int]:
+    """Of the kernels that make a product of weights; in value_gradient_kernel the sum is over rows."""
+    columns, warps = (32, 8) if dtype == torch.float32 else (64, 4)
+    return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": columns, "num_warps": warps}
+
+
+def _product_tiles(dtype: torch.dtype, rows: int) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": 32, "num_warps": 8}
-    most, keys = (32, 64) if of_keys else (64, 32)
-    return {"ROWS": 16 if rows == 1 else most, "KEYS": keys, "COLUMNS": 64, "num_warps": 8}
+        return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": 32, "num_warps": 4}
+    return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": 128, "num_warps": 4}
 
 
 def _row_tiles(rows: int) -> dict[str, int]:
@@ -134,13 +143,13 @@ def additive_attention_forward(
     statistics = query.new_empty((batch, queries, 2), dtype=torch.float32)
     weight, dropout = weight.contiguous(), dropout_numbers(dropout_p)
     scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
-    lines, products = _row_tiles(queries), _product_tiles(query.dtype, queries)
+    lines, products = _row_tiles(queries), _context_tiles(query.dtype, queries)
     with device_of(query):
         for part in _parts(query, key, value, mask, key_lengths):
             rows, _ = part.sizes()
             found = part.of(statistics)
             _scores(part, weight, scores)
-            if programs := part.programs(lines, "r"):
+            if (return_weights or not values) and (programs := part.programs(lines, "r")):
                 statistics_kernel[(programs,)](
                     scores, part.mask, part.lengths, found, part.of(weights) if return_weights else None,
                     *strides_of(part.mask), rows, keys, **lines,
@@ -149,7 +158,8 @@ def additive_attention_forward(
                 context_kernel[(programs,)](
                     scores, found, part.value, part.mask, part.lengths, seed, part.of(context),
                     *part.value.stride(), *strides_of(part.mask), rows, keys, part.first_row(), *dropout,
-                    VALUES=values, VALUE_UNIT=dense(value), PRECISION=precision(), **products,
+                    VALUES=values, VALUE_UNIT=dense(value), ALIGNED=aligned_rows(value), PRECISION=precision(),
+                    **products,
                 )  # fmt: skip
     return context, weights, statistics if save else statistics.new_empty(0)
 
@@ -177,7 +187,7 @@ def additive_attention_backward(
     scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
     products = torch.empty_like(scores) if grad_context is not None else None
     lines, tiles = _row_tiles(queries), _product_tiles(query.dtype, queries)
-    columns = _product_tiles(query.dtype, queries, of_keys=True)
+    columns = _context_tiles(query.dtype, queries)
     need_scores = need_query or need_key or need_weight
     of_value = nothing
     if need_value:  # in float32 where several parts add to it
@@ -201,13 +211,14 @@ def additive_attention_backward(
                     value_gradient_kernel[(programs,)](
                         scores, found, grad, part.mask, part.lengths, seed, of_value[part.batch],
                         *grad.stride(), *strides_of(part.mask), *shared, begun,
-                        VALUES=values, GRAD_UNIT=dense(grad), PRECISION=precision(), **columns,
+                        VALUES=values, GRAD_UNIT=dense(grad), ALIGNED=aligned_rows(grad_context), PRECISION=precision(),
+                        **columns,
                     )  # fmt: skip
                 if need_scores and (programs := part.programs(tiles, "rk")):
                     product_kernel[(programs,)](
                         grad, part.value, part.lengths, products, *grad.stride(), *part.value.stride(), rows, keys,
-                        VALUES=values, GRAD_UNIT=dense(grad), VALUE_UNIT=dense(value), PRECISION=precision(),
-                        **tiles,
+                        VALUES=values, GRAD_UNIT=dense(grad), VALUE_UNIT=dense(value),
+                        ALIGNED=aligned_rows(grad_context) and aligned_rows(value), PRECISION=precision(), **tiles,
                     )  # fmt: skip
             if not need_scores:
                 continue
@@ -223,7 +234,9 @@ def additive_attention_backward(
             if need_key and part.rows.stop == queries and key_sums.numel():
                 reduce(key_sums, grad_key[part.batch])
         if need_weight:
-            sums = torch.cat(weight_sums) if weight_sums else weight.new_zeros(1, width, dtype=torch.float32)
+            if not weight_sums:
+                weight_sums = [weight.new_zeros(1, width, dtype=torch.float32)]
+            sums = weight_sums[0] if len(weight_sums) == 1 else torch.cat(weight_sums)
             if width:
                 reduce(sums, grad_weight)
     return grad_query, grad_key, of_value.to(value.dtype), grad_weight

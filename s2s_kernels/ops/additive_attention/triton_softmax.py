@@ -28,19 +28,17 @@ def weights_at(scores, statistics, batch, row, column, rows, keys, visible):
     return tl.where(visible, tl.exp(score - most) / total, 0.0)
 
 
-@kernel
-def statistics_kernel(
-    scores, mask, lengths, statistics, weights,
-    mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, rows: tl.int64, keys: tl.int64,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """The largest visible score and the sum of exponentials of each row, (B, T, 2), 0 and 0 where nothing is visible;
-    also the weights before dropout, where given."""
-    program = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(rows, ROWS)
-    batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
-    length = length_of(lengths, batch, keys)
-    offset = tl.arange(0, KEYS)[None, :]
+@triton.jit
+def aligned(stride, ALIGNED: tl.constexpr):
+    """Says to the compiler what the launcher has seen: rows begin where a vector may be loaded."""
+    return stride // 8 * 8 if ALIGNED else stride
+
+
+@triton.jit
+def _statistics(
+    scores, mask, batch, row, offset, mask_b, mask_i, mask_j, rows, keys, length, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """The largest visible score and the sum of exponentials of each row (ROWS, 1), 0 and 0 where nothing is visible."""
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     seen = tl.zeros((ROWS,), tl.int32)
     for start in range(0, length, KEYS):
@@ -56,15 +54,32 @@ def statistics_kernel(
         visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
         score = tl.load(scores + (batch * rows + row) * keys + column, mask=visible, other=0.0)
         total += tl.sum(tl.where(visible, tl.exp(score - most[:, None]), 0.0), 1)
+    return most[:, None], total[:, None]
+
+
+@kernel
+def statistics_kernel(
+    scores, mask, lengths, statistics, weights,
+    mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, rows: tl.int64, keys: tl.int64,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The largest visible score and the sum of exponentials of each row, (B, T, 2), 0 and 0 where nothing is visible;
+    also the weights before dropout, where given."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, ROWS)
+    batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    length = length_of(lengths, batch, keys)
+    offset = tl.arange(0, KEYS)[None, :]
+    most, total = _statistics(scores, mask, batch, row, offset, mask_b, mask_i, mask_j, rows, keys, length, ROWS, KEYS)
     at = statistics + (batch * rows + row) * 2
-    tl.store(at, most[:, None], mask=row < rows)
-    tl.store(at + 1, total[:, None], mask=row < rows)
+    tl.store(at, most, mask=row < rows)
+    tl.store(at + 1, total, mask=row < rows)
     if weights is not None:
         for start in range(0, keys, KEYS):
             column = start + offset
             visible = visible_at(mask, batch, row, column, mask_b, mask_i, mask_j, rows, length)
             score = tl.load(scores + (batch * rows + row) * keys + column, mask=visible, other=0.0)
-            weight = tl.where(visible, tl.exp(score - most[:, None]) / total[:, None], 0.0)
+            weight = tl.where(visible, tl.exp(score - most) / total, 0.0)
             to = weights + (batch * rows + row) * keys + column
             tl.store(to, weight.to(weights.dtype.element_ty), mask=(row < rows) & (column < keys))
 
@@ -88,11 +103,11 @@ def context_kernel(
     scores, statistics, value, mask, lengths, seed, context,
     value_b: tl.int64, value_j: tl.int64, value_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
     rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32,
-    VALUES: tl.constexpr, VALUE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights after dropout times values. The rows at hand are those from `first_row` on of all B T of a call, by
-    which dropout counts."""
+    """Weights after dropout times values, and what statistics_kernel gives: each program finds the statistics of its
+    rows. The rows at hand are those from `first_row` on of all B T of a call, by which dropout counts."""
     BLOCKS: tl.constexpr = (VALUES + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
@@ -101,12 +116,23 @@ def context_kernel(
     row = (program // BLOCKS % tiles * ROWS + tl.arange(0, ROWS))[:, None]
     counted = first_row + batch * rows + program // BLOCKS % tiles * ROWS + tl.arange(0, ROWS)
     length = length_of(lengths, batch, keys)
+    value_b, value_j = aligned(value_b, ALIGNED), aligned(value_j, ALIGNED)
     values = value + batch * value_b + spread(width, value_v, VALUE_UNIT)[None, :]
+    line = tl.arange(0, KEYS)[None, :]
+    most, sum_of_row = _statistics(
+        scores, mask, batch, row, line, mask_b, mask_i, mask_j, rows, keys, length, ROWS, KEYS
+    )
+    if program % BLOCKS == 0:
+        at = statistics + (batch * rows + row) * 2
+        tl.store(at, most, mask=row < rows)
+        tl.store(at + 1, sum_of_row, mask=row < rows)
+    scale = 1.0 / sum_of_row
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, length, KEYS):
         column = start + tl.arange(0, KEYS)
         visible = visible_at(mask, batch, row, column[None, :], mask_b, mask_i, mask_j, rows, length)
-        used = weights_at(scores, statistics, batch, row, column[None, :], rows, keys, visible)
+        score = tl.load(scores + (batch * rows + row) * keys + column[None, :], mask=visible, other=0.0)
+        used = tl.where(visible, tl.exp(score - most) * scale, 0.0)
         if seed is not None:
             keep = keep_tile(seed, counted, start, threshold, ROWS, KEYS)
             used = tl.where(keep, used * kept, 0.0)
@@ -127,8 +153,8 @@ def product_kernel(
     grad, value, lengths, products,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, value_b: tl.int64, value_j: tl.int64, value_v: tl.int64,
     rows: tl.int64, keys: tl.int64,
-    VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """products (B, T, S): what the gradient of the context says of each pair's weight after dropout. A NaN stays with
     its row or key."""
@@ -142,6 +168,8 @@ def product_kernel(
     if start >= length:
         return
     width = tl.arange(0, COLUMNS)
+    grad_b, grad_i = aligned(grad_b, ALIGNED), aligned(grad_i, ALIGNED)
+    value_b, value_j = aligned(value_b, ALIGNED), aligned(value_j, ALIGNED)
     grads = grad + batch * grad_b + row[:, None] * grad_i + spread(width, grad_v, GRAD_UNIT)[None, :]
     values = value + batch * value_b + column[None, :] * value_j + spread(width, value_v, VALUE_UNIT)[:, None]
     total = tl.zeros((ROWS, KEYS), tl.float32)
@@ -220,7 +248,7 @@ def value_gradient_kernel(
     scores, statistics, grad, mask, lengths, seed, result,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64,
     rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32, begun: tl.int64,
-    VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """result (B, S, Dv): weights after dropout, transposed, times the gradient of the context; added to what earlier
@@ -232,6 +260,7 @@ def value_gradient_kernel(
     batch, start = program // (BLOCKS * tiles), program // BLOCKS % tiles * KEYS
     column = (start + tl.arange(0, KEYS))[:, None]
     length = length_of(lengths, batch, keys)
+    grad_b, grad_i = aligned(grad_b, ALIGNED), aligned(grad_i, ALIGNED)
     grads = grad + batch * grad_b + spread(width, grad_v, GRAD_UNIT)[None, :]
     to = result + (batch * keys + column) * VALUES + width[None, :]
     inside = (column < keys) & (width < VALUES)[None, :]

@@ -7,13 +7,13 @@ round (`channel` and `output` change places, the taps run backwards) and another
 import triton
 import triton.language as tl
 
-from ..triton_common import kernel, length_of, spread
+from ..triton_common import is_finite, kernel, length_of, spread
 from .triton_epilogue import CHANNEL, GLU, TIME, finish
 
 
 @kernel
 def dense_kernel(
-    x, state, weight, bias, condition, residual, lengths, saved, y,
+    x, state, weight, bias, condition, residual, lengths, saved, y, flags,
     x_b: tl.int64, x_c: tl.int64, x_t: tl.int64, state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
     condition_b: tl.int64, condition_c: tl.int64, condition_t: tl.int64,
     residual_b: tl.int64, residual_c: tl.int64, residual_t: tl.int64,
@@ -22,7 +22,7 @@ def dense_kernel(
     INPUTS: tl.constexpr, RESULTS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ACTIVATION: tl.constexpr,
     CLIP: tl.constexpr, X_UNIT: tl.constexpr, CONDITION_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """Results at positions begin..end of T inputs: position t sees the inputs at t + origin + k step that are at least
     `low` (below 0 they are the state's) and below the length. CLIP: positions at or past the length give 0.
@@ -33,6 +33,10 @@ def dense_kernel(
     Of `tiles` tiles of POSITIONS from `first_tile` on, this makes those whose positions have all taps from x (EDGE 0),
     or the others, EDGE channels at a time: there the products of a tap are kept apart until it is known which of them
     count, since 0 times an infinite weight is no 0. Two kernels, because together they need too many registers.
+
+    With flags, where there is no state, EDGE 0 makes all tiles and takes absent inputs as 0; it says of each tile that
+    has any whether a sum isn't finite, and only such tiles are left to the other kernel. flags: (B, tiles of a row,
+    GROUPS, blocks of FLAGGED channels).
     """
     GATE: tl.constexpr = ACTIVATION >= GLU
     BLOCKS: tl.constexpr = (RESULTS + CHANNELS - 1) // CHANNELS
@@ -48,8 +52,16 @@ def dense_kernel(
     stop = tl.minimum(end, length) if CLIP else end
     last = tl.minimum(start + POSITIONS, stop) - 1
     whole = (start + origin >= 0) & ((start >= stop) | (last + origin + (TAPS - 1) * step < length))
-    if whole == (EDGE > 0):
-        return
+    row_of_flags = (batch * tl.cdiv(end - begin, POSITIONS) + first // POSITIONS) * GROUPS + group
+    flag = row_of_flags * ((RESULTS + FLAGGED - 1) // FLAGGED) + block * CHANNELS // FLAGGED
+    if flags is None:
+        if whole == (EDGE > 0):
+            return
+    elif EDGE > 0:
+        if whole:
+            return
+        if tl.load(flags + flag) == 0:
+            return
 
     offset = tl.arange(0, POSITIONS)
     position = start + offset
@@ -74,12 +86,20 @@ def dense_kernel(
         for i in range(tl.where(start < stop, TAPS * PARTS, 0)):
             tap, part = i // PARTS, i % PARTS * REDUCED
             source = x + tap * step * spread(1, x_t, X_UNIT == TIME) + part * spread(1, x_c, X_UNIT == CHANNEL)
-            mask = present if INPUTS % REDUCED == 0 else present & (part + reduced < INPUTS)[None, :]
+            mask = present
+            if flags is not None:
+                seen = position + origin + tap * step
+                mask = present & ((seen >= 0) & (seen < length))[:, None]
+            if INPUTS % REDUCED != 0:
+                mask = mask & (part + reduced < INPUTS)[None, :]
             inputs = tl.load(source + tile, mask=mask, other=0.0)
             at = rows[None, :] + (i * REDUCED + reduced)[:, None]
             a = tl.dot(inputs, tl.load(at, mask=exists, other=0.0), a, input_precision=PRECISION)
             if GATE:
                 b = tl.dot(inputs, tl.load(at + RESULTS * ROW, mask=exists, other=0.0), b, input_precision=PRECISION)
+        if flags is not None:
+            finite = is_finite(a) & is_finite(b) if GATE else is_finite(a)
+            tl.store(flags + flag, tl.max(tl.max((~finite).to(tl.int32), 1), 0))
     else:
         # The taps that see anything from this tile.
         least, most = low - start - POSITIONS + 1 - origin, length - start - origin

@@ -22,7 +22,7 @@ def _all_taps(
 
 
 @triton.jit
-def _some_taps(
+def some_taps(
     x, state, weight, source, exists, seen, low, length, x_c, x_t, state_c, state_t, step, total,
     weight_t: tl.constexpr, TAPS: tl.constexpr, X_UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +40,27 @@ def _some_taps(
     return total
 
 
+@triton.jit
+def _whole_tile(
+    x, weight, channel, exists, first, offset, x_c, x_t, step, a, b,
+    RESULTS: tl.constexpr, MULTIPLE: tl.constexpr, TAPS: tl.constexpr, GATE: tl.constexpr, BACKWARD: tl.constexpr,
+    X_UNIT: tl.constexpr,
+):  # fmt: skip
+    if BACKWARD:
+        for one in range(MULTIPLE):
+            source = channel * MULTIPLE + one
+            of_last_tap = weight + source * TAPS + (TAPS - 1)
+            a = _all_taps(x, of_last_tap, source, exists, first, offset, x_c, x_t, step, a, -1, TAPS, X_UNIT)
+    else:
+        source = channel // MULTIPLE
+        a = _all_taps(x, weight + channel * TAPS, source, exists, first, offset, x_c, x_t, step, a, 1, TAPS, X_UNIT)
+        if GATE:
+            partner = channel + RESULTS
+            source = partner // MULTIPLE
+            b = _all_taps(x, weight + partner * TAPS, source, exists, first, offset, x_c, x_t, step, b, 1, TAPS, X_UNIT)
+    return a, b
+
+
 @kernel
 def depthwise_kernel(
     x, state, weight, bias, condition, residual, lengths, saved, y,
@@ -48,11 +69,12 @@ def depthwise_kernel(
     residual_b: tl.int64, residual_c: tl.int64, residual_t: tl.int64,
     time: tl.int64, begin: tl.int64, end: tl.int64, origin: tl.int64, step: tl.int64, low: tl.int64,
     RESULTS: tl.constexpr, MULTIPLE: tl.constexpr, TAPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BACKWARD: tl.constexpr, CLIP: tl.constexpr, X_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+    BACKWARD: tl.constexpr, CLIP: tl.constexpr, X_UNIT: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     CONDITION_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """As dense_kernel, with MULTIPLE outputs to an input channel; weight: (outputs, TAPS), contiguous. BACKWARD: the
-    inputs are the gradients of outputs, MULTIPLE to a result, and the taps run backwards."""
+    inputs are the gradients of outputs, MULTIPLE to a result, and the taps run backwards. EVEN: all positions that
+    begin, origin and step make are multiples of 8; else vectors of results would only scatter the loads of inputs."""
     GATE: tl.constexpr = ACTIVATION >= GLU
     BLOCKS: tl.constexpr = (RESULTS + CHANNELS - 1) // CHANNELS
     program = tl.program_id(0)
@@ -68,7 +90,6 @@ def depthwise_kernel(
     exists = channel < RESULTS
     if ALIGNED:
         x_b, x_t = x_b // 8 * 8, x_t // 8 * 8
-    x += batch * x_b
     if state is not None:
         state += batch * state_b
     a = tl.zeros((CHANNELS, POSITIONS), tl.float32)
@@ -81,38 +102,36 @@ def depthwise_kernel(
     whole = whole & (start + POSITIONS - 1 + origin + (TAPS - 1) * step < length)
     if whole:
         first = start + origin
-        if BACKWARD:
-            for one in range(MULTIPLE):
-                source = channel * MULTIPLE + one
-                of_last_tap = weight + source * TAPS + (TAPS - 1)
-                a = _all_taps(x, of_last_tap, source, exists, first, offset, x_c, x_t, step, a, -1, TAPS, X_UNIT)
+        even = x_b % 8 + x_c % 8 if EVEN else 1
+        if even == 0:  # a branch of one kernel, not a kernel for each kind of length
+            a, b = _whole_tile(
+                x + batch * (x_b // 8 * 8), weight, channel, exists, first // 8 * 8, offset, x_c // 8 * 8, x_t,
+                step // 8 * 8, a, b, RESULTS, MULTIPLE, TAPS, GATE, BACKWARD, X_UNIT,
+            )  # fmt: skip
         else:
-            source = channel // MULTIPLE
-            a = _all_taps(x, weight + channel * TAPS, source, exists, first, offset, x_c, x_t, step, a, 1, TAPS, X_UNIT)
-            if GATE:
-                partner = channel + RESULTS
-                source = partner // MULTIPLE
-                b = _all_taps(
-                    x, weight + partner * TAPS, source, exists, first, offset, x_c, x_t, step, b, 1, TAPS, X_UNIT
-                )
+            a, b = _whole_tile(
+                x + batch * x_b, weight, channel, exists, first, offset, x_c, x_t, step, a, b,
+                RESULTS, MULTIPLE, TAPS, GATE, BACKWARD, X_UNIT,
+            )  # fmt: skip
     elif start < stop:
         seen = start + offset + origin
         here = exists & (start + offset < stop)
+        x += batch * x_b
         if BACKWARD:
             for one in range(MULTIPLE):
                 source = channel * MULTIPLE + one
-                a = _some_taps(
+                a = some_taps(
                     x, None, weight + source * TAPS + (TAPS - 1), source, here, seen, low, length,
                     x_c, x_t, 0, 0, step, a, -1, TAPS, X_UNIT,
                 )  # fmt: skip
         else:
-            a = _some_taps(
+            a = some_taps(
                 x, state, weight + channel * TAPS, channel // MULTIPLE, here, seen, low, length,
                 x_c, x_t, state_c, state_t, step, a, 1, TAPS, X_UNIT,
             )  # fmt: skip
             if GATE:
                 partner = channel + RESULTS
-                b = _some_taps(
+                b = some_taps(
                     x, state, weight + partner * TAPS, partner // MULTIPLE, here, seen, low, length,
                     x_c, x_t, state_c, state_t, step, b, 1, TAPS, X_UNIT,
                 )  # fmt: skip
@@ -120,7 +139,7 @@ def depthwise_kernel(
         a, b, channel, exists, tile + offset, tile, batch, stop - begin, end - begin,
         condition, condition_b, condition_c, condition_t, residual, residual_b, residual_c, residual_t, saved, y,
         RESULTS, ACTIVATION, CONDITION_UNIT, RESIDUAL_UNIT,
-        not BACKWARD and y.dtype.element_ty.primitive_bitwidth == 16,
+        (EVEN or (not BACKWARD and X_UNIT != TIME)) and y.dtype.element_ty.primitive_bitwidth == 16,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Launchers of the Triton kernels of causal convolution, under the schemas of csrc/operators.cpp.
 
-Imported by the first call on a CUDA tensor. The tiles have not been measured on a GPU yet.
+Imported by the first call on a CUDA tensor.
 """
 
 from typing import Any
@@ -12,11 +12,21 @@ from . import triton_epilogue as epilogue
 from .reference import padding
 from .triton_dense import bias_kernel, dense_kernel, dense_weight_kernel
 from .triton_depthwise import depthwise_kernel, depthwise_weight_kernel
+from .triton_lines import line_kernel, line_weight_kernel
+from .triton_toeplitz import toeplitz_kernel, toeplitz_weight_kernel
 
 STRIDED, TIME, CHANNEL = (unit.value for unit in (epilogue.STRIDED, epilogue.TIME, epilogue.CHANNEL))
 GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 # Programs among which the sum over batch and time is split. A constant: the bits must not depend on the GPU.
 PROGRAMS = 512
+LONG = 256  # positions from which on lines are worth kernels of their own
+FEW = 8  # taps that are worth a vector each
+TOEPLITZ = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 4, "maxnreg": 96}
+TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+LINE = {"POSITIONS": 1024, "num_warps": 4}
+LINE_WEIGHT = {"POSITIONS": 1024, "num_warps": 4}
+# Of what is read along one dimension and written along another.
+SQUARE = {"CHANNELS": 64, "POSITIONS": 64, "num_warps": 4}
 
 
 def _unit(tensor: torch.Tensor | None) -> int:
@@ -79,7 +89,7 @@ def _heavy(x: torch.Tensor, inputs: int, results: int, taps: int) -> bool:
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(1) == 1 else _activation_gradient(x, None, None, x, x.shape[1], 0, False, True, False)
 
 
 def _aligned(x: torch.Tensor) -> bool:
@@ -124,22 +134,25 @@ def _dense(
     tiles, reach = -(-count // size), origin + (taps - 1) * dilation
     before = min(tiles, max(0, -(-(-origin - begin) // size)))
     last_whole = max(before, tiles if begin + count + reach <= time else max(0, time - reach - begin) // size)
-    spans = [(edge, 0, before), (whole, before, last_whole), (edge, last_whole, tiles)]
+    blocks = -(-results // whole["CHANNELS"])
+    flags = None if state is not None else x.new_empty(y.shape[0] * tiles * groups * blocks, dtype=torch.int32)
+    edges = [(edge, 0, before), (edge, last_whole, tiles)]
     if lengths is not None and reach > 0:
-        spans = [(whole, before, tiles), (edge, 0, tiles)]
+        last_whole, edges = tiles, [(edge, 0, tiles)]
+    spans = [(whole, before, last_whole) if flags is None else (whole, 0, tiles), *edges]
     with device_of(x):
         for chosen, first, stop in spans:
             programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * y.shape[0]
             if not programs:
                 continue
             dense_kernel[(programs,)](
-                x, state, packed, bias, condition, residual, lengths, saved, y,
+                x, state, packed, bias, condition, residual, lengths, saved, y, flags,
                 *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
                 time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
                 first, stop - first,
                 INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
                 X_UNIT=_unit(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=_aligned(x),
-                PRECISION=products, **chosen,
+                PRECISION=products, FLAGGED=whole["CHANNELS"], **chosen,
             )  # fmt: skip
 
 
@@ -155,6 +168,28 @@ def _depthwise(
     outputs, _, taps = weight.shape
     multiple = outputs // (y.shape[1] if backward else x.shape[1])
     unit, count = _unit(x), y.shape[2]
+    line = _line(x, weight, origin, dilation)
+    if line is not None and y.shape == x.shape and begin == 0 and activation not in GATES:
+        batch, channels, time = x.shape
+        extras = not (state is condition is residual is None)  # whose addresses take registers too
+        chosen: dict[str, Any] = {**LINE, **({"maxnreg": 255} if extras else {})}
+        line_of, size, wanted = line_kernel, LINE["POSITIONS"], 16 * PROGRAMS
+        if line:
+            chosen = {**TOEPLITZ, "HEAD": line}
+            if extras or lengths is not None or activation or line > 64:
+                chosen |= {"ROWS": 16, "num_stages": 3, "maxnreg": 168 if line <= 64 else 255}
+            line_of, size, wanted = toeplitz_kernel, chosen["ROWS"] * chosen["BLOCK"], 4 * PROGRAMS
+        splits = max(1, min(wanted // channels, batch * -(-time // size)))
+        with device_of(x):
+            line_of[(channels * splits,)](
+                x, state, weight.contiguous(), bias, condition, residual, lengths, saved, y,
+                *x.stride()[:2], *strides_of(state), *strides_of(condition), *strides_of(residual),
+                batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
+                RESULTS=channels, TAPS=taps, ACTIVATION=activation, REVERSED=backward, CLIP=clip,
+                CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **chosen,
+            )  # fmt: skip
+        return
+    even = unit == TIME and not (begin % 8 or origin % 8 or dilation % 8)
     tiles = _line_tiles(y.shape[1], unit)
     programs = -(-y.shape[1] // tiles["CHANNELS"]) * -(-count // tiles["POSITIONS"]) * y.shape[0]
     with device_of(x):
@@ -163,8 +198,62 @@ def _depthwise(
             *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
             x.shape[2], begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
             RESULTS=y.shape[1], MULTIPLE=multiple, TAPS=taps, ACTIVATION=activation, BACKWARD=backward, CLIP=clip,
-            X_UNIT=unit, ALIGNED=_aligned(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), **tiles,
+            X_UNIT=unit, ALIGNED=_aligned(x), EVEN=even, CONDITION_UNIT=_unit(condition),
+            RESIDUAL_UNIT=_unit(residual), **tiles,
         )  # fmt: skip
+
+
+def _line(x: torch.Tensor, weight: torch.Tensor, origin: int, dilation: int) -> int | None:
+    """Whether a depthwise convolution is one of long lines, dense in time: None if not; 0 for the kernels of
+    triton_lines; for those of triton_toeplitz, how many inputs more than results a block sees."""
+    outputs, _, taps = weight.shape
+    time, reach = x.shape[2], (taps - 1) * dilation
+    if outputs != x.shape[1] or time < LONG or x.stride(2) != 1:
+        return None
+    few = taps <= FEW and x.shape[0] * time + reach < 2**30
+    head = power(origin % 8 + reach, 16, 256)
+    # Products need vectors, which the tiles of rows that begin anywhere can't load, and grow with the head.
+    if x.element_size() == 2 and taps > 1 and head <= 128 and not (few and (time % 8 or head > 64)):
+        return head
+    return 0 if few else None
+
+
+def _blackwell(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10
+
+
+def _line_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
+    state: torch.Tensor | None, origin: int, dilation: int, head: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Those of the weight and of the bias; head: what `_line` says."""
+    (batch, channels, time), taps = x.shape, weight.shape[2]
+    results = weight.new_empty(weight.shape), weight.new_empty(channels)
+    if not batch:
+        return results[0].zero_(), results[1].zero_()
+    chosen: dict[str, Any] = {**LINE_WEIGHT}
+    gradients_of, size, wanted = line_weight_kernel, LINE_WEIGHT["POSITIONS"], max(1, 8 * PROGRAMS // channels)
+    if head:
+        chosen = {**TOEPLITZ_WEIGHT, "LAGS": power(taps, 2, 128), "HEAD": head}
+        if state is not None or head > 64:  # registers for addresses, or for sums
+            chosen["maxnreg"] = 255
+        if head > 16 and _blackwell(x):  # where triton 3.6 fails to pipeline products of different widths
+            chosen["num_stages"] = 1
+        gradients_of, size = toeplitz_weight_kernel, TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]
+        wanted = max(1, 2 * PROGRAMS // channels)
+    splits = min(wanted, batch * -(-time // size))
+    sums: tuple[torch.Tensor, ...] = results
+    if wanted > 1:  # not by the splits, which depend on the time: a dtype is compiled for
+        sums = tuple(x.new_empty((splits, *result.shape), dtype=torch.float32) for result in results)
+    with device_of(x):
+        gradients_of[(channels * splits,)](
+            grad, x, state, lengths, *sums, *grad.stride()[:2], *x.stride()[:2], *strides_of(state),
+            batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
+            OUTPUTS=channels, TAPS=taps, **chosen,
+        )  # fmt: skip
+        if wanted > 1:
+            return reduce(sums[0], results[0]), reduce(sums[1], results[1])
+    return results
 
 
 def causal_conv1d_forward(
@@ -240,8 +329,14 @@ def causal_conv1d_backward(
         elif result.dim() == 3:
             _dense(grad, weight, groups, result, begin, -right, dilation, turned=True, clip=clip, lengths=lengths)
     grad_weight = nothing
+    state = initial_state if taps > 1 else None
+    if depthwise and need_weight and time >= LONG and _unit(x) == CHANNEL and grad.stride(2) == 1:
+        x = _activation_gradient(x, None, None, x, inputs, 0, False, False, False)  # turned: cheaper than to read so
+    head = _line(x, weight, -left, dilation) if depthwise and grad.stride(2) == 1 else None
+    if need_weight and head is not None:
+        grad_weight, grad_bias = _line_gradients(grad, x, weight, lengths, state, -left, dilation, head)
+        return grad_x, grad_weight, grad_bias if need_bias else nothing, grad_state, into if need_condition else nothing
     if need_weight:
-        state = initial_state if taps > 1 else None
         grad_weight = _weight_gradient(grad, x, weight, lengths, state, groups, -left, dilation, heavy)
     grad_bias = _bias_gradient(grad, lengths, outputs, x) if need_bias else nothing
     return grad_x, grad_weight, grad_bias, grad_state, into if need_condition else nothing
@@ -259,7 +354,8 @@ def _activation_gradient(
         into = x.new_empty(batch, outputs, time)
     if into.numel():
         unit = _unit(grad)
-        tiles = _line_tiles(results, CHANNEL if into.stride(1) == 1 and unit == CHANNEL else TIME)
+        turned = unit != STRIDED and unit != _unit(into)
+        tiles = SQUARE if turned and results >= 64 else _line_tiles(results, min(unit, _unit(into)))
         programs = -(-results // tiles["CHANNELS"]) * -(-time // tiles["POSITIONS"]) * batch
         with device_of(x):
             epilogue.activation_gradient_kernel[(programs,)](
