@@ -175,7 +175,7 @@ def _depthwise(
         chosen: dict[str, Any] = {**LINE, **({"maxnreg": 255} if extras else {})}
         line_of, size, wanted = line_kernel, LINE["POSITIONS"], 16 * PROGRAMS
         if line:
-            chosen = {**TOEPLITZ, "HEAD": line}
+            chosen = {**TOEPLITZ, "HEAD": line, "maxnreg": max(TOEPLITZ["maxnreg"], 96 if line == 16 else 128)}
             if extras or lengths is not None or activation or line > 64:
                 chosen |= {"ROWS": 16, "num_stages": 3, "maxnreg": 168 if line <= 64 else 255}
             line_of, size, wanted = toeplitz_kernel, chosen["ROWS"] * chosen["BLOCK"], 4 * PROGRAMS
