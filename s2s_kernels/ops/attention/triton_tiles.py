@@ -4,8 +4,8 @@ HOPPER holds what was measured on an H100 (torch 2.11, triton 3.6, 2026-11-27), 
 with which the compiler doesn't spill, at T = S = 2048 without a mask or bias (D 64 and 128; causal forward too), and at
 T = S = 512 under a bias (D 64; D 256: keys and values) and without (D 256: forward); at T = 256, S = 384 under a bias
 forward (D 128). Its others are those of their neighbours, or near them where the compiler spilled: queries of D 256,
-backward of D 128 under a bias and of D 256 without. What this holds nothing of is reasoned, not measured: other
-architectures, float32, heads wider than 256, softcap, slopes, dropout and decoding.
+backward of D 128 under a bias and of D 256 without, and forward of D 256 under a bias. What this holds nothing of is
+reasoned, not measured: other architectures, float32, heads wider than 256, softcap, slopes, dropout and decoding.
 """
 
 import torch
@@ -36,13 +36,13 @@ HOPPER = {
     ("forward", False, 256): (128, 64, 16, 256, 8, 2),
     ("forward", True, 64): (128, 32, 32, 128, 8, 3),
     ("forward", True, 128): (64, 64, 64, 128, 4, 2),
-    ("forward", True, 256): (128, 32, 32, 256, 8, 3),
+    ("forward", True, 256): (64, 64, 32, 64, 8, 2),
     ("query", False, 64): (64, 64, 32, 128, 4, 3),
     ("query", False, 128): (128, 64, 32, 128, 8, 3),
     ("query", False, 256): (64, 64, 32, 64, 8, 2),
     ("query", True, 64): (64, 32, 32, 128, 4, 3),
-    ("query", True, 128): (64, 32, 32, 128, 4, 3),
-    ("query", True, 256): (64, 32, 32, 256, 8, 2),
+    ("query", True, 128): (64, 32, 32, 128, 4, 2),
+    ("query", True, 256): (64, 32, 32, 64, 8, 2),
     ("key", False, 64): (64, 64, 16, 128, 4, 3),
     ("key", False, 128): (32, 128, 16, 128, 8, 3),
     ("key", False, 256): (64, 64, 32, 64, 8, 3),
@@ -130,8 +130,8 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
             tiles = _tiles(64 if major == 9 and call.group == 1 else 32, 32, 16, 128, 8, 2)
         else:
             tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
-    elif call.busy:  # of packed sequences triton 3.6 spills with 32 rows
-        tiles = _tiles(16 if major == 9 and most > 64 and call.packed else 32, 64, 16, 128, 8, 2)
+    elif call.busy:  # packed sequences leave no registers for whole heads
+        tiles = _tiles(32, 64, 16, 64 if major == 9 and most > 64 and call.packed else 128, 8, 2)
     else:
         tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
