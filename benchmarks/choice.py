@@ -105,6 +105,10 @@ def accurate(cell: str, dtype: torch.dtype, device: str, batch: int, hidden: int
 
 def keeps(cell: str, dtype: torch.dtype, device: str) -> bool:
     """Whether torch's layer keeps the contract on this device, whichever algorithm runs."""
+    if dtype.itemsize == 2 and cell.startswith("rnn"):
+        return (
+            False  # right at some sizes; at others gradients were seen off by many times their size (cuDNN 9.19, H100)
+        )
     return all(probe(cell, dtype, device, *sizes) for probe in (carries, hands_on_nan) for sizes in PROBED) and all(
         accurate(cell, dtype, device, *sizes) for sizes in JUDGED
     )

@@ -30,11 +30,11 @@ from .triton_scores import (
 @triton.jit
 def _differentiate(
     s, seen, slowed, grad, level, share, delta, scale, keep, kept,
-    SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTCAP: tl.constexpr, FOLDED: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """From scores and the gradients of weights: weights after dropout, the gradients of scores as a bias or slope is
     added to them, and those before the softcap."""
-    p = weight(s, level, scale, FOLDED)
+    p = weight(s, level, scale, FOLDED, EXACT)
     if not FOLDED:
         p *= share
     dropped = p
@@ -184,7 +184,7 @@ def query_kernel(
                     keep = keep_tile(seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE)
                 _, grad, inner = _differentiate(
                     s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
-                    SOFTCAP, FOLDED, seed is not None, phase == 0,
+                    SOFTCAP, FOLDED, seed is not None, phase == 0, BIAS == 0 and query.dtype.element_ty == tl.float32,
                 )  # fmt: skip
                 if slope_sums is not None:
                     slope_sum -= tl.sum(grad * tl.abs(i[:, None] + diagonal - j[None, :]).to(tl.float32), 1)
@@ -353,7 +353,7 @@ def key_value_kernel(
                     keep = tl.trans(keep)
                 p, _, inner = _differentiate(
                     s, seen, slowed, grad, level[None, :], share[None, :], origin[None, :], scale, keep, kept,
-                    SOFTCAP, FOLDED, seed is not None, phase == 0,
+                    SOFTCAP, FOLDED, seed is not None, phase == 0, BIAS == 0 and query.dtype.element_ty == tl.float32,
                 )  # fmt: skip
                 if into_value is not None:
                     value_sums = tl.dot(p.to(value.dtype.element_ty), upstream, value_sums, input_precision=PRECISION)
@@ -480,7 +480,7 @@ def bias_kernel(
                 keep = keep_tile(seed, place, first_key, threshold, ROWS, KEYS)
             _dropped, grad, _inner = _differentiate(
                 s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
-                SOFTCAP, False, seed is not None, False,
+                SOFTCAP, False, seed is not None, False, False,
             )  # fmt: skip
             total += grad.to(SUM)
     line = (split * own_batches + own_batch) * own_heads + own_head

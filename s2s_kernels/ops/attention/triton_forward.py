@@ -35,7 +35,9 @@ def _write(
     out, which the launcher need not have laid out so."""
     column = tl.arange(0, COLUMNS)[None, :]
     alive = alive & (total != 0)  # a NaN passes
-    result = sums * tl.where(alive, 1 / total, 0.0)[:, None]
+    one = tl.full(total.shape, 1.0, tl.float32)
+    share = tl.where(alive, tl.div_rn(one, total), 0.0)  # a plain division is two units off
+    result = sums * share[:, None]
     # A value with anything not finite in it spoils the whole row.
     result = tl.where((tl.sum(result * 0.0, 1) == 0.0)[:, None], result, float("nan"))
     result = tl.where(alive[:, None], result, 0.0)
@@ -51,7 +53,6 @@ def _write(
     else:
         natural = peak + tl.log(total)
         level = peak
-        share = tl.where(alive, 1 / total, 0.0)
     tl.store(lse + start + row, tl.where(alive, natural, float("-inf")), mask=exists)
     if softmax is not None:
         tl.store(softmax + start + row, tl.where(alive, level, 0.0), mask=exists)
@@ -141,6 +142,8 @@ def forward_kernel(
     q = None
     if CHUNK >= WIDTH:
         q = load_rows(query, query_offset, present, query_d, 0, WIDTH, CHUNK, DENSE, True)
+    PLAIN: tl.constexpr = not SOFTCAP and BIAS == 0 and slopes is None and seed is None  # others lack the registers
+    EXACT_WEIGHTS: tl.constexpr = PLAIN and query.dtype.element_ty == tl.float32
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -191,8 +194,8 @@ def forward_kernel(
                 top = tl.max(s, 1)
                 higher = tl.maximum(peak, top * scale if FOLDED else top)
                 level = tl.where(higher == float("-inf"), 0.0, higher)
-                factor = weight(peak, level, 1.0, FOLDED)
-                p = weight(s, level[:, None], scale, FOLDED)
+                factor = weight(peak, level, 1.0, FOLDED, EXACT_WEIGHTS)
+                p = weight(s, level[:, None], scale, FOLDED, EXACT_WEIGHTS)
                 peak = higher
                 total = total * factor + tl.sum(p, 1)
                 if seed is not None:
@@ -259,7 +262,7 @@ def combine_kernel(
         top = tl.load(at + VALUE_WIDTH, mask=exists, other=float("-inf"))
         higher = tl.maximum(peak, top)
         level = tl.where(higher == float("-inf"), 0.0, higher)
-        before, now = weight(peak, level, 1.0, FOLDED), weight(top, level, 1.0, FOLDED)
+        before, now = weight(peak, level, 1.0, FOLDED, True), weight(top, level, 1.0, FOLDED, True)
         # Not even a NaN of a share may count for nothing.
         sums = sums * before[:, None] + part * now[:, None]
         total = total * before + tl.load(at + VALUE_WIDTH + 1, mask=exists, other=0.0) * now

@@ -15,7 +15,7 @@ from .triton_backward import bias_kernel, key_value_kernel, query_kernel
 from .triton_call import Call, kind_of, laid_out
 from .triton_forward import combine_kernel, forward_kernel
 from .triton_rows import delta_kernel, drop_kernel, sequence_sum_kernel, spoilt_kernel
-from .triton_tiles import backward_tiles, forward_tiles
+from .triton_tiles import backward_tiles, forward_tiles, widths
 
 # Programs among which a sum over keys, or over what shares a bias, is split. A constant: the bits must not depend on
 # the GPU.
@@ -210,7 +210,8 @@ def _fill(
     delta_kernel[(-(-call.time // rows) * (delta.numel() // call.time),)](
         grad_out, grad_lse, out, softmax, delta, call.needed, *grad_out.stride(), *out.stride()[:3], *lse_strides,
         call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, DENSE=dense(grad_out),
-        VECTOR=options["VECTOR"] if columns % options["VECTOR"] == 0 else 1, WIDE=wide, QUERIES=rows, num_warps=4,
+        VECTOR=options["VECTOR"] if columns % options["VECTOR"] == 0 else 1, WIDE=wide, QUERIES=rows,
+        num_warps=power(rows * wide // 256, 1, 4),  # each element of one thread: others would write the same sums
     )  # fmt: skip
     tensors = (
         query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
@@ -219,10 +220,11 @@ def _fill(
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
     sizes = (call.sequences, key.shape[1], *call.limits(), call.factor, *call.numbers())
     slope_sums = None if grad_slopes is None else torch.empty_like(delta)
+    elements, value_elements = widths(call, 64)
     if grad_query is not None or slope_sums is not None:
         tiles = backward_tiles(call, "query")
         query_kernel[(call.programs(call.time * call.group, tiles["ROWS"]),)](
-            *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=power(width, 16, 1024),
+            *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=elements,
             **options, **call.grouped(), **tiles,
         )  # fmt: skip
     tiles = backward_tiles(call, "key")
@@ -232,8 +234,8 @@ def _fill(
         if into_key is None and into_value is None:
             continue
         key_value_kernel[(call.programs(call.source, tiles["KEYS"]),)](
-            *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=power(width, 16, 1024),
-            VALUE_ELEMENTS=power(columns, 16, 1024), **options, **call.grouped(), **tiles,
+            *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=elements,
+            VALUE_ELEMENTS=value_elements, **options, **call.grouped(), **tiles,
         )  # fmt: skip
     if grad_value is not None:
         lying = value.permute(2, 0, 1, 3) if call.packed else value  # as its gradient is

@@ -12,6 +12,7 @@ import triton.language as tl
 from ..triton_common import is_finite, length_of, spread, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E, LOG2E_REST = tl.constexpr(1.4426950216293335), tl.constexpr(1.92596299e-08)  # their sum is log2(e)
 LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 # What a mask or bias varies over: a number's bits.
@@ -272,9 +273,16 @@ def score(
 
 
 @triton.jit
-def weight(s, level, scale, FOLDED: tl.constexpr):
-    """exp(s - level). FOLDED: s has yet to be scaled, by a scale that makes exp of exp2."""
+def weight(s, level, scale, FOLDED: tl.constexpr, EXACT: tl.constexpr):
+    """exp(s - level). FOLDED: s has yet to be scaled, by a scale that makes exp of exp2. EXACT: in float32, where what
+    the argument of exp2 loses by its rounding, some 1e-7 for each e-fold, counts."""
     if FOLDED:
         return tl.exp2(tl.fma(s, scale, -level))
+    elif EXACT:
+        x = s - level
+        power = x * LOG2E
+        lost = tl.where(power == float("-inf"), 0.0, tl.fma(x, LOG2E, -power) + x * LOG2E_REST)
+        result = tl.exp2(power)
+        return tl.fma(result, lost * LN2, result)
     else:
         return tl.exp(s - level)

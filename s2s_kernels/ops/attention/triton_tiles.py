@@ -31,11 +31,11 @@ def _registers(many: bool) -> dict[str, int]:
 # Of compute capability 9, in 16 bits, without and with a mask or bias, up to a width of heads: rows, keys, edge, chunk,
 # warps and stages.
 HOPPER = {
-    ("forward", False, 64): (64, 64, 64, 128, 4, 3),
+    ("forward", False, 64): (64, 64, 32, 128, 4, 3),
     ("forward", False, 128): (64, 64, 64, 128, 4, 3),
     ("forward", False, 256): (128, 64, 16, 256, 8, 2),
     ("forward", True, 64): (128, 32, 32, 128, 8, 3),
-    ("forward", True, 128): (64, 64, 64, 128, 4, 2),
+    ("forward", True, 128): (64, 64, 32, 128, 4, 2),
     ("forward", True, 256): (64, 64, 32, 64, 8, 2),
     ("query", False, 64): (64, 64, 32, 128, 4, 3),
     ("query", False, 128): (128, 64, 32, 128, 8, 3),
@@ -46,24 +46,39 @@ HOPPER = {
     ("key", False, 64): (64, 64, 16, 128, 4, 3),
     ("key", False, 128): (32, 128, 16, 128, 8, 3),
     ("key", False, 256): (64, 64, 32, 64, 8, 3),
-    ("key", True, 64): (64, 64, 32, 128, 4, 2),
+    ("key", True, 64): (64, 64, 32, 128, 4, 3),
     ("key", True, 128): (32, 128, 16, 128, 8, 3),
-    ("key", True, 256): (64, 64, 32, 64, 8, 3),
+    ("key", True, 256): (64, 64, 32, 128, 8, 2),
     ("bias", True, 64): (64, 64, 16, 64, 4, 3),
     ("bias", True, 128): (64, 64, 16, 64, 4, 3),
+    ("bias", True, 256): (64, 64, 16, 64, 8, 3),
 }
+
+
+def _by_one(call: Call) -> bool:
+    """Whether elements are loaded one by one for products that triton 3.6 then gets wrong on an H100, in 16 bits: where
+    the second operand has 16 or 32 columns and a program four warps."""
+    return call.options()["VECTOR"] == 1 and generation(call.query) == 9 and call.query.dtype != torch.float32
+
+
+def widths(call: Call, rows: int) -> tuple[int, int]:
+    """Of keys and of values, as powers of two, for a tile of so many rows; of 16, products are made in another way."""
+    least = 64 if rows > 16 and _by_one(call) else 16
+    return power(call.query.shape[3], least, 1024), power(call.value.shape[3], least, 1024)
 
 
 def _hopper(call: Call, direction: str, most: int) -> dict[str, int] | None:
     if generation(call.query) != 9 or call.query.dtype == torch.float32 or call.busy:
         return None
     sizes = HOPPER.get((direction, call.hides, max(most, 64)))
-    return None if sizes is None else _tiles(*sizes)
+    if sizes is None:
+        return None
+    return _tiles(*sizes) | ({"num_warps": 8} if _by_one(call) else {})
 
 
 # Sizes with which the compiler doesn't spill, on any of the architectures.
 def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
-    width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
+    width, columns = widths(call, call.rows)
     most, major = max(width, columns), generation(call.query)
     known = None if wide_out else _hopper(call, "forward", most)
     if known is not None:
@@ -98,11 +113,12 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
         tiles |= {"ROWS": min(tiles["ROWS"], 16)}
     elif rows <= 64 and tiles["ROWS"] > 64:
         tiles |= {"ROWS": 64}
-    return {**tiles, **_registers(call.busy), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
+    many = call.busy or call.query.dtype == torch.float32
+    return {**tiles, **_registers(many), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
 def backward_tiles(call: Call, direction: str) -> dict[str, int]:
-    width, columns = power(call.query.shape[3], 16, 1024), power(call.value.shape[3], 16, 1024)
+    width, columns = widths(call, 64)
     most, major = max(width, columns), generation(call.query)
     known = _hopper(call, direction, most)
     if known is not None:
@@ -135,4 +151,5 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
     else:
         tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
-    return {**tiles, **_registers(call.busy or direction == "bias"), **chunks}
+    many = call.busy or direction == "bias" or call.query.dtype == torch.float32
+    return {**tiles, **_registers(many), **chunks}
