@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ GRACE = 45  # seconds in which a process of the grid begins, and ends its last c
 SHARES = {"bfloat16": 0.6, "float16": 0.2, "float32": 0.2}  # of the grid's time; the bars are in bfloat16
 INTERRUPTED = 8  # seconds that an interrupted process has to end by itself
 RESERVED = 15  # seconds of --within for what is between the steps
+BEGINNING = 15  # in which a process of the grid begins
 GRID = 120  # and for the benchmarks, where they come after the tests
 # What is kept of pytest-benchmark's JSON.
 FACTS = (
@@ -220,11 +221,10 @@ def compilation(limit: float, quick: bool) -> dict[str, dict[str, Any]]:
     return dict(zip(SHARES, side_by_side([functools.partial(run, dtype) for dtype in SHARES]), strict=True))
 
 
-def grid(folder: Path, seconds: float, budget: float, quick: bool) -> dict[str, Any]:
+def grid(folder: Path, seconds: float, budget: float, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """pytest-benchmark's JSON in each dtype, measured in so many seconds in all."""
     from .harness import ENVIRONMENT
 
-    measured: dict[str, Any] = {}
     for dtype, share in SHARES.items():
         target = folder / f"gpu-{dtype}.json"
         options = [f"--budget={budget}", f"--deadline={share * seconds:.0f}", f"--benchmark-json={target}"]
@@ -232,8 +232,7 @@ def grid(folder: Path, seconds: float, budget: float, quick: bool) -> dict[str, 
         run = command(words, share * seconds + GRACE, show=True, environment=ENVIRONMENT)
         content = json.loads(target.read_text()) if target.exists() and target.stat().st_size else None
         target.unlink(missing_ok=True)
-        measured[dtype] = {**run, "results": content and trimmed(content)}
-    return measured
+        yield dtype, {**run, "results": content and trimmed(content)}
 
 
 def trimmed(results: dict[str, Any]) -> dict[str, Any]:
@@ -275,8 +274,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def measure(chosen: argparse.Namespace, known: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The steps that were asked for."""
+def measure(chosen: argparse.Namespace, known: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    """The steps that were asked for: what is known after each of them, so that a run that is cut off leaves it."""
     began = chosen.since or time.time()
 
     def left() -> float:
@@ -296,10 +295,14 @@ def measure(chosen: argparse.Namespace, known: dict[str, Any], folder: Path) -> 
         outcome |= zip(asked, side_by_side([beside[step] for step in asked]), strict=True)
     if "contract" in outcome:
         outcome["keeps_contract"] = outcome["contract"].pop("kept")
+    yield outcome
     if benchmarks:
         outcome["compilation"] = compilation(min(COMPILATION, left() / 2), chosen.quick)
-        outcome["benchmarks"] = grid(folder, max(0.0, min(chosen.seconds, left())), chosen.budget, chosen.quick)
-    return outcome
+        outcome["benchmarks"] = {}
+        seconds = max(0.0, min(chosen.seconds, left() - BEGINNING * len(SHARES)))
+        for dtype, measured in grid(folder, seconds, chosen.budget, chosen.quick):
+            outcome["benchmarks"][dtype] = measured
+            yield outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,10 +335,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = facts()
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results" / slug(known["gpu"])
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = measure(chosen, known, folder)
-    target = folder / "gpu.json"
-    target.write_text(json.dumps(outcome, separators=(",", ":")) + "\n")
-    failed = failures(outcome)
+    target, failed = folder / "gpu.json", []
+    for outcome in measure(chosen, known, folder):
+        target.write_text(json.dumps(outcome, separators=(",", ":")) + "\n")
+        failed = failures(outcome)
     for failure in failed:
         print(f"failed: {failure}", file=sys.stderr)
     print(target.resolve())

@@ -74,10 +74,11 @@ def cases_of(results: dict[str, Any]) -> list[dict[str, tuple[float, dict[str, A
 
 
 def value_of(ask: Ask, case: dict[str, tuple[float, dict[str, Any]]]) -> float | None:
-    """What a case reaches; None where its rivals weren't there."""
+    """What a case reaches; None where its rivals weren't there, or its limit wasn't kept."""
     seconds, facts = case[ask.entrant]
     if ask.limit:
-        return facts["limit_seconds"] / seconds
+        limit = facts.get("limit_seconds")
+        return None if limit is None else limit / seconds
     rivals = [time for name, (time, _) in case.items() if name in ask.against or not (ask.against or name in OURS)]
     return min(rivals) / seconds if rivals else None
 

@@ -22,7 +22,9 @@ def unforced(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 
-def explained(*, dtype=torch.bfloat16, heads=4, kv_heads=4, time=64, source=64, width=64, value_width=None, **options):
+def explained(
+    *, dtype=torch.bfloat16, heads=32, kv_heads=32, time=8192, source=8192, width=64, value_width=None, **options
+):  # fmt: skip
     with FakeTensorMode():
         query = torch.empty(2, heads, time, width, dtype=dtype, device="cuda")
         key = torch.empty(2, kv_heads, source, width, dtype=dtype, device="cuda")
@@ -43,7 +45,7 @@ def explained(*, dtype=torch.bfloat16, heads=4, kv_heads=4, time=64, source=64, 
         {"causal": "bottom-right"},
         {"dtype": torch.float16, "scale": 0.5},
         {"kv_heads": 2, "enable_gqa": True},
-        {"source": 96},
+        {"source": 9600},
         {"width": 128},
     ],
 )
@@ -70,6 +72,7 @@ def test_torch_serves_what_it_is_measured_to_win(options, unforced):
         ({"return_lse": True}, "no differentiable lse"),
         ({"softcap": 5.0}, "no softcap"),
         ({"time": 1}, "splits the keys"),
+        ({"time": 512, "source": 512}, "so few products"),
         ({"key_lengths": lambda query: query.new_empty(2, dtype=torch.int64)}, "hidden key"),
     ],
 )
