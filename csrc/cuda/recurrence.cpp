@@ -55,7 +55,8 @@ void check_plan(const RecurrencePlan& p, const RecurrenceCall& call, bool backwa
                   ": plan must share out whole vectors in a cluster");
   STD_TORCH_CHECK(!p.cluster || !p.staged, op, ": plan must not stage a cluster's exchange");
   STD_TORCH_CHECK(warps_of(p) * warp <= most_threads, op, ": plan has too many threads");
-  STD_TORCH_CHECK(p.extended == shape.extended() && p.held == held_blocks(shape.operand, backward, shape.extended()), op, ": plan of another kernel");
+  STD_TORCH_CHECK(p.extended == shape.extended() && p.held == held_blocks(shape.operand, backward, shape.extended()), op,
+                  ": plan of another kernel");
   STD_TORCH_CHECK(p.shared_bytes == RecurrenceLayout(p, shape).bytes && p.workspace_bytes == workspace_bytes(p, shape) &&
                       workspace->numel() == p.workspace_bytes,
                   op, ": plan of another size");
