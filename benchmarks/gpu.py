@@ -97,6 +97,11 @@ def terminated(*_: Any) -> None:
     sys.exit(128 + signal.SIGTERM)
 
 
+def interruptible() -> None:
+    """In a process that begins: what a shell runs in the background ignores interrupts, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def command(
     words: Sequence[str], limit: float, show: bool = False, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def command(
     start, kept = time.perf_counter(), [""]
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **(environment or {})}, preexec_fn=interruptible,
     )  # fmt: skip
 
     def read() -> None:
