@@ -42,6 +42,21 @@ def test_the_kernels_of_triton_run(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["everything", "tails", "tails, causal", "poisoned"])
+def test_the_tiles_of_hopper(name, monkeypatch):
+    """Those of compute capability 9 in 16 bits, of aligned heads and of those whose elements are loaded one by one."""
+    from s2s_kernels.ops.attention import triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "generation", lambda x: 9)
+    used = []
+    widths = triton_tiles.widths
+    monkeypatch.setattr(triton_tiles, "widths", lambda call, rows: used.append(widths(call, rows)) or used[-1])
+    sample = by_name[name]
+    judge(sample.build(Draw(torch.float16)))
+    assert used and all(min(pair) >= 64 for pair in used[1:])  # the first, forward's, may have a few rows
+
+
+@interpreted
 @pytest.mark.parametrize("function, sample", SAMPLES)
 def test_values_and_gradients(function, sample):
     judge(sample.build(Draw()), function)
