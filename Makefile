@@ -22,7 +22,7 @@ help:
 	@echo "make build   build the extension in place"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the files"
-	@echo "make gpu     everything that needs a CUDA device, in 8 minutes: build, tests, compute-sanitizer, benchmarks"
+	@echo "make gpu     everything that needs a CUDA device: build, tests, compute-sanitizer, benchmarks"
 	@echo "make clean   remove what was built"
 	@echo "OPTIONS='--any-load --text FILE' goes to make bench; python -m benchmarks.run --help lists what there is"
 	@echo "OPTIONS='--steps benchmarks --seconds 300' goes to make gpu; so does python -m benchmarks.gpu --help"

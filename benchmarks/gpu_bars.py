@@ -129,6 +129,8 @@ def table(files: Iterable[Path]) -> list[str]:
         if outcome is not None:
             facts = outcome["facts"]
             head = f"{facts['gpu']}; torch {facts['torch']}, cuDNN {facts['cudnn']}. `make gpu`, {facts['date']}."
+            notes = dict.fromkeys(run["note"] for run in outcome["benchmarks"].values() if run.get("note"))
+            head += "".join(f" {note}" for note in notes)
         lines += [
             *([""] if lines else []),
             head,

@@ -50,10 +50,23 @@ def test_the_tiles_of_hopper(name, monkeypatch):
     monkeypatch.setattr(triton_tiles, "generation", lambda x: 9)
     used = []
     widths = triton_tiles.widths
-    monkeypatch.setattr(triton_tiles, "widths", lambda call, rows: used.append(widths(call, rows)) or used[-1])
-    sample = by_name[name]
-    judge(sample.build(Draw(torch.float16)))
+    monkeypatch.setattr(triton_tiles, "widths", lambda *sizes: used.append(widths(*sizes)) or used[-1])
+    judge(by_name[name].build(Draw(torch.float16)))
     assert used and all(min(pair) >= 64 for pair in used[1:])  # the first, forward's, may have a few rows
+
+
+@interpreted
+def test_the_tiles_of_hopper_know_how_the_gradient_lies(monkeypatch):
+    """Queries, keys and values that are loaded in vectors, and an upstream gradient that isn't."""
+    from s2s_kernels.ops.attention import triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "generation", lambda x: 9)
+    used = []
+    tiles = triton_tiles.widths
+    monkeypatch.setattr(triton_tiles, "widths", lambda *sizes: used.append(tiles(*sizes)) or used[-1])
+    tensors = [torch.randn(1, 2, 32, 16, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    s2s.attention(*tensors).sum().backward()
+    assert used[0] == (16, 16) and used[1:] and set(used[1:]) == {(64, 64)}
 
 
 @interpreted

@@ -36,8 +36,8 @@ def _write(
     column = tl.arange(0, COLUMNS)[None, :]
     alive = alive & (total != 0)  # a NaN passes
     one = tl.full(total.shape, 1.0, tl.float32)
-    share = tl.where(alive, tl.div_rn(one, total), 0.0)  # a plain division is two units off
-    result = sums * share[:, None]
+    inverse = tl.where(alive, tl.div_rn(one, total), 0.0)  # a plain division is two units off
+    result = sums * inverse[:, None]
     # A value with anything not finite in it spoils the whole row.
     result = tl.where((tl.sum(result * 0.0, 1) == 0.0)[:, None], result, float("nan"))
     result = tl.where(alive[:, None], result, 0.0)
@@ -53,6 +53,7 @@ def _write(
     else:
         natural = peak + tl.log(total)
         level = peak
+        share = inverse
     tl.store(lse + start + row, tl.where(alive, natural, float("-inf")), mask=exists)
     if softmax is not None:
         tl.store(softmax + start + row, tl.where(alive, level, 0.0), mask=exists)

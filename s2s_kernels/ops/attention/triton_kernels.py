@@ -69,8 +69,8 @@ def _forward(
     if not lse.numel():
         return
     query, key, value = call.query, call.key, call.value
-    columns = value.shape[3]
-    tiles = forward_tiles(call, wide_out is not None)
+    columns, options = value.shape[3], call.options()
+    tiles = forward_tiles(call, wide_out is not None, options["VECTOR"])
     programs = call.programs(call.time * call.group, tiles["ROWS"])
     splits = _splits(programs, -(-call.source // (2 * tiles["KEYS"]))) if call.needed is None else 1
     parts = None
@@ -81,7 +81,7 @@ def _forward(
             query, key, value, call.mask, call.bias, call.slopes, call.query_lengths, call.key_lengths, call.seed,
             call.needed, out, lse, softmax, wide_out, parts,
             *query.stride(), *key.stride(), *value.stride(), *call.pairs(), call.sequences, key.shape[1],
-            *call.limits(), *call.numbers(), splits, **call.options(), **call.grouped(), **tiles,
+            *call.limits(), *call.numbers(), splits, **options, **call.grouped(), **tiles,
         )  # fmt: skip
         if parts is not None:
             wide = tiles["COLUMNS"]
@@ -220,14 +220,15 @@ def _fill(
     strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
     sizes = (call.sequences, key.shape[1], *call.limits(), call.factor, *call.numbers())
     slope_sums = None if grad_slopes is None else torch.empty_like(delta)
-    elements, value_elements = widths(call, 64)
+    vector = options["VECTOR"]
+    elements, value_elements = widths(call, 64, vector)
     if grad_query is not None or slope_sums is not None:
-        tiles = backward_tiles(call, "query")
+        tiles = backward_tiles(call, "query", vector)
         query_kernel[(call.programs(call.time * call.group, tiles["ROWS"]),)](
             *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=elements,
             **options, **call.grouped(), **tiles,
         )  # fmt: skip
-    tiles = backward_tiles(call, "key")
+    tiles = backward_tiles(call, "key", vector)
     # Both at once have too many sums for the registers where they are wide.
     both = [(grad_key, grad_value)] if max(width, columns) <= 128 else [(grad_key, None), (None, grad_value)]
     for into_key, into_value in both:
@@ -278,7 +279,7 @@ def _bias_gradient(
 ) -> None:  # fmt: skip
     batch, heads, time, _ = call.query.shape
     own_batches, own_heads, own_time, source = bias.shape
-    tiles = backward_tiles(call, "bias")
+    tiles = backward_tiles(call, "bias", options["VECTOR"])
     own_rows = own_time > 1 or time == 1
     row_tiles = -(-time // tiles["ROWS"])
     programs = -(-source // tiles["KEYS"]) * (row_tiles if own_rows else 1) * own_batches * own_heads

@@ -55,32 +55,33 @@ HOPPER = {
 }
 
 
-def _by_one(call: Call) -> bool:
-    """Whether elements are loaded one by one for products that triton 3.6 then gets wrong on an H100, in 16 bits: where
-    the second operand has 16 or 32 columns and a program four warps."""
-    return call.options()["VECTOR"] == 1 and generation(call.query) == 9 and call.query.dtype != torch.float32
+def _by_one(call: Call, vector: int) -> bool:
+    """Whether elements are loaded one by one, for products that triton 3.6 then got wrong on an H100, in 16 bits, where
+    the second operand had 16 or 32 columns and a program four warps."""
+    return vector == 1 and generation(call.query) == 9 and call.query.dtype != torch.float32
 
 
-def widths(call: Call, rows: int) -> tuple[int, int]:
+def widths(call: Call, rows: int, vector: int) -> tuple[int, int]:
     """Of keys and of values, as powers of two, for a tile of so many rows; of 16, products are made in another way."""
-    least = 64 if rows > 16 and _by_one(call) else 16
+    least = 64 if rows > 16 and _by_one(call, vector) else 16
     return power(call.query.shape[3], least, 1024), power(call.value.shape[3], least, 1024)
 
 
-def _hopper(call: Call, direction: str, most: int) -> dict[str, int] | None:
+def _hopper(call: Call, direction: str, most: int, vector: int) -> dict[str, int] | None:
     if generation(call.query) != 9 or call.query.dtype == torch.float32 or call.busy:
         return None
     sizes = HOPPER.get((direction, call.hides, max(most, 64)))
     if sizes is None:
         return None
-    return _tiles(*sizes) | ({"num_warps": 8} if _by_one(call) else {})
+    return _tiles(*sizes) | ({"num_warps": 8} if _by_one(call, vector) else {})
 
 
-# Sizes with which the compiler doesn't spill, on any of the architectures.
-def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
-    width, columns = widths(call, call.rows)
+# Sizes with which the compiler doesn't spill, on any of the architectures. vector: how many elements a load takes at
+# once, as Call.options has it.
+def forward_tiles(call: Call, wide_out: bool, vector: int) -> dict[str, int]:
+    width, columns = widths(call, call.rows, vector)
     most, major = max(width, columns), generation(call.query)
-    known = None if wide_out else _hopper(call, "forward", most)
+    known = None if wide_out else _hopper(call, "forward", most, vector)
     if known is not None:
         tiles = known
     elif call.query.dtype == torch.float32 or wide_out:
@@ -117,10 +118,10 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     return {**tiles, **_registers(many), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
-def backward_tiles(call: Call, direction: str) -> dict[str, int]:
-    width, columns = widths(call, 64)
+def backward_tiles(call: Call, direction: str, vector: int) -> dict[str, int]:
+    width, columns = widths(call, 64, vector)
     most, major = max(width, columns), generation(call.query)
-    known = _hopper(call, direction, most)
+    known = _hopper(call, direction, most, vector)
     if known is not None:
         tiles = known
     elif call.query.dtype == torch.float32:
