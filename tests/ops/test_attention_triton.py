@@ -44,29 +44,41 @@ def test_the_kernels_of_triton_run(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("name", ["everything", "tails", "tails, causal", "poisoned"])
 def test_the_tiles_of_hopper(name, monkeypatch):
-    """Those of compute capability 9 in 16 bits, of aligned heads and of those whose elements are loaded one by one."""
+    """Those of compute capability 9 in 16 bits."""
     from s2s_kernels.ops.attention import triton_tiles
 
     monkeypatch.setattr(triton_tiles, "generation", lambda x: 9)
-    used = []
-    widths = triton_tiles.widths
-    monkeypatch.setattr(triton_tiles, "widths", lambda *sizes: used.append(widths(*sizes)) or used[-1])
     judge(by_name[name].build(Draw(torch.float16)))
-    assert used and all(min(pair) >= 64 for pair in used[1:])  # the first, forward's, may have a few rows
 
 
 @interpreted
-def test_the_tiles_of_hopper_know_how_the_gradient_lies(monkeypatch):
-    """Queries, keys and values that are loaded in vectors, and an upstream gradient that isn't."""
-    from s2s_kernels.ops.attention import triton_tiles
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_laid_out_in_vectors(dtype, packed):
+    """Products of what is loaded element by element were wrong on a GPU, by triton 3.6 in 16 bits."""
+    from s2s_kernels.ops.attention.triton_call import laid_out
 
-    monkeypatch.setattr(triton_tiles, "generation", lambda x: 9)
-    used = []
-    tiles = triton_tiles.widths
-    monkeypatch.setattr(triton_tiles, "widths", lambda *sizes: used.append(tiles(*sizes)) or used[-1])
-    tensors = [torch.randn(1, 2, 32, 16, dtype=torch.float16, requires_grad=True) for _ in range(3)]
-    s2s.attention(*tensors).sum().backward()
-    assert used[0] == (16, 16) and used[1:] and set(used[1:]) == {(64, 64)}
+    storage, vector = torch.randn(5 * 7 * 40 + 1).to(dtype), 16 // dtype.itemsize
+    assert storage.data_ptr() % 16 == 0
+    dense, shape = storage[:-1], (5, 7, 40) if packed else (1, 5, 7, 40)
+    whole = dense.view(shape)
+    short = dense[: 5 * 7 * 3].view(*shape[:-1], 3)
+    late = storage[1:].view(shape)
+    turned = dense.view(*shape[:-2], 40, 7).transpose(-1, -2)
+    part, odd = whole[..., : 3 * vector], whole[..., :-1]
+    for x, copied in ((whole, 0), (part, 0), (short, 1), (late, 1), (turned, 1), (odd, 1)):
+        rows, width = laid_out(x, packed), x.shape[-1]
+        wanted = x.transpose(0, 1)[None] if packed else x
+        assert rows.shape[:3] == wanted.shape[:3] and rows.shape[3] == -(-width // vector) * vector
+        assert torch.equal(rows[..., :width], wanted) and not rows[..., width:].any()
+        assert rows.stride(3) == 1 and rows.data_ptr() % 16 == 0
+        assert not any(rows.stride(d) % vector for d in range(3) if rows.shape[d] > 1)
+        assert (rows.data_ptr() != x.data_ptr()) == copied
+    if not packed:
+        spread = laid_out(short[:, :1].expand(6, 5, 7, 3), packed)
+        assert spread.shape[:3] == (6, 5, 7) and spread.stride()[:2] == (0, 0)
+        one = laid_out(storage.new_ones(()).expand(2, 3, 4, 5), packed)
+        assert one.untyped_storage().nbytes() <= 16 * 2 and one[..., :5].eq(1).all()
 
 
 @interpreted

@@ -7,8 +7,8 @@ import triton.language as tl
 
 from ..triton_common import keep_tile, kernel
 from .triton_scores import (
-    aligned,
     count_of,
+    divisible,
     edges_of,
     finite,
     idle,
@@ -22,6 +22,7 @@ from .triton_scores import (
     span_of,
     strides_of,
     tile_of,
+    vector_of,
     weight,
     wide_product,
 )
@@ -57,17 +58,17 @@ def _differentiate(
 def query_kernel(
     query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
     slope_sums,
-    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
-    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
-    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
-    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64,
     mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
     bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
     batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
     factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    PACKED: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -88,10 +89,11 @@ def query_kernel(
             return
     if RIGHT:
         tile = tl.cdiv(last * GROUP, ROWS) - 1 - tile
-    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
-    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
-    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
-    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+    VECTOR: tl.constexpr = vector_of(query)
+    query_b, query_h, query_t = divisible(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = divisible(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = divisible(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = divisible(grad_b, grad_h, grad_t, VECTOR)
 
     left, right = left.to(tl.int32), right.to(tl.int32)
     first_row = tile * ROWS
@@ -135,9 +137,9 @@ def query_kernel(
     q = None
     upstream = None
     if CHUNK >= WIDTH:
-        q = load_rows(query, query_offset, present, query_d, 0, WIDTH, CHUNK, DENSE, True)
+        q = load_rows(query, query_offset, present, 0, WIDTH, CHUNK, True)
     if VALUE_CHUNK >= VALUE_WIDTH:
-        upstream = load_rows(grad_out, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
+        upstream = load_rows(grad_out, grad_offset, alive, 0, VALUE_WIDTH, VALUE_CHUNK, True)
     sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
     slope_sum = tl.zeros((ROWS,), tl.float32)
     HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
@@ -155,23 +157,21 @@ def query_kernel(
                 j = at + column
                 keys_at, values_at = key + at * key_s, value + at * value_s
                 if CHUNK >= WIDTH:
-                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    k = load_rows(keys_at, key_offset, j < keys, 0, WIDTH, CHUNK, phase == 1)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 else:
                     s = wide_product(
-                        query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
+                        query, query_offset, present, keys_at, key_offset, j < keys,
+                        WIDTH, CHUNK, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
-                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
+                    k = load_rows(keys_at, key_offset, j < keys, 0, WIDTH, ELEMENTS, phase == 1)
                 if VALUE_CHUNK >= VALUE_WIDTH:
-                    v = load_rows(
-                        values_at, value_offset, j < keys, value_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, phase == 1
-                    )
+                    v = load_rows(values_at, value_offset, j < keys, 0, VALUE_WIDTH, VALUE_CHUNK, phase == 1)
                     grad = tl.dot(upstream, tl.trans(v), input_precision=PRECISION)
                 else:
                     grad = wide_product(
-                        grad_out, grad_offset, alive, grad_d, values_at, value_offset, j < keys, value_d,
-                        VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
+                        grad_out, grad_offset, alive, values_at, value_offset, j < keys,
+                        VALUE_WIDTH, VALUE_CHUNK, PRECISION, ROWS, KEYS if phase == 0 else EDGE,
                     )  # fmt: skip
                 s, seen, slowed = score(
                     s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
@@ -210,17 +210,17 @@ def query_kernel(
 def key_value_kernel(
     query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed,
     into_key, into_value,
-    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
-    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
-    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
-    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64,
     mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
     bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
     batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
     factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    PACKED: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     ELEMENTS: tl.constexpr, VALUE_ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -238,10 +238,11 @@ def key_value_kernel(
         last = keys
         if first_key >= last:
             return
-    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
-    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
-    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
-    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+    VECTOR: tl.constexpr = vector_of(query)
+    query_b, query_h, query_t = divisible(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = divisible(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = divisible(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = divisible(grad_b, grad_h, grad_t, VECTOR)
 
     left, right = left.to(tl.int32), right.to(tl.int32)
     line = tl.arange(0, KEYS)
@@ -266,9 +267,9 @@ def key_value_kernel(
     k = None
     v = None
     if CHUNK >= WIDTH:
-        k = load_rows(key, key_offset, present, key_d, 0, WIDTH, CHUNK, DENSE, True)
+        k = load_rows(key, key_offset, present, 0, WIDTH, CHUNK, True)
     if into_key is not None and VALUE_CHUNK >= VALUE_WIDTH:
-        v = load_rows(value, value_offset, present, value_d, 0, VALUE_WIDTH, VALUE_CHUNK, DENSE, True)
+        v = load_rows(value, value_offset, present, 0, VALUE_WIDTH, VALUE_CHUNK, True)
     key_sums = tl.zeros((KEYS, ELEMENTS), tl.float32)
     value_sums = tl.zeros((KEYS, VALUE_ELEMENTS), tl.float32)
     HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
@@ -317,29 +318,27 @@ def key_value_kernel(
                     slope = tl.load(slopes + sequence * slope_b + (head * GROUP + member) * slope_h)
                     slope = slope.to(tl.float32)[None, :]
                 if CHUNK >= WIDTH:
-                    q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, CHUNK, DENSE, phase == 1)
+                    q = load_rows(queries_at, query_offset, exists, 0, WIDTH, CHUNK, phase == 1)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 else:
                     s = wide_product(
-                        key, key_offset, present, key_d, queries_at, query_offset, exists, query_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
+                        key, key_offset, present, queries_at, query_offset, exists,
+                        WIDTH, CHUNK, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
                     )  # fmt: skip
                     q = None
                     if into_key is not None:
-                        q = load_rows(queries_at, query_offset, exists, query_d, 0, WIDTH, ELEMENTS, DENSE, phase == 1)
+                        q = load_rows(queries_at, query_offset, exists, 0, WIDTH, ELEMENTS, phase == 1)
                 upstream = None
                 if into_value is not None or VALUE_CHUNK >= VALUE_WIDTH:
-                    upstream = load_rows(
-                        grads_at, grad_offset, alive, grad_d, 0, VALUE_WIDTH, VALUE_ELEMENTS, DENSE, phase == 1
-                    )
+                    upstream = load_rows(grads_at, grad_offset, alive, 0, VALUE_WIDTH, VALUE_ELEMENTS, phase == 1)
                 grad = s
                 if into_key is not None:
                     if VALUE_CHUNK >= VALUE_WIDTH:
                         grad = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
                     else:
                         grad = wide_product(
-                            value, value_offset, present, value_d, grads_at, grad_offset, alive, grad_d,
-                            VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
+                            value, value_offset, present, grads_at, grad_offset, alive,
+                            VALUE_WIDTH, VALUE_CHUNK, PRECISION, KEYS, ROWS if phase == 0 else EDGE,
                         )  # fmt: skip
                 s, seen, slowed = score(
                     s, i[None, :], j[:, None], exists[None, :], keys, source, diagonal,
@@ -384,10 +383,10 @@ def key_value_kernel(
 @kernel
 def bias_kernel(
     query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
-    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
-    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
-    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
-    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64, grad_d: tl.int64,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64,
+    grad_b: tl.int64, grad_h: tl.int64, grad_t: tl.int64,
     mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
     bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
     batches: tl.int64, heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
@@ -395,7 +394,7 @@ def bias_kernel(
     own_batches: tl.int64, own_heads: tl.int64, splits: tl.int64,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     OWN_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -405,10 +404,11 @@ def bias_kernel(
     OWN_ROWS), over their tiles; of these it takes those whose number is its split's, modulo the splits."""
     if idle(needed):
         return
-    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
-    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
-    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
-    grad_b, grad_h, grad_t = aligned(grad_b, grad_h, grad_t, VECTOR)
+    VECTOR: tl.constexpr = vector_of(query)
+    query_b, query_h, query_t = divisible(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = divisible(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = divisible(value_b, value_h, value_s, VECTOR)
+    grad_b, grad_h, grad_t = divisible(grad_b, grad_h, grad_t, VECTOR)
     program = tl.program_id(0).to(tl.int64)
     key_tiles, row_tiles = tl.cdiv(source, KEYS), tl.cdiv(time, ROWS)
     own_tiles = row_tiles if OWN_ROWS else 1
@@ -463,12 +463,12 @@ def bias_kernel(
             if slopes is not None:
                 slope = tl.load(slopes + batch * slope_b + head * slope_h).to(tl.float32)
             s = wide_product(
-                queries_at, query_offset, exists, query_d, keys_at, key_offset, present, key_d,
-                WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS,
+                queries_at, query_offset, exists, keys_at, key_offset, present,
+                WIDTH, CHUNK, PRECISION, ROWS, KEYS,
             )  # fmt: skip
             grad = wide_product(
-                grads_at, grad_offset, alive, grad_d, values_at, value_offset, present, value_d,
-                VALUE_WIDTH, VALUE_CHUNK, DENSE, PRECISION, ROWS, KEYS,
+                grads_at, grad_offset, alive, values_at, value_offset, present,
+                VALUE_WIDTH, VALUE_CHUNK, PRECISION, ROWS, KEYS,
             )  # fmt: skip
             s, seen, slowed = score(
                 s, i[:, None], j[None, :], exists[:, None], keys, source, diagonal, left, right, factor, softcap, slope,

@@ -35,9 +35,25 @@ def pair_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return tuple(stride if size != 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def laid_out(x: torch.Tensor) -> torch.Tensor:
-    """Packed rows (T, H, D) as the kernels see them, (1, H, T, D)."""
-    return x.transpose(0, 1)[None]
+def laid_out(x: torch.Tensor, packed: bool) -> torch.Tensor:
+    """x (B, H, T, D), `packed` (T, H, D), as the kernels read it: (B, H, T, D or more), `packed` B = 1, of which whole
+    vectors of 16 bytes can be loaded. A row is contiguous, begins at a multiple of them and ends at one, with zeros
+    past D. What isn't so is copied, and what is broadcast stays so."""
+    if packed:
+        x = x.transpose(0, 1)[None]
+    *sizes, width = x.shape
+    *strides, unit = x.stride()
+    vector = 16 // x.element_size()
+    whole = (width + vector - 1) // vector * vector
+    vectors = width == whole and unit == 1 and x.data_ptr() % 16 == 0
+    if vectors and not any(size > 1 and stride % vector for size, stride in zip(sizes, strides, strict=True)):
+        return x
+    once = x[tuple(slice(0, 1 if stride == 0 else None) for stride in strides)]
+    rows = x.new_empty(*once.shape[:3], whole)
+    rows[..., :width] = once
+    if width < whole:
+        rows[..., width:] = 0
+    return rows.expand(*sizes, whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +61,11 @@ class Call:
     """What the kernels of both directions are told alike. Packed sequences lie in a single element of the batch, and
     what are lengths else says where they begin, (sequences + 1,)."""
 
-    query: torch.Tensor
+    query: torch.Tensor  # these three are laid out
     key: torch.Tensor
     value: torch.Tensor
+    width: int
+    columns: int  # the width of values
     mask: torch.Tensor | None
     bias: torch.Tensor | None
     slopes: torch.Tensor | None
@@ -94,9 +112,6 @@ class Call:
     def lse_shape(self) -> tuple[int, ...]:
         return self.query.shape[1:3] if self.packed else self.query.shape[:3]
 
-    def view(self, x: torch.Tensor) -> torch.Tensor:
-        return laid_out(x) if self.packed else x
-
     @property
     def folded(self) -> bool:
         """Whether the scale, and a factor that makes exp of exp2, are applied within the exponent: in 16 bits, where
@@ -118,6 +133,9 @@ class Call:
         tiles = rows // size + self.sequences if self.packed else -(-rows // size) * self.sequences
         return tiles * self.key.shape[1]
 
+    def strides(self) -> tuple[int, ...]:
+        return (*self.query.stride()[:3], *self.key.stride()[:3], *self.value.stride()[:3])
+
     def pairs(self) -> tuple[Any, ...]:
         slopes = (0, 0) if self.slopes is None else self.slopes.stride()
         return (*pair_strides(self.mask), *pair_strides(self.bias), *((0, 0, *slopes)[-2:]))
@@ -132,15 +150,12 @@ class Call:
         softcap = self.softcap if self.softcap is not None else 0.0
         return self.factor * LOG2E if self.folded else self.factor, softcap, *dropout_numbers(self.dropout_p)
 
-    def options(self, *others: torch.Tensor) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Constants of a compilation."""
-        tensors = (self.query, self.key, self.value, *others)
-        dense_all, vector = all(t.stride(3) == 1 or t.shape[3] == 1 for t in tensors), 16 // self.query.element_size()
-        aligned = dense_all and all(t.stride(d) % vector == 0 for t in tensors for d in range(3))
         return {
-            "WIDTH": self.query.shape[3], "VALUE_WIDTH": self.value.shape[3], "LEFT": self.left is not None,
+            "WIDTH": self.width, "VALUE_WIDTH": self.columns, "LEFT": self.left is not None,
             "RIGHT": self.right is not None, "BOTTOM_RIGHT": self.bottom_right, "SOFTCAP": self.softcap is not None,
-            "DENSE": dense_all, "VECTOR": vector if aligned else 1, "PRECISION": precision(),
+            "PRECISION": precision(),
         }  # fmt: skip
 
     def grouped(self) -> dict[str, Any]:

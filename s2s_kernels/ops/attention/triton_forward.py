@@ -7,8 +7,8 @@ import triton.language as tl
 from ..triton_common import keep_tile, kernel
 from .triton_scores import (
     LN2,
-    aligned,
     count_of,
+    divisible,
     edges_of,
     finite,
     idle,
@@ -21,6 +21,7 @@ from .triton_scores import (
     span_of,
     strides_of,
     tile_of,
+    vector_of,
     weight,
     wide_product,
 )
@@ -64,16 +65,16 @@ def _write(
 def forward_kernel(
     query, key, value, mask, bias, slopes, query_lengths, key_lengths, seed, needed, out, lse, softmax,
     wide_out, parts,
-    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64, query_d: tl.int64,
-    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64, key_d: tl.int64,
-    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, value_d: tl.int64,
+    query_b: tl.int64, query_h: tl.int64, query_t: tl.int64,
+    key_b: tl.int64, key_h: tl.int64, key_s: tl.int64,
+    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64,
     mask_b: tl.int64, mask_h: tl.int64, mask_t: tl.int64, mask_s: tl.int64,
     bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
     batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
     scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32, splits: tl.int64,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
-    PACKED: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, T, Dv), PACKED (T, H, Dv), lse (B, H, T) and softmax (2, B, H, T), or with `parts` one share of the
@@ -98,9 +99,10 @@ def forward_kernel(
             return
     if RIGHT:
         tile = tl.cdiv(last * GROUP, ROWS) - 1 - tile  # those with the most keys first
-    query_b, query_h, query_t = aligned(query_b, query_h, query_t, VECTOR)
-    key_b, key_h, key_s = aligned(key_b, key_h, key_s, VECTOR)
-    value_b, value_h, value_s = aligned(value_b, value_h, value_s, VECTOR)
+    VECTOR: tl.constexpr = vector_of(query)
+    query_b, query_h, query_t = divisible(query_b, query_h, query_t, VECTOR)
+    key_b, key_h, key_s = divisible(key_b, key_h, key_s, VECTOR)
+    value_b, value_h, value_s = divisible(value_b, value_h, value_s, VECTOR)
 
     left, right = left.to(tl.int32), right.to(tl.int32)
     first_row = tile * ROWS
@@ -142,7 +144,7 @@ def forward_kernel(
 
     q = None
     if CHUNK >= WIDTH:
-        q = load_rows(query, query_offset, present, query_d, 0, WIDTH, CHUNK, DENSE, True)
+        q = load_rows(query, query_offset, present, 0, WIDTH, CHUNK, True)
     PLAIN: tl.constexpr = not SOFTCAP and BIAS == 0 and slopes is None and seed is None  # others lack the registers
     EXACT_WEIGHTS: tl.constexpr = PLAIN and query.dtype.element_ty == tl.float32
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -179,12 +181,12 @@ def forward_kernel(
                 j = at + column
                 keys_at = key + at * key_s
                 if CHUNK >= WIDTH:
-                    k = load_rows(keys_at, key_offset, j < keys, key_d, 0, WIDTH, CHUNK, DENSE, phase > 0)
+                    k = load_rows(keys_at, key_offset, j < keys, 0, WIDTH, CHUNK, phase > 0)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 else:
                     s = wide_product(
-                        query, query_offset, present, query_d, keys_at, key_offset, j < keys, key_d,
-                        WIDTH, CHUNK, DENSE, PRECISION, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16,
+                        query, query_offset, present, keys_at, key_offset, j < keys,
+                        WIDTH, CHUNK, PRECISION, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16,
                     )  # fmt: skip
                 s, seen, _ = score(
                     s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
@@ -204,9 +206,7 @@ def forward_kernel(
                         seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16
                     )
                     p = tl.where(keep, p * kept, 0.0)
-                v = load_rows(
-                    value + at * value_s, value_offset, j < keys, value_d, 0, VALUE_WIDTH, COLUMNS, DENSE, phase > 0
-                )
+                v = load_rows(value + at * value_s, value_offset, j < keys, 0, VALUE_WIDTH, COLUMNS, phase > 0)
                 if phase == 2:
                     bad = tl.sum(v.to(tl.float32) * 0.0, 1)
                     spoilt += tl.sum(tl.where(seen, bad[None, :], 0.0), 1)

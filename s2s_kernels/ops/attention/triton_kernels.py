@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..triton_common import dense, device_of, power, reduce
+from ..triton_common import device_of, power, reduce
 from .arguments import TRITON_POSITIONS
 from .triton_backward import bias_kernel, key_value_kernel, query_kernel
 from .triton_call import Call, kind_of, laid_out
@@ -69,8 +69,8 @@ def _forward(
     if not lse.numel():
         return
     query, key, value = call.query, call.key, call.value
-    columns, options = value.shape[3], call.options()
-    tiles = forward_tiles(call, wide_out is not None, options["VECTOR"])
+    columns = call.columns
+    tiles = forward_tiles(call, wide_out is not None)
     programs = call.programs(call.time * call.group, tiles["ROWS"])
     splits = _splits(programs, -(-call.source // (2 * tiles["KEYS"]))) if call.needed is None else 1
     parts = None
@@ -80,8 +80,8 @@ def _forward(
         forward_kernel[(programs * splits,)](
             query, key, value, call.mask, call.bias, call.slopes, call.query_lengths, call.key_lengths, call.seed,
             call.needed, out, lse, softmax, wide_out, parts,
-            *query.stride(), *key.stride(), *value.stride(), *call.pairs(), call.sequences, key.shape[1],
-            *call.limits(), *call.numbers(), splits, **options, **call.grouped(), **tiles,
+            *call.strides(), *call.pairs(), call.sequences, key.shape[1], *call.limits(), *call.numbers(), splits,
+            **call.options(), **call.grouped(), **tiles,
         )  # fmt: skip
         if parts is not None:
             wide = tiles["COLUMNS"]
@@ -144,7 +144,7 @@ def _backward(
     else:
         grads = [x.new_empty(x.shape) if x is not None and need else None for x, need in pairs]
         with device_of(query):
-            _fill(call, grads, call.view(grad_out), grad_lse, call.view(out.contiguous()), softmax.contiguous())
+            _fill(call, grads, grad_out, grad_lse, out.contiguous(), softmax.contiguous())
     return tuple(
         query.new_empty((0,), dtype=query.dtype if x is None else x.dtype) if grad is None else grad
         for (x, _), grad in zip(pairs, grads, strict=True)
@@ -155,8 +155,8 @@ def mend_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], out: torch.Tensor,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Makes `out`, contiguous, anew if anything in the inputs, whose last dimensions are contiguous, isn't finite.
-    Returns what `mend_backward` takes: softmax, which nothing is in else and without `save`, and whether that is so."""
+    """Makes `out`, contiguous, anew if anything in the inputs isn't finite. Returns what `mend_backward` takes:
+    softmax, which nothing is in else and without `save`, and whether that is so."""
     left, right, bottom_right, _, scale, softcap = options
     spoilt = query.new_zeros(1, dtype=torch.int32)
     call = _checked(
@@ -167,14 +167,13 @@ def mend_forward(
     lse = query.new_empty(call.lse_shape, dtype=torch.float32)
     softmax = query.new_empty((2, *call.lse_shape) if save else (0,), dtype=torch.float32)
     with device_of(query):
-        for x in (query, key, value):
+        for x in (call.query, call.key, call.value):
             batch, heads, time, width = x.shape
             wide = power(width, 1, 1024)
-            rows, vector = power(4096 // wide, 1, 64), 16 // x.element_size()
+            rows = power(4096 // wide, 1, 64)
             spoilt_kernel[(-(-time // rows) * batch * heads,)](
-                x, spoilt, *x.stride()[:3], heads, time, WIDTH=width, WIDE=wide, ROWS=rows,
-                VECTOR=vector if all(stride % vector == 0 for stride in x.stride()[:3]) else 1, num_warps=4,
-            )  # fmt: skip
+                x, spoilt, *x.stride()[:3], heads, time, WIDTH=width, WIDE=wide, ROWS=rows, num_warps=4
+            )
     _forward(call, out, lse, softmax if save else None, None)
     return softmax, spoilt
 
@@ -197,40 +196,38 @@ def _fill(
     call: Call, grads: list[torch.Tensor | None], grad_out: torch.Tensor, grad_lse: torch.Tensor | None,
     out: torch.Tensor, softmax: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Fills those of the five gradients that are there; `grad_out` and `out` are laid out (B, H, T, Dv)."""
-    query, key, value = call.query, call.key, call.value
+    """Fills those of the five gradients that are there."""
+    query, key, value, columns = call.query, call.key, call.value, call.columns
     grad_query, grad_key, grad_value, grad_bias, grad_slopes = grads
-    width, columns = query.shape[3], value.shape[3]
+    grad_out = laid_out(grad_out, call.packed)
     delta = query.new_empty(call.lse_shape, dtype=torch.float32)
     wide = power(columns, 1, 1024)
     lines = power(1024 // wide, 1, 64)
     lse_strides = (0, 0, 0) if grad_lse is None else (0, 0, *grad_lse.stride())[-3:]
-    options = call.options(grad_out)
+    options = call.options()
     rows = power(4096 // wide, 1, 64)
     delta_kernel[(-(-call.time // rows) * (delta.numel() // call.time),)](
-        grad_out, grad_lse, out, softmax, delta, call.needed, *grad_out.stride(), *out.stride()[:3], *lse_strides,
-        call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, DENSE=dense(grad_out),
-        VECTOR=options["VECTOR"] if columns % options["VECTOR"] == 0 else 1, WIDE=wide, QUERIES=rows,
+        grad_out, grad_lse, out, softmax, delta, call.needed, *grad_out.stride()[:3], *lse_strides,
+        call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, PACKED=call.packed, WIDE=wide, QUERIES=rows,
         num_warps=power(rows * wide // 256, 1, 4),  # each element of one thread: others would write the same sums
     )  # fmt: skip
     tensors = (
         query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
         call.key_lengths, call.seed, call.needed,
     )  # fmt: skip
-    strides = (*query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.pairs())
+    strides = (*call.strides(), *grad_out.stride()[:3], *call.pairs())
     sizes = (call.sequences, key.shape[1], *call.limits(), call.factor, *call.numbers())
     slope_sums = None if grad_slopes is None else torch.empty_like(delta)
-    vector = options["VECTOR"]
-    elements, value_elements = widths(call, 64, vector)
+    elements, value_elements = widths(call)
     if grad_query is not None or slope_sums is not None:
-        tiles = backward_tiles(call, "query", vector)
+        tiles = backward_tiles(call, "query")
         query_kernel[(call.programs(call.time * call.group, tiles["ROWS"]),)](
             *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=elements,
             **options, **call.grouped(), **tiles,
         )  # fmt: skip
-    tiles = backward_tiles(call, "key", vector)
+    tiles = backward_tiles(call, "key")
     # Both at once have too many sums for the registers where they are wide.
-    both = [(grad_key, grad_value)] if max(width, columns) <= 128 else [(grad_key, None), (None, grad_value)]
+    both = [(grad_key, grad_value)] if max(call.width, columns) <= 128 else [(grad_key, None), (None, grad_value)]
     for into_key, into_value in both:
         if into_key is None and into_value is None:
             continue
@@ -239,11 +236,10 @@ def _fill(
             VALUE_ELEMENTS=value_elements, **options, **call.grouped(), **tiles,
         )  # fmt: skip
     if grad_value is not None:
-        lying = value.permute(2, 0, 1, 3) if call.packed else value  # as its gradient is
-        count = value.numel() // columns
+        count = grad_value.numel() // columns
         drop_kernel[(-(-count // lines),)](
-            value, grad_value, call.needed, *lying.stride(), *lying.shape[1:3], count,
-            VALUE_WIDTH=columns, DENSE=dense(value), WIDE=wide, LINES=lines, num_warps=4,
+            value, grad_value, call.needed, *value.stride()[:3], *value.shape[1:3], count,
+            VALUE_WIDTH=columns, PACKED=call.packed, WIDE=wide, LINES=lines, num_warps=4,
         )  # fmt: skip
     if grad_slopes is not None:
         assert slope_sums is not None
@@ -279,7 +275,7 @@ def _bias_gradient(
 ) -> None:  # fmt: skip
     batch, heads, time, _ = call.query.shape
     own_batches, own_heads, own_time, source = bias.shape
-    tiles = backward_tiles(call, "bias", options["VECTOR"])
+    tiles = backward_tiles(call, "bias")
     own_rows = own_time > 1 or time == 1
     row_tiles = -(-time // tiles["ROWS"])
     programs = -(-source // tiles["KEYS"]) * (row_tiles if own_rows else 1) * own_batches * own_heads
@@ -305,22 +301,22 @@ def _checked(
     """What a raw call could get wrong about the sizes by which the kernels read."""
     given = f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     fits = query.dim() == key.dim() == value.dim() == (3 if packed else 4)
-    sequences = 0
+    width = columns = sequences = 0
     if fits and packed:
         assert query_lengths is not None and key_lengths is not None
-        query, key, value = (laid_out(x) for x in (query, key, value))
-        fits = query_lengths.dim() == 1 and query_lengths.shape == key_lengths.shape != (0,)
+        (time, heads, width), (source, kv_heads, _), columns = query.shape, key.shape, value.shape[2]
+        batch, fits = 1, key.shape == (source, kv_heads, width) and value.shape[:2] == key.shape[:2]
+        fits = fits and query_lengths.dim() == 1 and query_lengths.shape == key_lengths.shape != (0,)
         fits = fits and query_lengths.dtype == key_lengths.dtype == torch.int64
         sequences = query_lengths.numel() - 1
-        fits = fits and (sequences > 0 or query.shape[2] == key.shape[2] == 0)
+        fits = fits and (sequences > 0 or time == source == 0)
     elif fits:
-        sequences = query.shape[0]
-        fits = all(lengths is None or lengths.shape == (sequences,) for lengths in (query_lengths, key_lengths))
+        (batch, heads, time, width), (_, kv_heads, source, _), columns = query.shape, key.shape, value.shape[3]
+        sequences, fits = batch, key.shape == (batch, kv_heads, source, width) and value.shape[:3] == key.shape[:3]
+        fits = fits and all(lengths is None or lengths.shape == (batch,) for lengths in (query_lengths, key_lengths))
     if fits:
-        (batch, heads, time, width), (_, kv_heads, source, _) = query.shape, key.shape
         shape = (batch, heads, time, source)
-        fits = key.shape == (batch, kv_heads, source, width) and value.shape[:3] == key.shape[:3]
-        fits = fits and min(width, value.shape[3]) >= 1 and max(width, value.shape[3]) <= 1024
+        fits = min(width, columns) >= 1 and max(width, columns) <= 1024
         fits = fits and (heads % kv_heads == 0 if kv_heads else heads == 0)
         fits = fits and query.dtype == key.dtype == value.dtype != torch.float64
         fits = fits and max(time * (heads // max(kv_heads, 1)), source) < TRITON_POSITIONS
@@ -336,9 +332,10 @@ def _checked(
     if not fits:
         raise RuntimeError(f"{operator}: the arguments don't fit together: {given}")
     return Call(
-        query, key, value, None if mask is None else mask.view(torch.uint8), bias, slopes,
+        laid_out(query, packed), laid_out(key, packed), laid_out(value, packed), width, columns,
+        None if mask is None else mask.view(torch.uint8), bias, slopes,
         None if query_lengths is None else query_lengths.contiguous(),
         None if key_lengths is None else key_lengths.contiguous(),
         seed.contiguous() if seed is not None and dropout_p > 0 else None, left, right, bottom_right, dropout_p,
-        1 / math.sqrt(query.shape[3]) if scale is None else scale, softcap, packed,
+        1 / math.sqrt(width) if scale is None else scale, softcap, packed,
     )  # fmt: skip

@@ -32,9 +32,15 @@ def idle(needed):
         return tl.load(needed) == 0
 
 
+@triton.constexpr_function
+def vector_of(pointer):
+    """How many elements are loaded at once: 16 bytes of them."""
+    return 128 // pointer.dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
-def aligned(batch, head, row, VECTOR: tl.constexpr):
-    """Strides of a tensor, said to the compiler to be what the launcher has seen: divisible by the size of a vector."""
+def divisible(batch, head, row, VECTOR: tl.constexpr):
+    """Strides, said to the compiler to be what the launcher has seen to: divisible by VECTOR."""
     return batch // VECTOR * VECTOR, head // VECTOR * VECTOR, row // VECTOR * VECTOR
 
 
@@ -167,32 +173,34 @@ def edges_of(
 
 @triton.jit
 def load_rows(
-    base, offset, present, stride, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, DENSE: tl.constexpr,
-    MASKED: tl.constexpr,
+    base, offset, present, first, SIZE: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Elements first..first + WIDTH of some vectors of SIZE; 0 past their end and, if MASKED, where not present."""
+    """Elements first..first + WIDTH of some rows of SIZE, as the launcher lays them out: contiguous, and up to a whole
+    vector followed by zeros. 0 past their end and, if MASKED, where not present."""
+    VECTOR: tl.constexpr = vector_of(base)
+    END: tl.constexpr = (SIZE + VECTOR - 1) // VECTOR * VECTOR
     element = first + tl.arange(0, WIDTH)
-    at = base + offset[:, None] + spread(element, stride, DENSE)[None, :]
-    if MASKED and SIZE % WIDTH != 0:
-        return tl.load(at, mask=present[:, None] & (element < SIZE)[None, :], other=0.0)
+    at = base + offset[:, None] + element[None, :]
+    if MASKED and END % WIDTH != 0:
+        return tl.load(at, mask=present[:, None] & (element < END)[None, :], other=0.0)
     elif MASKED:
         return tl.load(at, mask=present[:, None], other=0.0)
-    elif SIZE % WIDTH != 0:
-        return tl.load(at, mask=(element < SIZE)[None, :], other=0.0)
+    elif END % WIDTH != 0:
+        return tl.load(at, mask=(element < END)[None, :], other=0.0)
     else:
         return tl.load(at)
 
 
 @triton.jit
 def wide_product(
-    a, a_offset, a_present, a_stride, b, b_offset, b_present, b_stride, SIZE: tl.constexpr, CHUNK: tl.constexpr,
-    DENSE: tl.constexpr, PRECISION: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    a, a_offset, a_present, b, b_offset, b_present, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The products (A, B) of vectors too wide for one tile, CHUNK elements at a time."""
+    """The products (A, B) of rows too wide for one tile, CHUNK elements at a time."""
     sums = tl.zeros((A, B), tl.float32)
     for first in range(0, SIZE, CHUNK):
-        left = load_rows(a, a_offset, a_present, a_stride, first, SIZE, CHUNK, DENSE, True)
-        right = load_rows(b, b_offset, b_present, b_stride, first, SIZE, CHUNK, DENSE, True)
+        left = load_rows(a, a_offset, a_present, first, SIZE, CHUNK, True)
+        right = load_rows(b, b_offset, b_present, first, SIZE, CHUNK, True)
         sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
     return sums
 
@@ -207,7 +215,7 @@ def finite(x):
 def pairs_of(base, i, member, batch, head, b, h, t, KIND: tl.constexpr, GROUP: tl.constexpr):
     """A pointer to a mask or bias and what each row adds to it."""
     STEP: tl.constexpr = 16 if VECTORS & KIND else 1
-    b, h, t = aligned(b, h, t, STEP)
+    b, h, t = divisible(b, h, t, STEP)
     if GROUP == 1:
         return base + batch * b + head * h, i * t
     else:

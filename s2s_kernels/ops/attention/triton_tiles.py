@@ -15,8 +15,9 @@ from .triton_call import Call
 
 
 def generation(x: torch.Tensor) -> int:
-    """The major compute capability: from 9 on a program has twice the shared memory."""
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
+    """The major compute capability, 9 or 10 where a program has twice the shared memory of 8; 12 hasn't."""
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 8
+    return major if major in (9, 10) else 8
 
 
 def _tiles(rows: int, keys: int, edge: int, chunk: int, warps: int, stages: int) -> dict[str, int]:
@@ -55,33 +56,23 @@ HOPPER = {
 }
 
 
-def _by_one(call: Call, vector: int) -> bool:
-    """Whether elements are loaded one by one, for products that triton 3.6 then got wrong on an H100, in 16 bits, where
-    the second operand had 16 or 32 columns and a program four warps."""
-    return vector == 1 and generation(call.query) == 9 and call.query.dtype != torch.float32
+def widths(call: Call) -> tuple[int, int]:
+    """Of keys and of values, as powers of two."""
+    return power(call.width, 16, 1024), power(call.columns, 16, 1024)
 
 
-def widths(call: Call, rows: int, vector: int) -> tuple[int, int]:
-    """Of keys and of values, as powers of two, for a tile of so many rows; of 16, products are made in another way."""
-    least = 64 if rows > 16 and _by_one(call, vector) else 16
-    return power(call.query.shape[3], least, 1024), power(call.value.shape[3], least, 1024)
-
-
-def _hopper(call: Call, direction: str, most: int, vector: int) -> dict[str, int] | None:
+def _hopper(call: Call, direction: str, most: int) -> dict[str, int] | None:
     if generation(call.query) != 9 or call.query.dtype == torch.float32 or call.busy:
         return None
     sizes = HOPPER.get((direction, call.hides, max(most, 64)))
-    if sizes is None:
-        return None
-    return _tiles(*sizes) | ({"num_warps": 8} if _by_one(call, vector) else {})
+    return None if sizes is None else _tiles(*sizes)
 
 
-# Sizes with which the compiler doesn't spill, on any of the architectures. vector: how many elements a load takes at
-# once, as Call.options has it.
-def forward_tiles(call: Call, wide_out: bool, vector: int) -> dict[str, int]:
-    width, columns = widths(call, call.rows, vector)
+# Sizes with which the compiler doesn't spill, on any of the architectures.
+def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
+    width, columns = widths(call)
     most, major = max(width, columns), generation(call.query)
-    known = None if wide_out else _hopper(call, "forward", most, vector)
+    known = None if wide_out else _hopper(call, "forward", most)
     if known is not None:
         tiles = known
     elif call.query.dtype == torch.float32 or wide_out:
@@ -114,14 +105,14 @@ def forward_tiles(call: Call, wide_out: bool, vector: int) -> dict[str, int]:
         tiles |= {"ROWS": min(tiles["ROWS"], 16)}
     elif rows <= 64 and tiles["ROWS"] > 64:
         tiles |= {"ROWS": 64}
-    many = call.busy or call.query.dtype == torch.float32
+    many = call.busy or call.query.dtype == torch.float32 or (call.packed and rows <= 16)
     return {**tiles, **_registers(many), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
-def backward_tiles(call: Call, direction: str, vector: int) -> dict[str, int]:
-    width, columns = widths(call, 64, vector)
+def backward_tiles(call: Call, direction: str) -> dict[str, int]:
+    width, columns = widths(call)
     most, major = max(width, columns), generation(call.query)
-    known = _hopper(call, direction, most, vector)
+    known = _hopper(call, direction, most)
     if known is not None:
         tiles = known
     elif call.query.dtype == torch.float32:
