@@ -7,6 +7,8 @@ once, what each of its backends doesn't cover. All policy is here: kernels and r
 
 import contextvars
 import dataclasses
+import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +37,7 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # the device a backend's kernels run on
 
+TRITON_FOR_10 = (3, 8)  # those before crash on loops of attention and convolution for compute capability 10
 NO_FLOAT64 = "its kernels take float32, bfloat16 and float16"  # what every Triton kernel says of float64
 
 # What a backend doesn't cover of a call: a reason in words, or None where it serves it.
@@ -152,20 +155,30 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
     if backend in ("cpu", "triton") and extension_missing is not None:  # it brings the schemas
         return extension_missing
     if backend == "triton":
-        reason = triton_missing or _too_old(device)
+        reason = triton_missing or _not_on(device)
         if reason is not None:
             return reason
     return operator.gaps[backend](call)
 
 
-def _too_old(device: torch.device) -> str | None:
-    """Why a CUDA device lacks tensor cores for every dtype; None where it has them, or where its tensors are fake."""
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """The installed one's, without importing it."""
+    return tuple(int(number) for number in importlib.metadata.version("triton").split(".")[:2])  # type: ignore[return-value]
+
+
+def _not_on(device: torch.device) -> str | None:
+    """Why a CUDA device doesn't run the Triton kernels: it lacks tensor cores for every dtype, or triton fails to
+    compile for it. None where it runs them, or where its tensors are fake."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)  # torch.compile takes both of these for constants
-    if properties.major >= 8:
-        return None
-    return f"its kernels need compute capability 8.0, {device} has {properties.major}.{properties.minor}"
+    has = f"{device} has {properties.major}.{properties.minor}"
+    if properties.major < 8:
+        return f"its kernels need compute capability 8.0, {has}"
+    if properties.major == 10 and triton_version() < TRITON_FOR_10:
+        return f"triton {'.'.join(map(str, TRITON_FOR_10))} is the first to compile its kernels where {has}"
+    return None
 
 
 def _exporting_onnx() -> bool:
@@ -263,7 +276,7 @@ def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not _exporting_onnx()
-        and (device is None or (triton_missing is None and _too_old(device) is None))
+        and (device is None or (triton_missing is None and _not_on(device) is None))
     )
 
 

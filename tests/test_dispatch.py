@@ -136,3 +136,8 @@ def test_triton_says_what_it_lacks(monkeypatch):
     assert "compute capability 8.0, cuda:0 has 7.5" in dispatch.gap(operator, "triton", device, 4)
     Properties.major = 9
     assert dispatch.gap(operator, "triton", device, 4) is None
+    Properties.major, Properties.minor = 10, 0
+    for version, lacks in (((3, 7), True), ((3, 8), False), ((4, 0), False)):
+        monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
+        reason = dispatch.gap(operator, "triton", device, 4)
+        assert ("triton 3.8" in reason and "cuda:0 has 10.0" in reason) if lacks else reason is None

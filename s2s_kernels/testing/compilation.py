@@ -42,12 +42,14 @@ def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any
     launched.append((self, args, kwargs))
 
 
-def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+def source_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What the launch would compile: pointers that torch has aligned, integers of no known value."""
     from triton.compiler import ASTSource
 
+    from ..ops.triton_launch import COMPILED_WITH
+
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    options = {name: values.pop(name) for name in OPTIONS if name in values}
+    options = {**COMPILED_WITH, **{name: values.pop(name) for name in OPTIONS if name in values}}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]

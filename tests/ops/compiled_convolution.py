@@ -52,7 +52,6 @@ def step(dtype: torch.dtype, channels: int, outputs: int, taps: int, activation:
 
 def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
     """Makes the calls; yields the dtype and the precision of what they have launched, and whether that is a sample."""
-    triton_kernels._blackwell = lambda x: arch >= 100
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         call(dtype, 64, 128, 2, activation="gated_tanh", extras=dtype == torch.bfloat16)
         yield dtype, "highest", dtype == torch.bfloat16 and arch == 90

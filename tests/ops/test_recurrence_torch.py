@@ -302,7 +302,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cuda_kernels, "kernels", Kernels)
     monkeypatch.setattr(cuda_kernels, "machine_of", lambda device: facts)
     monkeypatch.setattr(cuda_kernels, "missing", lambda device: None)
-    monkeypatch.setattr(dispatch, "_too_old", lambda device: None)
+    monkeypatch.setattr(dispatch, "_not_on", lambda device: None)
     monkeypatch.setattr(estimates.Machine, "of", staticmethod(lambda device: estimates.Machine(*facts, (9, 0))))
     monkeypatch.setattr(dispatch, "triton_missing", None)
     known = {"measured": "2026-01-01", "cudnn": torch.backends.cudnn.version(), "rows": []}

@@ -61,6 +61,8 @@ def small(operator, kernel):
 @pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
+    if arch == 100 and dispatch.triton_version() < dispatch.TRITON_FOR_10:
+        pytest.skip("triton 3.8, the first to compile all kernels for compute capability 10, is not installed")
     files = {operator: Path(__file__).parent / f"compiled_{operator}.py" for operator in KERNELS}
     compiled = compile_for(list(files.values()), arch, not THOROUGH)
     for operator, (products, heavy, light) in KERNELS.items():

@@ -21,7 +21,7 @@ GATES = (epilogue.GLU.value, epilogue.GATED_TANH.value)
 PROGRAMS = 512
 LONG = 256  # positions from which on lines are worth kernels of their own
 FEW = 8  # taps that are worth a vector each
-TOEPLITZ = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 4, "maxnreg": 96}
+TOEPLITZ = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128}
 TOEPLITZ_WEIGHT = {"ROWS": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
 LINE = {"POSITIONS": 1024, "num_warps": 4}
 LINE_WEIGHT = {"POSITIONS": 1024, "num_warps": 4}
@@ -172,12 +172,12 @@ def _depthwise(
     if line is not None and y.shape == x.shape and begin == 0 and activation not in GATES:
         batch, channels, time = x.shape
         extras = not (state is condition is residual is None)  # whose addresses take registers too
-        chosen: dict[str, Any] = {**LINE, **({"maxnreg": 255} if extras else {})}
+        chosen: dict[str, Any] = {**LINE, **({"maxnreg": 255} if extras else {"maxnreg": 96} if clip else {})}
         line_of, size, wanted = line_kernel, LINE["POSITIONS"], 16 * PROGRAMS
         if line:
-            chosen = {**TOEPLITZ, "HEAD": line, "maxnreg": max(TOEPLITZ["maxnreg"], 96 if line == 16 else 128)}
+            chosen = {**TOEPLITZ, "HEAD": line}
             if extras or lengths is not None or activation or line > 64:
-                chosen |= {"ROWS": 16, "num_stages": 3, "maxnreg": 168 if line <= 64 else 255}
+                chosen |= {"ROWS": 16, "maxnreg": 168 if line <= 64 else 255}
             line_of, size, wanted = toeplitz_kernel, chosen["ROWS"] * chosen["BLOCK"], 4 * PROGRAMS
         splits = max(1, min(wanted // channels, batch * -(-time // size)))
         with device_of(x):
@@ -218,10 +218,6 @@ def _line(x: torch.Tensor, weight: torch.Tensor, origin: int, dilation: int) -> 
     return 0 if few else None
 
 
-def _blackwell(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10
-
-
 def _line_gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
     state: torch.Tensor | None, origin: int, dilation: int, head: int,
@@ -237,8 +233,6 @@ def _line_gradients(
         chosen = {**TOEPLITZ_WEIGHT, "LAGS": power(taps, 2, 128), "HEAD": head}
         if state is not None or head > 64:  # registers for addresses, or for sums
             chosen["maxnreg"] = 255
-        if head > 16 and _blackwell(x):  # where triton 3.6 fails to pipeline products of different widths
-            chosen["num_stages"] = 1
         gradients_of, size = toeplitz_weight_kernel, TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]
         wanted = max(1, 2 * PROGRAMS // channels)
     splits = min(wanted, batch * -(-time // size))
