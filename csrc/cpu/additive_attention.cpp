@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "pool.h"
 #include "tensor.h"
@@ -55,6 +57,15 @@ void fill_table(const AdditiveAttention<C>& p, C* table, uint8_t* outlier, bool 
   parallel(p.batch * p.blocks(), 1 + (1 << 12) / (key_block * p.width + 1), [&](int64_t begin, int64_t end) {
     fill_blocks(p, begin, end, table, outlier, reinterpret_cast<C*>(columns + next.fetch_add(1) * scratch), all);
   });
+}
+
+// The entries of the batch, those with the most keys first.
+template <class C>
+std::vector<int64_t> longest_first(const AdditiveAttention<C>& p) {
+  std::vector<int64_t> order(static_cast<size_t>(p.batch));
+  std::iota(order.begin(), order.end(), 0);
+  if (p.lengths) std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.length(a) > p.length(b); });
+  return order;
 }
 
 struct Arguments {
@@ -225,7 +236,11 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& quer
     std::atomic<int64_t> next{0};
     const auto attend = S2S_SELECT(AdditiveKernels<C>::context);
     const auto narrow = S2S_SELECT(AdditiveStorageKernels<S>::narrow);
-    parallel(p.batch * tiles, call.grain(), [&](int64_t from, int64_t to) {
+    // The rows of a unit share a table. Several units for a thread, the longest first, let all threads end at once.
+    const int64_t parts = call.entry_tables ? std::min(tiles, blocks_of(4 * threads, std::max<int64_t>(1, p.batch))) : tiles;
+    const int64_t units = p.batch * parts;
+    const std::vector<int64_t> order = longest_first(p);
+    deal(units, call.grain() * parts / std::max<int64_t>(1, tiles), [&](const auto& next_unit) {
       uint8_t* const own = memory + next.fetch_add(1) * each;
       const AdditiveScratch<C> s = call.scratch(own, false);
       C* const before = return_weights ? reinterpret_cast<C*>(own + bytes) : nullptr;
@@ -233,21 +248,24 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_forward(const Tensor& quer
       if (call.entry_tables) here.table_batch = here.outlier_batch = 0;
       uint8_t* const place = own + bytes + shown;
       int64_t entry_of = -1;
-      for (int64_t task = from; task < to; ++task) {
-        const int64_t b = task / tiles, begin = task % tiles * call.tile(), rows = std::min(call.tile(), p.rows - begin);
+      for (int64_t unit = next_unit(); unit < units; unit = next_unit()) {
+        const int64_t b = order[static_cast<size_t>(unit / parts)], part = unit % parts;
         if (call.entry_tables && b != entry_of) {
           C* const table_of = reinterpret_cast<C*>(place);
           uint8_t* const flags = place + table_bytes;
           fill_blocks(here, b * p.blocks(), (b + 1) * p.blocks(), table_of, flags, reinterpret_cast<C*>(flags + flag_bytes), false);
           here.table = table_of, here.outlier = flags, entry_of = b;
         }
-        const int64_t row = b * p.rows + begin, n = p.length(b);
-        attend(here, b, begin, rows, s, save ? statistics_out + 2 * row : nullptr, before);
-        narrow(s.rows, context_out + row * p.values, rows * p.values);
-        for (int64_t i = 0; i < rows && before; ++i) {
-          S* const line = weights_out + (row + i) * p.keys;
-          narrow(before + i * s.scores_row, line, n);
-          std::fill(line + n, line + p.keys, S{});
+        for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
+          const int64_t begin = tile * call.tile(), rows = std::min(call.tile(), p.rows - begin);
+          const int64_t row = b * p.rows + begin, n = p.length(b);
+          attend(here, b, begin, rows, s, save ? statistics_out + 2 * row : nullptr, before);
+          narrow(s.rows, context_out + row * p.values, rows * p.values);
+          for (int64_t i = 0; i < rows && before; ++i) {
+            S* const line = weights_out + (row + i) * p.keys;
+            narrow(before + i * s.scores_row, line, n);
+            std::fill(line + n, line + p.keys, S{});
+          }
         }
       }
     });
@@ -306,10 +324,11 @@ class Backward {
     const auto gradients = S2S_SELECT(AdditiveKernels<C>::gradients);
     const auto narrow = S2S_SELECT(AdditiveStorageKernels<S>::narrow);
     S* const grad_query = mutable_data<S>(grad_query_);
-    parallel(tasks, call_.grain(), [&](int64_t from, int64_t to) {
+    const std::vector<int64_t> order = longest_first(p_);
+    deal(tasks, call_.grain(), [&](const auto& next_unit) {
       const AdditiveScratch<C> s = call_.scratch(memory + next.fetch_add(1) * bytes, true);
-      for (int64_t task = from; task < to; ++task) {
-        const int64_t b = task / parts, part = task % parts, length = p_.length(b);
+      for (int64_t unit = next_unit(); unit < tasks; unit = next_unit()) {
+        const int64_t b = order[static_cast<size_t>(unit / parts)], part = unit % parts, task = b * parts + part, length = p_.length(b);
         C* const key = key_sum + task * key_size_;
         C* const value = value_sum + task * value_size_;
         C* const weight = weight_sum + task * weight_size;
