@@ -163,6 +163,27 @@ S2S_INLINE void transpose_block(const S* from, int64_t from_row, float* to, int6
   for (int j = 0; j < 8; ++j) _mm256_storeu_ps(to + j * to_row, columns[j]);
 }
 
+#if S2S_VECTOR_BYTES == 64
+// The same of 16 rows and 4 columns.
+template <class S>
+S2S_INLINE void transpose_strip(const S* from, int64_t from_row, float* to, int64_t to_row) {
+  __m512 rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm512_castps128_ps512(load_four(from + i * from_row));
+    rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(from + (i + 4) * from_row), 1);
+    rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(from + (i + 8) * from_row), 2);
+    rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(from + (i + 12) * from_row), 3);
+  }
+  const __m512 a = _mm512_maskz_unpacklo_ps(-1, rows[0], rows[1]), b = _mm512_maskz_unpackhi_ps(-1, rows[0], rows[1]);
+  const __m512 c = _mm512_maskz_unpacklo_ps(-1, rows[2], rows[3]), d = _mm512_maskz_unpackhi_ps(-1, rows[2], rows[3]);
+  _mm512_storeu_ps(to, _mm512_maskz_shuffle_ps(-1, a, c, 0x44));
+  _mm512_storeu_ps(to + to_row, _mm512_maskz_shuffle_ps(-1, a, c, 0xee));
+  _mm512_storeu_ps(to + 2 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0x44));
+  _mm512_storeu_ps(to + 3 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0xee));
+}
+#endif
+
 S2S_INLINE void transpose_block(const double* from, int64_t from_row, double* to, int64_t to_row) {
   const __m256d r0 = _mm256_loadu_pd(from), r1 = _mm256_loadu_pd(from + from_row);
   const __m256d r2 = _mm256_loadu_pd(from + 2 * from_row), r3 = _mm256_loadu_pd(from + 3 * from_row);
@@ -219,6 +240,14 @@ S2S_INLINE void transpose_block(const S* from, int64_t from_row, T* to, int64_t 
 // to[j * to_row + i] = from[i * from_row + j * from_col] for i in [0, rows), j in [0, cols).
 template <class T, class S>
 void copy_transposed(int64_t rows, int64_t cols, const S* from, int64_t from_row, int64_t from_col, T* to, int64_t to_row) {
+#if S2S_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    while (from_col == 1 && rows >= 16 && cols % 4 == 0) {
+      for (int64_t j = 0; j < cols; j += 4) transpose_strip(from + j, from_row, to + j * to_row, to_row);
+      rows -= 16, from += 16 * from_row, to += 16;
+    }
+  }
+#endif
   constexpr int64_t block = gemm_transpose<T>;
   const int64_t whole_rows = from_col == 1 ? rows / block * block : 0, whole_cols = whole_rows ? cols / block * block : 0;
   // Along the longer side; few rows by cache lines of each, which are read but once and whose columns are written together.
