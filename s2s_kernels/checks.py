@@ -150,7 +150,8 @@ def traced_as_constant(function: Function) -> Function:
 
 @traced_as_constant
 def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)  # which torch.compile can't trace before torch 2.12
+    # torch.compile can't trace the question before torch 2.12.
+    return device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
 
 
 def autocasts(value: torch.Tensor) -> bool:

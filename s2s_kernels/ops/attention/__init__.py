@@ -1,8 +1,7 @@
 """Scaled dot-product attention with every restriction of the contract, and torch's own signature of it."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +13,7 @@ from .packed import attention_packed
 __all__ = ["attention", "attention_packed", "scaled_dot_product_attention"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the gap functions look at: the tensors and options as autograd.py orders them."""
 
     tensors: autograd.Tensors
@@ -127,16 +125,23 @@ def attention(
     batch, heads, time, _ = query.shape
     arguments.width(name, "query", query, "D")
     kv_heads, source = _key_and_value(name, query, key, value)
-    arguments.groups(name, key, heads, kv_heads, enable_gqa)
+    if kv_heads != heads:
+        arguments.groups(name, key, heads, kv_heads, enable_gqa)
     shape = (batch, heads, time, source)
-    checks.boolean(name, "mask", mask, query, "query")
-    mask = _four(name, "mask", mask, shape)
-    bias = _four(name, "bias", _floating(name, "bias", bias, query), shape)
+    # What isn't given isn't asked about: a small call takes as long as its checks.
+    if mask is not None:
+        checks.boolean(name, "mask", mask, query, "query")
+        mask = _four(name, "mask", mask, shape)
+    if bias is not None:
+        bias = _four(name, "bias", _floating(name, "bias", bias, query), shape)
     left, right, bottom_right = arguments.restrictions(name, causal, window)
-    query_lengths = checks.lengths(name, "query_lengths", query_lengths, query, batch, time)
-    key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, source, "S")
+    if query_lengths is not None:
+        query_lengths = checks.lengths(name, "query_lengths", query_lengths, query, batch, time)
+    if key_lengths is not None:
+        key_lengths = checks.lengths(name, "key_lengths", key_lengths, query, batch, source, "S")
     arguments.numbers(name, dropout_p, scale, softcap)
-    arguments.slopes(name, alibi_slopes, query, batch, heads)
+    if alibi_slopes is not None:
+        arguments.slopes(name, alibi_slopes, query, batch, heads)
     tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes)
     out, lse = attend(tensors, (left, right, bottom_right, dropout_p, scale, softcap), return_lse)
     return (out, lse) if return_lse else out
@@ -192,7 +197,9 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)  # type: ignore[assignment]
     inner = 3 if enable_gqa else 2
     leading = _broadcast_shapes(name, [x.shape[:-inner] for x in (query, key, value)])
-    query, key, value = (x.expand(*leading, *x.shape[-inner:]) for x in (query, key, value))
+    query, key, value = (
+        x if x.shape[:-inner] == leading else x.expand(*leading, *x.shape[-inner:]) for x in (query, key, value)
+    )
     heads = query.shape[-3] if query.dim() > 2 else 1
     whole = query.shape[:-2]
     mask = bias = None
@@ -220,14 +227,13 @@ def scaled_dot_product_attention(
         scale=scale,
         enable_gqa=enable_gqa and heads != key.shape[-3],
     )
-    return out.reshape(*whole, query.shape[-2], value.shape[-1])
+    return out if len(whole) == 2 else out.reshape(*whole, query.shape[-2], value.shape[-1])
 
 
 def _ranked(x: torch.Tensor) -> torch.Tensor:
     """x with four dimensions: missing ones put in front, further ones flattened into the first."""
-    if x.dim() <= 4:
-        return x[(None,) * (4 - x.dim())]
-    return x.flatten(0, -4)
+    missing = 4 - x.dim()
+    return x if not missing else x[(None,) * missing] if missing > 0 else x.flatten(0, -4)
 
 
 def _broadcast_shapes(name: str, shapes: Sequence[torch.Size]) -> torch.Size:
@@ -248,9 +254,10 @@ def _key_and_value(name: str, query: torch.Tensor, key: Any, value: Any) -> tupl
             checks.wrong_value(name, argument, layout, tuple(given.shape))
     _, kv_heads, source, _ = key.shape
     checks.like(name, "key", key, query, "query", (batch, kv_heads, source, width), "(B, Hkv, S, D)")
-    shape = (batch, kv_heads, source, value.shape[3])
-    checks.like(name, "value", value, query, "query", shape, "(B, Hkv, S, Dv)")
-    arguments.width(name, "value", value, "Dv")
+    columns = value.shape[3]
+    checks.like(name, "value", value, query, "query", (batch, kv_heads, source, columns), "(B, Hkv, S, Dv)")
+    if columns != width:
+        arguments.width(name, "value", value, "Dv")
     return kv_heads, source
 
 

@@ -17,8 +17,6 @@ def width(name: str, argument: str, x: torch.Tensor, letter: str) -> None:
 
 
 def groups(name: str, key: torch.Tensor, heads: int, kv_heads: int, enable_gqa: bool) -> None:
-    if kv_heads == heads:
-        return
     if not enable_gqa:
         checks.wrong_value(name, "key", f"of H = {heads} heads unless enable_gqa", tuple(key.shape))
     if kv_heads == 0 or heads % kv_heads:
@@ -26,8 +24,6 @@ def groups(name: str, key: torch.Tensor, heads: int, kv_heads: int, enable_gqa: 
 
 
 def slopes(name: str, alibi_slopes: Any, query: torch.Tensor, batch: int, heads: int) -> None:
-    if alibi_slopes is None:
-        return
     checks.tensor(name, "alibi_slopes", alibi_slopes)
     per_batch = alibi_slopes.dim() == 2
     wanted, layout = ((batch, heads), "(B, H)") if per_batch else ((heads,), "(H,) or (B, H)")
@@ -36,10 +32,12 @@ def slopes(name: str, alibi_slopes: Any, query: torch.Tensor, batch: int, heads:
 
 def numbers(name: str, dropout_p: float, scale: Any, softcap: Any) -> None:
     checks.probability(name, "dropout_p", dropout_p)
-    real(name, "scale", scale)
-    real(name, "softcap", softcap)
-    if softcap is not None and not softcap > 0:
-        checks.wrong_value(name, "softcap", "above 0", softcap)
+    if scale is not None:
+        real(name, "scale", scale)
+    if softcap is not None:
+        real(name, "softcap", softcap)
+        if not softcap > 0:
+            checks.wrong_value(name, "softcap", "above 0", softcap)
 
 
 def restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int | None, bool]:
@@ -64,8 +62,6 @@ def restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int |
 
 
 def real(name: str, argument: str, value: Any) -> None:
-    if value is None:
-        return
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         checks.wrong_type(name, argument, "a number or None", type(value).__name__)
 

@@ -1,9 +1,8 @@
 """Attention of sequences of different lengths that lie one after another, without padding."""
 
-import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +17,7 @@ from .autograd import gradients
 # options: left, right, bottom_right, dropout_p, scale, softcap.
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a gap function looks at."""
 
     tensors: Tensors
@@ -94,13 +92,15 @@ def attention_packed(
     checks.like(name, "key", key, query, "query", (source, kv_heads, query.shape[2]), "(S, Hkv, D)")
     checks.like(name, "value", value, query, "query", (source, kv_heads, value.shape[2]), "(S, Hkv, Dv)")
     arguments.width(name, "value", value, "Dv")
-    arguments.groups(name, key, heads, kv_heads, enable_gqa)
+    if kv_heads != heads:
+        arguments.groups(name, key, heads, kv_heads, enable_gqa)
     batch = _batch(name, cu_seqlens_q)
     cu_seqlens_q = _starts(name, "cu_seqlens_q", cu_seqlens_q, query, batch, query.shape[0])
     cu_seqlens_k = _starts(name, "cu_seqlens_k", cu_seqlens_k, query, batch, source)
     left, right, bottom_right = arguments.restrictions(name, causal, window)
     arguments.numbers(name, dropout_p, scale, softcap)
-    arguments.slopes(name, alibi_slopes, query, batch, heads)
+    if alibi_slopes is not None:
+        arguments.slopes(name, alibi_slopes, query, batch, heads)
     tensors: Tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
     options = (left, right, bottom_right, dropout_p, scale, softcap)
     backend = dispatch.choose(OPERATOR, query.device, Call(tensors, options))
