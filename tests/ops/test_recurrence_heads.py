@@ -1,27 +1,15 @@
 """Recurrent weights of heads: the matrix they stand for, what reads them as they are, and what is given the matrix."""
 
-import functools
-
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from recurring import BACKENDS, both_backends, every_cell, needs_extension, sample
 
 from s2s_kernels import dispatch, explain, gru, lstm, use_backend
-from s2s_kernels.ops.recurrence import reference, run
+from s2s_kernels.ops.recurrence import reference
 from s2s_kernels.ops.recurrence.reference import GATES, block_diagonal, diagonal_blocks
-from s2s_kernels.testing import Draw, compare, evaluate, leaves_of, noise_like, prepare
-from s2s_kernels.testing.recurrence import recurrence_sample
-
-BACKENDS = ("reference", "cpu") if dispatch.extension_missing is None else ("reference",)
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
-every_cell = pytest.mark.parametrize("cell", list(GATES))
-needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
-
-
-def sample(cell, *sizes, dtype=torch.float32, **options):
-    """A call of `run` without its first argument, and the function that takes it."""
-    return functools.partial(run, cell), recurrence_sample(cell, "", *sizes, **options).build(Draw(dtype))
+from s2s_kernels.testing import compare, evaluate, leaves_of, noise_like, prepare
 
 
 def as_matrix(cell, arguments):

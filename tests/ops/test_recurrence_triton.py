@@ -354,7 +354,7 @@ def test_heads_without_padding(cell, time, dtype, engine):
         [5, 3, 1],
     )
     if time:
-        args = (args[0][0].new_tensor(torch.randn(sum(lengths), 4)), *args[1:])
+        args = (torch.randn(sum(lengths), 4).to(args[0][0]), *args[1:])
         kwargs = {**kwargs, "lengths": torch.tensor(lengths), "packed": True}
     judge(call(*args, **kwargs), lambda *args, **kwargs: tuple(v for v in run(cell, *args, **kwargs) if v is not None))
 
