@@ -405,7 +405,7 @@ struct AttentionBackward {
       }
       return chunk;
     };
-    TileQueue queue;
+    TileQueue<Tiled::plane_count> queue;
     Chunk last{}, before{}, now = chunk_at(0, begin / Tiled::chunk_rows * Tiled::chunk_rows);
     if (now.rows) Tiled::add_scores(p, m.tiled, now, queue);
     queue.finish();
@@ -423,8 +423,8 @@ struct AttentionBackward {
           for (int64_t i = q * tiled_rows + r; i <= q * tiled_rows + r + 16; i += 16) {
             const int64_t place = i * attention_block;
             if (i < now.rows)
-              Derivative::template differentiate_rows<EXTRA, true>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks, shares, row,
-                                                                   weights + place, slopes + place);
+              Derivative::template differentiate_rows<EXTRA, Tiled::scaled>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks,
+                                                                            shares, row, weights + place, slopes + place);
             else
               for (int64_t c = 0; c < attention_block; ++c) weights[place + c] = slopes[place + c] = T(0);
           }

@@ -15,6 +15,9 @@ struct TiledBackward {
 template <class S>
 struct TiledBackward<S, float> {
   using T = float;
+  static constexpr int plane_count = TiledForward<S>::plane_count;
+  static constexpr bool scaled = TiledForward<S>::scaled;
+  using Layout = TiledLayout<plane_count>;
   static constexpr int64_t chunk_rows = attention_block, groups = chunk_rows / tiled_rows, depth = split_steps(attention_block);
 
   struct Memory {
@@ -28,22 +31,22 @@ struct TiledBackward<S, float> {
     float* scratch;
   };
   static int64_t whole(int64_t n) { return (n + tiled_rows - 1) / tiled_rows * tiled_rows; }
-  static constexpr int64_t right_size() { return split_packed_size(attention_block, chunk_rows); }
+  static constexpr int64_t right_size() { return Layout::packed_size(attention_block, chunk_rows); }
 
   static Memory memory(const AttentionCall<S>& p, Pieces& pieces) {
     const int64_t all = (p.time + chunk_rows - 1) / chunk_rows, width = whole(p.width), value_width = whole(p.value_width);
     const auto take = [&](int64_t count) { return pieces.take<float>(count); };
     Memory m;
-    m.queries = take(all * groups * tiled_planes(p.width));
-    m.grads = take(all * groups * tiled_planes(p.value_width));
-    m.queries_turned = take(all * width / tiled_rows * tiled_planes(chunk_rows));
-    m.grads_turned = take(all * value_width / tiled_rows * tiled_planes(chunk_rows));
-    m.keys = take(split_packed_size(attention_block, p.width));
-    m.values = take(split_packed_size(attention_block, p.value_width));
-    m.key_rows = take(split_packed_size(width, attention_block));
+    m.queries = take(all * groups * Layout::planes(p.width));
+    m.grads = take(all * groups * Layout::planes(p.value_width));
+    m.queries_turned = take(all * width / tiled_rows * Layout::planes(chunk_rows));
+    m.grads_turned = take(all * value_width / tiled_rows * Layout::planes(chunk_rows));
+    m.keys = take(Layout::packed_size(attention_block, p.width));
+    m.values = take(Layout::packed_size(attention_block, p.value_width));
+    m.key_rows = take(Layout::packed_size(width, attention_block));
     m.scores = take(2 * chunk_rows * attention_block);
     m.slopes = take(2 * chunk_rows * attention_block);
-    m.left = take(2 * groups * tiled_planes(attention_block));
+    m.left = take(2 * groups * Layout::planes(attention_block));
     m.weights = take(2 * right_size());
     m.right = take(2 * right_size());
     m.query_sums = take(2 * chunk_rows * width);
@@ -60,9 +63,12 @@ struct TiledBackward<S, float> {
     const int64_t width = whole_vectors<T>(p.width);
     for (int64_t i = 0; i < n; i += tiled_rows) {
       const int64_t rows = min(tiled_rows, n - i);
-      tiled_scale(rows, width, queries.data + i * queries.row, queries.row, static_cast<T>(p.scale), m.scratch);
-      tiled_split(rows, p.width, m.scratch, width, m.queries + i / tiled_rows * tiled_planes(p.width));
-      tiled_split(rows, p.value_width, grads.data + i * grads.row, grads.row, m.grads + i / tiled_rows * tiled_planes(p.value_width));
+      const T* const from = queries.data + i * queries.row;
+      if (scaled) tiled_scale(rows, width, from, queries.row, static_cast<T>(p.scale), m.scratch);
+      tiled_split<plane_count>(rows, p.width, scaled ? m.scratch : from, scaled ? width : queries.row,
+                               m.queries + i / tiled_rows * Layout::planes(p.width));
+      tiled_split<plane_count>(rows, p.value_width, grads.data + i * grads.row, grads.row,
+                               m.grads + i / tiled_rows * Layout::planes(p.value_width));
     }
     for (int64_t i = 0; i < n; i += chunk_rows) {
       turn(m, min(chunk_rows, n - i), p.width, queries, i, m.queries_turned);
@@ -70,9 +76,9 @@ struct TiledBackward<S, float> {
     }
   }
   static void pack_keys(const AttentionCall<S>& p, const Memory& m, int64_t n, const Rows<T>& keys, const Rows<T>& values) {
-    tiled_pack_columns(n, p.width, keys, m.keys);
-    tiled_pack_columns(n, p.value_width, values, m.values);
-    tiled_pack_rows(n, whole_vectors<T>(p.width), keys, m.key_rows);
+    tiled_pack_columns<plane_count>(n, p.width, keys, m.keys);
+    tiled_pack_columns<plane_count>(n, p.value_width, values, m.values);
+    tiled_pack_rows<plane_count>(n, whole_vectors<T>(p.width), keys, m.key_rows);
     std::memset(m.key_totals, 0, static_cast<size_t>(whole(p.width) * attention_block) * sizeof(T));
     std::memset(m.value_totals, 0, static_cast<size_t>(whole(p.value_width) * attention_block) * sizeof(T));
   }
@@ -92,12 +98,12 @@ struct TiledBackward<S, float> {
   static T* slopes(const Memory& m, const Chunk& c) { return m.slopes + c.of_two() * chunk_rows * attention_block; }
 
   // Products of queries and keys, and of gradients and values.
-  static void add_scores(const AttentionCall<S>& p, const Memory& m, const Chunk& c, TileQueue& queue) {
+  static void add_scores(const AttentionCall<S>& p, const Memory& m, const Chunk& c, TileQueue<plane_count>& queue) {
     for (int64_t g = c.begin(); g < c.end(); ++g) {
       const int64_t group = c.first / tiled_rows + g, begin = c.hulls[g].begin, columns = c.hulls[g].end - begin;
       const auto add = [&](const float* left, int64_t size, const float* right, T* to) {
         const int64_t steps = split_steps(size);
-        queue.add(left + group * tiled_planes(size), steps, steps, right + begin / 16 * split_column(steps) / 4, steps, 0, columns,
+        queue.add(left + group * Layout::planes(size), steps, steps, right + begin / 16 * Layout::column(steps) / 4, steps, 0, columns,
                   to + g * tiled_rows * attention_block + begin, attention_block);
       };
       add(m.queries, p.width, m.keys, scores(m, c));
@@ -106,15 +112,15 @@ struct TiledBackward<S, float> {
   }
   // What a chunk adds to the gradients.
   static void add_gradients(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, const Chunk& c, int64_t keys,
-                            TileQueue& queue) {
+                            TileQueue<plane_count>& queue) {
     const int64_t width = whole(p.width);
     for (int64_t i = c.begin(); g.query && i < c.end(); ++i)
-      queue.add(m.left + (c.of_two() * groups + i) * tiled_planes(attention_block), depth, (c.hulls[i].end - c.hulls[i].begin) / 32,
+      queue.add(m.left + (c.of_two() * groups + i) * Layout::planes(attention_block), depth, (c.hulls[i].end - c.hulls[i].begin) / 32,
                 m.key_rows, depth, c.hulls[i].begin / 32, width, m.query_sums + (c.of_two() * chunk_rows + i * tiled_rows) * width, width);
     const auto add = [&](const float* turned, int64_t size, const float* right, T* sums) {
       const int64_t parts = whole(size) / tiled_rows;
       for (int64_t d = 0; d < parts; ++d)
-        queue.add(turned + (c.first / chunk_rows * parts + d) * tiled_planes(chunk_rows) + c.begin() * split_step / 4, depth,
+        queue.add(turned + (c.first / chunk_rows * parts + d) * Layout::planes(chunk_rows) + c.begin() * Layout::step / 4, depth,
                   c.end() - c.begin(), right + c.of_two() * right_size(), depth, c.begin(), whole(keys),
                   sums + (c.of_two() * parts + d) * tiled_rows * attention_block, attention_block);
     };
@@ -142,16 +148,16 @@ struct TiledBackward<S, float> {
     const int64_t at = (group * tiled_rows + r) * attention_block, next = at + 16 * attention_block;
     const T *const weight = scores(m, c), *const slope = slopes(m, c);
     const auto right = [&](float* planes, const T* from) {
-      char* to = reinterpret_cast<char*>(planes + c.of_two() * right_size()) + 64 + group * split_step + r * 64;
-      for (int64_t j = 0; j < attention_block; j += 16, to += split_column(depth))
-        put_planes<true>(load(from + at + j), load(from + next + j), to);
+      char* to = reinterpret_cast<char*>(planes + c.of_two() * right_size()) + 64 + group * Layout::step + r * 64;
+      for (int64_t j = 0; j < attention_block; j += 16, to += Layout::column(depth))
+        put_planes<plane_count, true>(load(from + at + j), load(from + next + j), to);
     };
     right(m.weights, weight);
     right(m.right, slope);
-    char* to = reinterpret_cast<char*>(m.left + (c.of_two() * groups + group) * tiled_planes(attention_block)) + r * 64;
-    for (int64_t j = c.hulls[group].begin; j < c.hulls[group].end; j += 32, to += split_step) {
-      put_planes<false>(load(slope + at + j), load(slope + at + j + 16), to);
-      put_planes<false>(load(slope + next + j), load(slope + next + j + 16), to + depth * split_step);
+    char* to = reinterpret_cast<char*>(m.left + (c.of_two() * groups + group) * Layout::planes(attention_block)) + r * 64;
+    for (int64_t j = c.hulls[group].begin; j < c.hulls[group].end; j += 32, to += Layout::step) {
+      put_planes<plane_count, false>(load(slope + at + j), load(slope + at + j + 16), to);
+      put_planes<plane_count, false>(load(slope + next + j), load(slope + next + j + 16), to + depth * Layout::step);
     }
   }
 
@@ -161,13 +167,13 @@ struct TiledBackward<S, float> {
   }
   // The planes of the transpose of n rows from `first` on, a multiple of chunk_rows.
   static void turn(const Memory& m, int64_t n, int64_t width, const Rows<T>& rows, int64_t first, float* planes) {
-    planes += first / chunk_rows * (whole(width) / tiled_rows) * tiled_planes(chunk_rows);
+    planes += first / chunk_rows * (whole(width) / tiled_rows) * Layout::planes(chunk_rows);
     if (n < chunk_rows) std::memset(m.scratch, 0, static_cast<size_t>(width * chunk_rows) * sizeof(T));
     copy_transposed(n, width, rows.data + first * rows.row, rows.row, int64_t{1}, m.scratch, chunk_rows);
     for (int64_t c = 0; c < width; ++c) {
-      char* to = reinterpret_cast<char*>(planes) + c / 16 * depth * split_step + c % 16 * 64;
-      for (int64_t s = 0; s < depth; ++s, to += split_step)
-        put_planes<false>(load(m.scratch + c * chunk_rows + 32 * s), load(m.scratch + c * chunk_rows + 32 * s + 16), to);
+      char* to = reinterpret_cast<char*>(planes) + c / 16 * depth * Layout::step + c % 16 * 64;
+      for (int64_t s = 0; s < depth; ++s, to += Layout::step)
+        put_planes<plane_count, false>(load(m.scratch + c * chunk_rows + 32 * s), load(m.scratch + c * chunk_rows + 32 * s + 16), to);
     }
   }
 };

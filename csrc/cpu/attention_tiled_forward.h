@@ -20,6 +20,9 @@ template <class S>
 struct TiledForward<S, float> {
   using T = float;
   static constexpr bool possible = true;
+  static constexpr int plane_count = std::is_same_v<S, bfloat16> ? 1 : 3;
+  static constexpr bool scaled = plane_count > 1;  // queries are, not scores; bfloat16 must stay what they are
+  using Layout = TiledLayout<plane_count>;
 
   struct Memory {
     float *keys, *values, *queries, *weights, *scores, *sums, *factors;
@@ -31,8 +34,9 @@ struct TiledForward<S, float> {
   static bool may_pay(const AttentionCall<S>& p) { return pays(p, p.time, p.source); }
   static bool always_pays(const AttentionCall<S>& p) { return pays(p, p.least_time, p.least_source); }
   static bool pays(const AttentionCall<S>& p, int64_t queries, int64_t keys) {
-    if (!p.kv_heads) return false;
-    const int64_t rows = queries * (p.heads / p.kv_heads), least = p.right >= p.source ? 192 : p.peaks ? 448 : 320;
+    if (!p.kv_heads || (plane_count == 1 && p.wide_out)) return false;  // a result that keeps its precision comes of weights that do
+    const int64_t rows = queries * (p.heads / p.kv_heads);
+    const int64_t least = plane_count == 1 ? 64 : p.right >= p.source ? 192 : p.peaks ? 448 : 320;
     return p.width >= 32 && p.value_width >= 32 && rows >= least && keys >= 32;
   }
   static int64_t columns(const AttentionCall<S>& p) { return split_columns(p.value_width) * 16; }
@@ -40,10 +44,10 @@ struct TiledForward<S, float> {
   static Memory memory(const AttentionCall<S>& p, Pieces& pieces) {
     const int64_t blocks = (p.source + attention_block - 1) / attention_block;
     Memory m;
-    m.keys = pieces.take<float>(blocks * split_packed_size(attention_block, p.width));
-    m.values = pieces.take<float>(blocks * split_packed_size(columns(p), attention_block));
-    m.queries = pieces.take<float>(attention_queries / tiled_rows * tiled_planes(p.width));
-    m.weights = pieces.take<float>(2 * tiled_planes(attention_block));
+    m.keys = pieces.take<float>(blocks * Layout::packed_size(attention_block, p.width));
+    m.values = pieces.take<float>(blocks * Layout::packed_size(columns(p), attention_block));
+    m.queries = pieces.take<float>(attention_queries / tiled_rows * Layout::planes(p.width));
+    m.weights = pieces.take<float>(2 * Layout::planes(attention_block));
     m.scores = pieces.take<float>(2 * tiled_rows * attention_block);
     m.sums = pieces.take<float>(2 * tiled_rows * columns(p));
     m.factors = pieces.take<float>(3 * tiled_rows);
@@ -51,10 +55,11 @@ struct TiledForward<S, float> {
   }
 
   static void pack_keys(const AttentionCall<S>& p, const Memory& m, int64_t block, int64_t n, const Rows<T>& keys) {
-    tiled_pack_columns(n, p.width, keys, m.keys + block * split_packed_size(attention_block, p.width));
+    tiled_pack_columns<plane_count>(n, p.width, keys, m.keys + block * Layout::packed_size(attention_block, p.width));
   }
   static void pack_values(const AttentionCall<S>& p, const Memory& m, int64_t block, int64_t n, const Rows<T>& values) {
-    tiled_pack_rows(n, whole_vectors<T>(p.value_width), values, m.values + block * split_packed_size(columns(p), attention_block));
+    tiled_pack_rows<plane_count>(n, whole_vectors<T>(p.value_width), values,
+                                 m.values + block * Layout::packed_size(columns(p), attention_block));
   }
 
   // The turn'th group of rows with a block of keys of which they see something; no rows: there is none.
@@ -63,7 +68,7 @@ struct TiledForward<S, float> {
     Hull hull;
 
     float* scores(const Memory& m) const { return m.scores + turn % 2 * tiled_rows * attention_block; }
-    float* weights(const Memory& m) const { return m.weights + turn % 2 * tiled_planes(attention_block); }
+    float* weights(const Memory& m) const { return m.weights + turn % 2 * Layout::planes(attention_block); }
     float* factors(const Memory& m) const { return m.factors + turn % 3 * tiled_rows; }
   };
 
@@ -73,10 +78,12 @@ struct TiledForward<S, float> {
     const AttentionSpan& span = p.spans[b];
     const int64_t steps = split_steps(p.width);
     const int64_t padded = whole_vectors<T>(p.width);
-    tiled_scale(n, padded, queries.data, queries.row, static_cast<T>(p.scale), m.query_copies);
+    if (scaled) tiled_scale(n, padded, queries.data, queries.row, static_cast<T>(p.scale), m.query_copies);
+    const T* const from = scaled ? m.query_copies : queries.data;
+    const int64_t from_row = scaled ? padded : queries.row;
     for (int64_t g = 0; g < n; g += tiled_rows)
-      tiled_split(min(tiled_rows, n - g), p.width, m.query_copies + g * padded, padded,
-                  m.tiled.queries + g / tiled_rows * tiled_planes(p.width));
+      tiled_split<plane_count>(min(tiled_rows, n - g), p.width, from + g * from_row, from_row,
+                               m.tiled.queries + g / tiled_rows * Layout::planes(p.width));
     const auto group_at = [&](int64_t turn, int64_t block, int64_t begin) {
       for (; block < block_end; ++block, begin = 0)
         for (; begin < n; begin += tiled_rows) {
@@ -86,18 +93,18 @@ struct TiledForward<S, float> {
         }
       return Group{};
     };
-    TileQueue queue;
+    TileQueue<plane_count> queue;
     const auto add_scores = [&](const Group& group) {
-      const float* const keys = m.tiled.keys + group.block * split_packed_size(attention_block, p.width);
-      queue.add(m.tiled.queries + group.begin / tiled_rows * tiled_planes(p.width), steps, steps,
-                keys + group.hull.begin / 16 * split_column(steps) / 4, steps, 0, group.hull.end - group.hull.begin,
+      const float* const keys = m.tiled.keys + group.block * Layout::packed_size(attention_block, p.width);
+      queue.add(m.tiled.queries + group.begin / tiled_rows * Layout::planes(p.width), steps, steps,
+                keys + group.hull.begin / 16 * Layout::column(steps) / 4, steps, 0, group.hull.end - group.hull.begin,
                 group.scores(m.tiled) + group.hull.begin, attention_block);
     };
     const auto sums = [&](const Group& group) { return m.tiled.sums + group.turn % 2 * tiled_rows * columns(p); };
     const auto add_values = [&](const Group& group) {
       constexpr int64_t depth = split_steps(attention_block);
       queue.add(group.weights(m.tiled), depth, (group.hull.end - group.hull.begin) / 32,
-                m.tiled.values + group.block * split_packed_size(columns(p), attention_block), depth, group.hull.begin / 32, columns(p),
+                m.tiled.values + group.block * Layout::packed_size(columns(p), attention_block), depth, group.hull.begin / 32, columns(p),
                 sums(group), columns(p));
     };
     const int64_t width = whole_vectors<T>(p.value_width);
@@ -154,7 +161,7 @@ struct TiledForward<S, float> {
 #pragma GCC unroll 4
     for (int v = 0; v < 2 * PAIRS; ++v) {
       const int64_t c = hull.begin + v * lanes<T>;
-      scores[v] = score<T, EXTRA, true>(row, c, load(products + c), slowed);
+      scores[v] = score<T, EXTRA, scaled>(row, c, load(products + c), slowed);
       top = max(scores[v], top);  // a NaN is passed over here and comes back with the weights
     }
     const int64_t at = group.block * attention_block;
@@ -178,7 +185,8 @@ struct TiledForward<S, float> {
     if (p.dropout)
       dropout_factors<T>(p.seed0, p.seed1, 0, dropout_row, at + hull.begin, hull.end - hull.begin, p.threshold, static_cast<T>(p.kept),
                          m.factors + hull.begin);
-    char* const planes = reinterpret_cast<char*>(group.weights(m.tiled)) + r / 16 * split_steps(attention_block) * split_step + r % 16 * 64;
+    char* const planes =
+        reinterpret_cast<char*>(group.weights(m.tiled)) + r / 16 * split_steps(attention_block) * Layout::step + r % 16 * 64;
 #pragma GCC unroll 2
     for (int pair = 0; pair < PAIRS; ++pair) {
       Vec<T> low = vexp_weight(scores[2 * pair] - level), high = vexp_weight(scores[2 * pair + 1] - level);
@@ -187,7 +195,7 @@ struct TiledForward<S, float> {
         const T* const factors = m.factors + hull.begin + 2 * pair * lanes<T>;
         low = low * load(factors), high = high * load(factors + lanes<T>);
       }
-      put_planes<false>(low, high, planes + pair * split_step);
+      put_planes<plane_count, false>(low, high, planes + pair * Layout::step);
     }
     store(total, sum);
   }

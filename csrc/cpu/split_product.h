@@ -288,6 +288,17 @@ S2S_INLINE void split_part(int part, const char* a, const char* c, const char* b
       S2S_FMA(3, 5, 7);
   }
 }
+// A whole step of factors that are one plane each: bfloat16 as they are.
+S2S_INLINE void plane_step(const char* a, const char* c, const char* b, const char* d) {
+  S2S_LOAD(4, a);
+  S2S_LOAD(6, b);
+  S2S_FMA(0, 4, 6);
+  S2S_LOAD(7, d);
+  S2S_FMA(1, 4, 7);
+  S2S_LOAD(5, c);
+  S2S_FMA(2, 5, 6);
+  S2S_FMA(3, 5, 7);
+}
 // Sums of the row tiles a and c by the columns from b on, `stride` apart.
 S2S_INLINE void split_two_by_two(int64_t steps, const char* a, const char* c, const char* b, int64_t stride, float* sums) {
   split_clear();

@@ -379,6 +379,35 @@ def test_empty(backend, batch, heads, time, source):
     assert all(grad.eq(0).all() for grad in grads)
 
 
+BLOCKS = {
+    "plain": lambda draw: {},
+    "causal": lambda draw: {"causal": True},
+    "window": lambda draw: {"window": (50, 20), "scale": 0.3},
+    "lengths": lambda draw: {"key_lengths": draw.tensor([300, 77]), "query_lengths": draw.tensor([31, 200])},
+    "mask": lambda draw: {"mask": draw.mask(1, 4, 200, 300, p=0.8)},
+    "bias": lambda draw: {"bias": draw(4, 200, 300)},
+    "float32 bias": lambda draw: {"bias": draw(200, 300, dtype=torch.float32)},
+    "capped, sloped, dropped": lambda draw: {
+        "softcap": 5.0, "alibi_slopes": draw(4).abs() * 0.1, "dropout_p": 0.2, "causal": "bottom-right",
+    },
+}  # fmt: skip
+
+
+@needs_extension
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("width, value_width", [(64, 64), (40, 72)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_16_bits_in_whole_blocks(dtype, width, value_width, name, spoilt):
+    """Where bfloat16 is multiplied as it is, if there is a tile unit; with something that isn't finite as well."""
+    draw = Draw(dtype)
+    tensors = draw(2, 4, 200, width), draw(2, 2, 300, width), draw(2, 2, 300, value_width)
+    if spoilt:
+        tensors[1][0, 0, 150, 3], tensors[2][1, 1, 70, 5] = INF, NAN
+    judged = compare(s2s.attention, (tensors, {**BLOCKS[name](draw), "enable_gqa": True}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
 @needs_extension
 def test_more_heads_than_a_grid_has_blocks():
     """Row 8."""

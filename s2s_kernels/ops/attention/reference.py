@@ -175,7 +175,9 @@ def _attention(
     scores = torch.where(visible, scores, hidden)
     lse = torch.where(alive, torch.logsumexp(scores, -1), -math.inf)
     weights = torch.where(visible, torch.softmax(scores, -1), 0)
+    # Before dropout: what isn't finite is seen, and spoils the row's gradient too, be its weight dropped or not.
+    taint = (weights * torch.where(visible, _taint(v)[:, :, None], 0)).sum(-1, keepdim=True)
     if keep is not None:
         weights = torch.where(keep, weights / (1 - dropout_p), 0) if dropout_p < 1 else weights * 0
-    out = weights @ _clean(v) + (weights * torch.where(visible, _taint(v)[:, :, None], 0)).sum(-1, keepdim=True)
+    out = weights @ _clean(v) + taint
     return torch.where(alive[..., None], out, 0).to(query.dtype).contiguous(), lse
