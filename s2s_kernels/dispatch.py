@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import checks
+
 try:
     from . import _C  # type: ignore[attr-defined]  # noqa: F401  (importing registers torch.ops.s2s)
 except ImportError as error:
@@ -162,9 +164,15 @@ def gap(operator: Operator, backend: str, device: torch.device, call: Any) -> st
 
 
 @functools.cache
+def _installed(package: str) -> tuple[int, int]:
+    major, minor = importlib.metadata.version(package).split(".")[:2]
+    return int(major), int(minor)
+
+
+@checks.traced_as_constant
 def triton_version() -> tuple[int, int]:
     """The installed one's, without importing it."""
-    return tuple(int(number) for number in importlib.metadata.version("triton").split(".")[:2])  # type: ignore[return-value]
+    return _installed("triton")
 
 
 def _not_on(device: torch.device) -> str | None:

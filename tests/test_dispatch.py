@@ -120,6 +120,14 @@ def test_onnx_gets_the_reference(dynamo):
     assert any(node.op_type == "Relu" for node in nodes)
 
 
+@pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
+def test_the_version_of_triton_is_a_constant_of_a_compilation():
+    def add(x):
+        return x + dispatch.triton_version()[0]
+
+    assert torch.compile(add, fullgraph=True, backend="eager")(torch.zeros(())) == dispatch.triton_version()[0] >= 3
+
+
 def test_triton_says_what_it_lacks(monkeypatch):
     operator, device = Operator("double", {"triton": lambda call: None}), torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "extension_missing", None)
