@@ -83,13 +83,10 @@ class TileQueue {
   int64_t count_ = 0, at_ = 0, parts_ = 0, done_ = 0;
 };
 
-// Two vectors of 16 numbers as a line of a factor, in which they take turns: element i of `low` stands before element i of `high`. Three
-// planes are cut off, not rounded, so that their sum is the number to the bit.
-S2S_INLINE __m512i in_turns(__m512 low, __m512 high) {
-  alignas(64) static const uint16_t beside[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_maskz_permutexvar_epi16(-1, _mm512_load_si512(beside), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
+// Two vectors of 16 numbers, in turns, as bfloat16.
+S2S_INLINE __m512i in_turns(__m512 low, __m512 high) { return split_beside((__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+// The same as a line of a factor: element i of `low` stands before element i of `high`. Three planes are cut off, not rounded, so that
+// their sum is the number to the bit.
 template <int PLANES, bool Right>
 S2S_INLINE void put_planes(__m512 low, __m512 high, char* to) {
   if constexpr (PLANES == 1) {

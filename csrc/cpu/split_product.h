@@ -81,16 +81,19 @@ S2S_INLINE void split_transpose(char* tile) {
   }
 }
 
+// The 16 words of either half, in turns.
+S2S_INLINE __m512i split_beside(__m512i halves) {
+  alignas(64) static const uint16_t beside[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_maskz_permutexvar_epi16(-1, _mm512_load_si512(beside), halves);
+}
+
 // A pair of rows of 16 columns, element by element beside each other, as a line of three tiles. A null row is 0.
 template <bool Right>
 S2S_INLINE uint32_t split_pair(const float* even, const float* odd, int64_t columns, char* to) {
-  alignas(64) static const uint16_t beside[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   uint32_t bad;
   const Planes planes = split(even ? split_load(even, columns) : (__m512){}, odd ? split_load(odd, columns) : (__m512){}, &bad);
-  for (int p = 0; p < 3; ++p)
-    _mm512_store_si512(to + (Right ? split_plane(p) : p * split_tile),
-                       _mm512_maskz_permutexvar_epi16(-1, _mm512_load_si512(beside), planes.plane[p]));
+  for (int p = 0; p < 3; ++p) _mm512_store_si512(to + (Right ? split_plane(p) : p * split_tile), split_beside(planes.plane[p]));
   return bad | bad >> 16;
 }
 
