@@ -116,6 +116,11 @@ def lengths(
     return value.to(device=reference.device, dtype=torch.int64)
 
 
+def are_read(lengths: Any) -> bool:
+    """Whether a kernel reads lengths as they are, and so checks them: int64, or none."""
+    return lengths is None or getattr(lengths, "dtype", None) is torch.int64
+
+
 def boolean(operator: str, name: str, value: Any, reference: torch.Tensor, reference_name: str) -> None:
     """TypeError unless `value` is a boolean tensor beside `reference` (None passes)."""
     if value is None:

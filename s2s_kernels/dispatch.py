@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,8 +100,10 @@ def _known(name: str, origin: str) -> str:
 _environment = os.environ.get("S2S_BACKEND") or None
 if _environment is not None:
     _known(_environment, "S2S_BACKEND")
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("s2s_kernels_backend", default=_environment)
-_explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("s2s_kernels_explaining", default=False)
+# The forced backend, and whether calls are explained instead of made: one variable, since small calls read it too.
+_asked: contextvars.ContextVar[tuple[str | None, bool]] = contextvars.ContextVar(
+    "s2s_kernels_asked", default=(_environment, False)
+)
 # torch.compile can't read a context variable; it reads this copy, which it guards on, so that forcing another backend
 # compiles anew.
 _forced_traced = _environment
@@ -123,12 +125,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is unknown.
     """
     global _forced_traced
-    token, before = _forced.set(_known(name, "use_backend")), _forced_traced
+    token, before = _asked.set((_known(name, "use_backend"), _asked.get()[1])), _forced_traced
     _forced_traced = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _asked.reset(token)
         _forced_traced = before
 
 
@@ -208,8 +210,8 @@ def choose(operator: Operator, device: torch.device, call: Any) -> str:
     if torch.compiler.is_compiling():
         forced = _forced_traced
     else:
-        forced = _forced.get()
-        if _explaining.get():
+        forced, explaining = _asked.get()
+        if explaining:
             raise _Explained(_explain(operator, device, call, forced))
     if forced is not None:
         reason = gap(operator, forced, device, call)
@@ -249,23 +251,51 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         ValueError: the function returns without calling an operator.
         NotImplementedError: a forced backend doesn't cover the call.
     """
-    token = _explaining.set(True)
+    token = _asked.set((_asked.get()[0], True))
     try:
         function(*args, **kwargs)
     except _Explained as found:
         return found.explanation
     finally:
-        _explaining.reset(token)
+        _asked.reset(token)
     raise ValueError(f"explain: function must call an operator of s2s_kernels, {function!r} called none")
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def at_rest(backend: str = "cpu") -> bool:
+    """Whether nothing surrounds a call: eager, no autocast, no transform, no other backend forced, nothing to be
+    explained or exported. A call on CPU tensors is then the cpu backend's wherever that covers it, and need not pay for
+    what it doesn't use: with cold caches each function of Python's that a call enters takes 3 us or more."""
+    return (
+        not torch.compiler.is_compiling()
+        and _asked.get() in ((None, False), (backend, False))
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and extension_missing is None
+    )
+
+
+def directly(kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
+    """What the cpu backend's kernel makes of a call that nobody has checked: it checks everything itself, at a fraction
+    of the cost. None where something surrounds the call, or the kernel refuses it: the checks in Python then say why."""
+    if not at_rest():
+        return None
+    try:
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_cpu:
+                return None
+        return kernel(tensors, options)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
 def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
-    """Whether a kernel serves a call on these tensors with nothing around it: eager, no gradient, no autocast, no
-    transform, no other backend forced, nothing to be explained or exported. A step then needn't pay for what it doesn't
-    use. The kernel is the cpu backend's, or triton's on CUDA tensors of one device if that has one (`triton`)."""
+    """Whether a kernel serves a call on these tensors with nothing around it (`at_rest`) and no gradient. The kernel is
+    the cpu backend's, or triton's on CUDA tensors of one device if that has one (`triton`)."""
     first = tensors[0]
     device = first.device if triton and first is not None and first.is_cuda else None
     for tensor in tensors:  # a generator would cost as much as the rest
@@ -273,17 +303,9 @@ def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
             type(tensor) not in _PLAIN or not (tensor.device == device if device else tensor.is_cpu)
         ):
             return False
-    kind, backend = ("cpu", "cpu") if device is None else ("cuda", "triton")
     return (
         not torch.is_grad_enabled()
-        and extension_missing is None
-        and not torch.compiler.is_compiling()
-        and _forced.get() in (None, backend)
-        and not _explaining.get()
-        and not torch.is_autocast_enabled(kind)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not _exporting_onnx()
+        and at_rest("cpu" if device is None else "triton")
         and (device is None or (triton_missing is None and _not_on(device) is None))
     )
 

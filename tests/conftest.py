@@ -15,6 +15,10 @@ hypothesis.settings.load_profile(os.environ.get("S2S_HYPOTHESIS", "suite"))
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
+# Fresh memory of the extension's, which reads this when it is loaded, holds NaN; that of torch's under deterministic
+# algorithms.
+os.environ.setdefault("S2S_FILL", "1")
+
 if not torch.cuda.is_available():  # triton reads it when it is imported, which nothing has done yet
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -20,9 +20,9 @@ served = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(d
 @pytest.fixture(autouse=True)
 def nothing_forced():
     """These tests say themselves what is forced, whatever S2S_BACKEND is."""
-    token = dispatch._forced.set(None)
+    token = dispatch._asked.set((None, False))
     yield
-    dispatch._forced.reset(token)
+    dispatch._asked.reset(token)
 
 
 def double(size, device=CPU):
@@ -86,12 +86,12 @@ def test_explain_gives_the_choice_and_every_reason():
 def test_explain_needs_an_operator():
     with pytest.raises(ValueError, match="called none"):
         explain(abs, -1)
-    assert not dispatch._explaining.get()
+    assert dispatch._asked.get() == (None, False)
 
 
 @pytest.mark.parametrize("value, expected", [("reference", "reference"), ("nonsense", "ValueError: S2S_BACKEND")])
 def test_the_environment_variable(value, expected):
-    program = "from s2s_kernels import dispatch as d, use_backend; print(d._forced.get())"
+    program = "from s2s_kernels import dispatch as d, use_backend; print(d._asked.get()[0])"
     run = subprocess.run(
         [sys.executable, "-c", program],
         check=False,

@@ -128,7 +128,8 @@ AttentionCall<S> checked_call(const char* op, const Arguments& a, std::vector<At
   check_rows(op, "query", a.query, scalar_type_of<S>, p.packed, p.batch, p.heads, p.time, p.width);
   check_rows(op, "key", a.key, scalar_type_of<S>, p.packed, p.batch, p.kv_heads, p.source, p.width);
   check_rows(op, "value", a.value, scalar_type_of<S>, p.packed, p.batch, p.kv_heads, p.source, p.value_width);
-  STD_TORCH_CHECK(p.width >= 1 && p.value_width >= 1, op, ": query and value must be at least 1 wide");
+  for (const int64_t width : {p.width, p.value_width})
+    STD_TORCH_CHECK(width >= 1 && width <= 1024, op, ": query and value must be 1 to 1024 wide, got ", width);
   STD_TORCH_CHECK(p.kv_heads ? p.heads % p.kv_heads == 0 : p.heads == 0, op, ": key must have a number of heads that divides ", p.heads,
                   ", got ", p.kv_heads);
   strides_of(a.query, p.packed, p.query_stride);

@@ -40,9 +40,6 @@ def differentiable(
         @staticmethod
         def forward(ctx, options, *tensors):
             outputs, saved = forward(tensors, options, True)
-            if torch.compiler.is_compiling():
-                # torch 2.11 loses the gradient of an output that is saved as well, not that of a view of it.
-                outputs = tuple(output if output is None else output.view_as(output) for output in outputs)
             ctx.options, ctx.count = options, len(tensors)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*tensors, *saved)
@@ -56,6 +53,15 @@ def differentiable(
             if torch.is_grad_enabled():  # only under create_graph: someone may differentiate this gradient
                 return None, *Backward.apply(ctx.options, needs, len(grads), saved, *grads, *tensors)
             return None, *backward(grads, tensors, saved, ctx.options, needs)
+
+    class Traced(Forward):
+        """Forward under torch.compile: torch 2.11 loses the gradient of an output that is saved as well, not that of a
+        view of it."""
+
+        @staticmethod
+        def forward(ctx, options, *tensors):
+            outputs = Forward.forward(ctx, options, *tensors)
+            return tuple(output if output is None else output.view_as(output) for output in outputs)
 
     class Backward(torch.autograd.Function):
         """The backward kernel as a step of its own; its derivative goes through the reference: right, never silently
@@ -104,12 +110,17 @@ def differentiable(
                 result = [next(second) if v is not None and v.requires_grad else None for v in values]
             return None, None, None, None, *result
 
-    Forward.__name__ = Forward.__qualname__ = f"{name}_forward"
+    Forward.__name__ = Forward.__qualname__ = Traced.__name__ = Traced.__qualname__ = f"{name}_forward"
     Backward.__name__ = Backward.__qualname__ = f"{name}_backward"
 
+    # What Function.apply does beside this is for torch.func, and takes a third of the time.
+    record = super(torch.autograd.Function, Forward).apply
+
     def function(tensors: Tensors, options: Options) -> Tensors:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return Forward.apply(options, *tensors)
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return Traced.apply(options, *tensors) if torch.compiler.is_compiling() else record(options, *tensors)
         return forward(tensors, options, False)[0]
 
     return function

@@ -18,7 +18,7 @@ INF, NAN = float("inf"), float("nan")
 @pytest.fixture
 def unforced(monkeypatch):
     """The choice is free, whatever the other tests of this module force."""
-    monkeypatch.setattr(dispatch, "_forced", contextvars.ContextVar("unforced", default=None))
+    monkeypatch.setattr(dispatch, "_asked", contextvars.ContextVar("unforced", default=(None, False)))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 

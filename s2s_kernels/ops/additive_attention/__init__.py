@@ -109,6 +109,11 @@ def additive_attention(
     Equivalent to: ``(torch.tanh(query[:, :, None] + key[:, None]) @ weight).softmax(-1) @ value``
     """
     name = "additive_attention"
+    if mask is None and type(dropout_p) in (int, float) and dropout_p == 0 and checks.are_read(key_lengths):
+        given = (query, key, value, weight, None, key_lengths, None, None, None)
+        made = dispatch.directly(autograd.kernel, given, (0.0, bool(return_weights)))
+        if made is not None:
+            return made if return_weights else made[0]
     checks.tensor(name, "query", query)
     table = outliers = None
     if isinstance(key, AdditiveKeys):
@@ -177,6 +182,10 @@ def attention_pool(
     Equivalent to: ``((x @ weight.mT + bias).tanh() @ context).softmax(1)[:, None] @ x``, without the middle dimension.
     """
     name = "attention_pool"
+    if checks.are_read(lengths):
+        made = dispatch.directly(autograd.pool_kernel, (x, weight, bias, context, lengths), (bool(return_weights),))
+        if made is not None:
+            return made if return_weights else made[0]
     for label, tensor in (("x", x), ("weight", weight), ("bias", bias), ("context", context)):
         checks.tensor(name, label, tensor)
     x, weight, bias, context = checks.autocast(x, weight, bias, context)  # type: ignore[assignment]

@@ -119,6 +119,10 @@ def attention(
     Equivalent to: ``softmax((query @ key.mT) * scale + bias, -1) @ value``
     """
     name = "attention"
+    given = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes)
+    results = _as_given(given, causal, window, dropout_p, scale, softcap, enable_gqa)
+    if results is not None:
+        return results if return_lse else results[0]
     checks.tensor(name, "query", query)
     query, key, value, bias, alibi_slopes = checks.autocast(query, key, value, bias, alibi_slopes)  # type: ignore[assignment]
     checks.data(name, "query", query, 4, "(B, H, T, D)")
@@ -145,6 +149,40 @@ def attention(
     tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes)
     out, lse = attend(tensors, (left, right, bottom_right, dropout_p, scale, softcap), return_lse)
     return (out, lse) if return_lse else out
+
+
+def _as_given(
+    tensors: tuple[Any, ...],
+    causal: Any,
+    window: Any,
+    dropout_p: Any,
+    scale: Any,
+    softcap: Any,
+    enable_gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The results where there is nothing random and nothing to convert, and `dispatch.directly` has any; else None."""
+    if (
+        window is not None
+        or (causal is not False and causal is not True and causal != "bottom-right")
+        or (scale is not None and type(scale) is not float)
+        or (softcap is not None and type(softcap) is not float)
+        or type(dropout_p) not in (int, float)
+        or dropout_p != 0
+    ):
+        return None
+    query, key, _, mask, bias, query_lengths, key_lengths, _ = tensors
+    try:
+        as_it_is = (
+            (enable_gqa or query.shape[1] == key.shape[1])
+            and (mask is None or mask.dim() == 4)
+            and (bias is None or bias.dim() == 4)
+            and checks.are_read(query_lengths)
+            and checks.are_read(key_lengths)
+        )
+    except (AttributeError, IndexError):
+        return None
+    options = (None, 0 if causal else None, causal == "bottom-right", 0, scale, softcap)
+    return dispatch.directly(autograd.kernel, (*tensors, None), options) if as_it_is else None
 
 
 def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:

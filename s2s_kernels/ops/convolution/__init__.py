@@ -76,6 +76,11 @@ def causal_conv1d(
     groups=groups)) + residual``
     """
     name = "causal_conv1d"
+    if causal is True and not return_state and type(dilation) is type(groups) is int and checks.are_read(lengths):
+        given = (x, weight, bias, residual, lengths, initial_state, None)
+        made = dispatch.directly(autograd.kernel, given, (dilation, groups, activation, True))
+        if made is not None:
+            return made[0]
     checks.tensor(name, "x", x)
     x, weight, bias, residual, initial_state = checks.autocast(x, weight, bias, residual, initial_state)  # type: ignore[assignment]
     checks.data(name, "x", x, 3, "(B, C_in, T)")
@@ -170,6 +175,11 @@ def conditioned_conv1d(
 ) -> torch.Tensor:
     """`causal_conv1d` with `condition` (B, C_out, T or 1) added before the activation."""
     name = "causal_conv1d"
+    if type(dilation) is int:
+        given = (x, weight, bias, None, None, None, condition)
+        made = dispatch.directly(autograd.kernel, given, (dilation, 1, activation, True))
+        if made is not None:
+            return made[0]
     checks.tensor(name, "x", x)
     x, weight, bias, condition = checks.autocast(x, weight, bias, condition)  # type: ignore[assignment]
     checks.data(name, "x", x, 3, "(B, C_in, T)")

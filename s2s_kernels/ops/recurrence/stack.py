@@ -57,12 +57,16 @@ def stack(
         output (B, T, D H_out), contiguous, and the states after the sequence, in the shape of those before it.
     """
     lstm = cell == "lstm"
+    zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if lstm else 0.0)
+    zoned = zoneout_h > 0 or zoneout_c > 0
+    random = training and (zoned or dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0)
+    whole = not random and weights[1].dim() == 2
+    options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
+    if whole and x.is_cpu and dispatch.at_rest():
+        output, *finals = kernel((x, states[0], states[1] if lstm else None, lengths, reset, *weights), options)
+        return output, tuple(finals[: len(states)])  # type: ignore[return-value]
     x, h0, c0, *weights = checks.autocast(x, states[0], states[1] if lstm else None, *weights)  # type: ignore[assignment]
     states = (h0, c0) if lstm else (h0,)
-    zoneout_h, zoneout_c = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout if lstm else 0.0)
-    dropped = dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0
-    zoned = zoneout_h > 0 or zoneout_c > 0
-    random = training and (dropped or zoned)
     tensors = (x, h0, c0, lengths, reset, *weights)
     cells = len(weights) // (2 + 2 * bias + projected + normed * (4 if lstm else 2))
     masked, weights_dropped = (training and p > 0 for p in (recurrent_dropout, weight_dropout))
@@ -75,11 +79,9 @@ def stack(
         directions,
     )  # fmt: skip
     backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
-    whole = not random and weights[1].dim() == 2
     if whole and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
-        options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
-        output, h_n, c_n = (kernel if backend == "cpu" else builtin.kernel)(tensors, options)
-        return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
+        output, *finals = (kernel if backend == "cpu" else builtin.kernel)(tensors, options)
+        return output, tuple(finals[: len(states)])  # type: ignore[return-value]
 
     parts = list(grouped(weights, bias, projected, normed, lstm))
     batch = (lengths if packed and lengths is not None else x).shape[0]
