@@ -281,7 +281,7 @@ def at_rest(backend: str = "cpu") -> bool:
 
 def directly(kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
     """What the cpu backend's kernel makes of a call that nobody has checked: it checks everything itself, at a fraction
-    of the cost. None where something surrounds the call, or the kernel refuses it: the checks in Python then say why."""
+    of the cost. None where something surrounds the call, or the kernel refuses it: the checks in Python say why."""
     if not at_rest():
         return None
     try:

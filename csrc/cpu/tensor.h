@@ -187,11 +187,12 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor result(handle);
-  if (fresh_is_filled && result.numel()) std::memset(result.mutable_data_ptr(), 255, static_cast<size_t>(result.numel()) * result.element_size());
+  if (fresh_is_filled && result.numel())
+    std::memset(result.mutable_data_ptr(), 255, static_cast<size_t>(result.numel()) * result.element_size());
   return result;
 }
 

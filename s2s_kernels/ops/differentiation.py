@@ -120,7 +120,9 @@ def differentiable(
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
-                    return Traced.apply(options, *tensors) if torch.compiler.is_compiling() else record(options, *tensors)
+                    return (
+                        Traced.apply(options, *tensors) if torch.compiler.is_compiling() else record(options, *tensors)
+                    )
         return forward(tensors, options, False)[0]
 
     return function

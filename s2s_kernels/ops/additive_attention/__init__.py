@@ -110,8 +110,8 @@ def additive_attention(
     """
     name = "additive_attention"
     if mask is None and type(dropout_p) in (int, float) and dropout_p == 0 and checks.are_read(key_lengths):
-        given = (query, key, value, weight, None, key_lengths, None, None, None)
-        made = dispatch.directly(autograd.kernel, given, (0.0, bool(return_weights)))
+        inputs = (query, key, value, weight, None, key_lengths, None, None, None)
+        made = dispatch.directly(autograd.kernel, inputs, (0.0, bool(return_weights)))
         if made is not None:
             return made if return_weights else made[0]
     checks.tensor(name, "query", query)

@@ -63,8 +63,8 @@ def stack(
     whole = not random and weights[1].dim() == 2
     options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
     if whole and x.is_cpu and dispatch.at_rest():
-        output, *finals = kernel((x, states[0], states[1] if lstm else None, lengths, reset, *weights), options)
-        return output, tuple(finals[: len(states)])  # type: ignore[return-value]
+        output, h_n, c_n = kernel((x, states[0], states[1] if lstm else None, lengths, reset, *weights), options)
+        return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
     x, h0, c0, *weights = checks.autocast(x, states[0], states[1] if lstm else None, *weights)  # type: ignore[assignment]
     states = (h0, c0) if lstm else (h0,)
     tensors = (x, h0, c0, lengths, reset, *weights)
@@ -80,8 +80,8 @@ def stack(
     )  # fmt: skip
     backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
     if whole and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
-        output, *finals = (kernel if backend == "cpu" else builtin.kernel)(tensors, options)
-        return output, tuple(finals[: len(states)])  # type: ignore[return-value]
+        output, h_n, c_n = (kernel if backend == "cpu" else builtin.kernel)(tensors, options)
+        return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
 
     parts = list(grouped(weights, bias, projected, normed, lstm))
     batch = (lengths if packed and lengths is not None else x).shape[0]
