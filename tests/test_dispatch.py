@@ -149,3 +149,50 @@ def test_triton_says_what_it_lacks(monkeypatch):
         monkeypatch.setattr(dispatch, "triton_version", lambda version=version: version)
         reason = dispatch.gap(operator, "triton", device, 4)
         assert ("triton 3.8" in reason and "cuda:0 has 10.0" in reason) if lacks else reason is None
+
+
+@served
+def test_what_surrounds_a_call_keeps_it_from_the_kernel_alone():
+    x = torch.ones(3)
+    seen = []
+
+    def look(x, *_):
+        seen.append(dispatch.at_rest())
+        return x
+
+    assert dispatch.at_rest() and dispatch.directly(lambda tensors, _: tensors[0], (x, None), ()) is x
+    with use_backend("cpu"):
+        assert dispatch.at_rest() and not dispatch.at_rest("triton")
+    with use_backend("reference"):
+        look(x)
+    with torch.autocast("cpu"):
+        look(x)
+    with torch.autograd.forward_ad.dual_level():
+        look(x)
+    torch.vmap(look)(x)
+    torch.jit.trace(look, (x,), check_trace=False)
+    with pytest.raises(ValueError, match="called none"):
+        explain(look, x)
+    torch.compile(look, fullgraph=True, backend="eager")(x)
+    assert seen == [False] * 7
+    assert dispatch.directly(lambda tensors, _: tensors[0], (x.to("meta"),), ()) is None
+
+
+def test_what_a_kernel_refuses_is_left_to_the_checks():
+    def refuses(tensors, options):
+        raise RuntimeError("no")
+
+    assert dispatch.directly(refuses, (torch.ones(3),), ()) is None
+    assert dispatch.directly(refuses, ("no tensor",), ()) is None
+
+
+@served
+def test_fresh_memory_of_the_extension_holds_nan():
+    """Of the gates that are kept for backward, those past a length are nobody's: they show what fresh memory holds."""
+    weights = [torch.ones(shape) for shape in ((8, 3), (8, 2), (8,), (8,))]
+    options = (0, 1, True, False, False, 0.0, 0.0, False, False, 1)
+    kept = torch.ops.s2s.recurrence_stack_forward(
+        torch.ones(1, 3, 3), weights, None, None, torch.tensor([1]), None, *options
+    )
+    gates = kept[3]
+    assert gates.isnan().tolist() == [[[False] * 8, [True] * 8, [True] * 8]]
