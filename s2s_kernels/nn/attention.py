@@ -112,7 +112,7 @@ class MultiheadAttention(Layer):
             out (as query) and the weights, (B, T, S) or (B, H, T, S), without B of a single sequence; None unless
             need_weights. Beside a cache S is the cache's.
         """
-        whole = cache is None and lengths is None
+        whole, more_keys = cache is None and lengths is None, self._more_keys
         if whole and isinstance(query, torch.Tensor) and query.is_nested and query is key and key is value:
             return self._forward_nested(query, key_padding_mask, need_weights, attn_mask, average_attn_weights)
         if isinstance(key, AttentionKeys):
@@ -136,9 +136,8 @@ class MultiheadAttention(Layer):
                 key = query if self_attention else key[None]
                 value = key if same else value[None]
                 key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-            # (B, H, T or S, D)
-            q, k, v = (self._heads(x, batch_second) for x in self._project(query, key, value))
-            if cache is None:
+            q, k, v = self._project(query, key, value, batch_second)
+            if cache is None and more_keys:
                 k, v = self._with_more_keys(k, v)
         mask = bias = None
         if cache is not None:
@@ -149,8 +148,9 @@ class MultiheadAttention(Layer):
         else:
             causal = is_causal and key_padding_mask is None and not need_weights
             attn_mask = None if causal else attn_mask
-            mask, bias = _restrictions(attn_mask, key_padding_mask, q.shape[0], self.num_heads)
-            mask, bias = _seen_by_all(mask, bias, self._more_keys)
+            if attn_mask is not None or key_padding_mask is not None:
+                mask, bias = _restrictions(attn_mask, key_padding_mask, q.shape[0], self.num_heads)
+                mask, bias = _seen_by_all(mask, bias, more_keys)
             options = {"mask": mask, "bias": bias, "causal": causal}
         options["dropout_p"] = self.dropout if self.training else 0.0
         weights = None
@@ -162,7 +162,8 @@ class MultiheadAttention(Layer):
             out = attention(q, k, v, **options)
         # (B, H, T, D) to the layout of query
         joined = out.permute(2, 0, 1, 3) if batch_second else out.transpose(1, 2)
-        result = F.linear(joined.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        last = self.out_proj
+        result = F.linear(joined.flatten(2), last.weight, last.bias)
         if not batched:
             result, weights = result[0], None if weights is None else weights[0]
         return result, weights
@@ -273,6 +274,8 @@ class MultiheadAttention(Layer):
     ) -> bool:
         """Whether the input has a batch dimension."""
         _check_rows("query", query, self.embed_dim)
+        if query is key and key is value and key_padding_mask is attn_mask is None and self._qkv_same_embed_dim:
+            return query.dim() == 3
         batched = self._check_keys(key, value, key_padding_mask)
         of_batch, of_time = (0, 1) if self.batch_first and batched else (1, 0)
         self._check_queries(query, batched, key.shape[of_batch] if batched else 1, key.shape[of_time], attn_mask)
@@ -321,13 +324,21 @@ class MultiheadAttention(Layer):
             refuse("key", f"of query's positions {tuple(query.shape[:-1])} beside a cache", tuple(key.shape[:-1]))
 
     def _project(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, in one product where they come from the same tensor."""
-        if self._qkv_same_embed_dim and query is key and key is value:
-            assert self.in_proj_weight is not None
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self.embed_dim, -1)  # type: ignore[return-value]
-        return self._project_query(query), *self._project_keys(key, value)
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch_second: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries (B, H, T, D), keys and values (B, H, S, D): in one product what comes from the same tensor."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is None or key is not value:
+            q = self._heads(self._project_query(query), batch_second)
+            return q, *(self._heads(x, batch_second) for x in self._project_keys(key, value))
+        if query is key:
+            return self._heads(F.linear(query, weight, bias), batch_second, 3).unbind()
+        # Split, the parameters get their derivatives in one pass; each slice's would be as large as the whole.
+        sizes = (self.embed_dim, 2 * self.embed_dim)
+        of_query, of_keys = weight.split(sizes)
+        with_query, with_keys = (None, None) if bias is None else bias.split(sizes)
+        q = self._heads(F.linear(query, of_query, with_query), batch_second)
+        return q, *self._heads(F.linear(key, of_keys, with_keys), batch_second, 2).unbind()
 
     def _project_query(self, query: torch.Tensor) -> torch.Tensor:
         weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
@@ -359,8 +370,11 @@ class MultiheadAttention(Layer):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v
 
-    def _heads(self, x: torch.Tensor, batch_second: bool) -> torch.Tensor:
-        """(B, T, E), or (T, B, E), seen as (B, H, T, D)."""
+    def _heads(self, x: torch.Tensor, batch_second: bool, several: int = 1) -> torch.Tensor:
+        """(B, T, E), or (T, B, E), seen as (B, H, T, D); where the last dimension holds several, they come first."""
+        if several > 1:
+            heads = x.unflatten(-1, (several, self.num_heads, self.head_dim))
+            return heads.permute(2, 1, 3, 0, 4) if batch_second else heads.permute(2, 0, 3, 1, 4)
         heads = x.unflatten(-1, (self.num_heads, self.head_dim))
         return heads.permute(1, 2, 0, 3) if batch_second else heads.transpose(1, 2)
 
