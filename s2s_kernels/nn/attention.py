@@ -12,6 +12,8 @@ from ..ops.attention import attention
 from .layer import Layer
 from .state import AttentionKeys, KVCache
 
+Projection = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
+
 
 class MultiheadAttention(Layer):
     """`torch.nn.MultiheadAttention` (Vaswani et al. 2017, section 3.2.2): same constructor, forward, parameters and
@@ -126,7 +128,8 @@ class MultiheadAttention(Layer):
             checks.wrong_value("MultiheadAttention", "attn_mask", "given beside is_causal", None)
         batch_second = batched and not self.batch_first
         if isinstance(key, AttentionKeys):
-            q = self._heads(self._project_query(query if batched else query[None]), batch_second)
+            of_query, *_ = self._projections(True)
+            (q,) = self._heads(F.linear(query if batched else query[None], *of_query), batch_second)
             k, v = key.key, key.value
         else:
             assert value is not None
@@ -162,8 +165,7 @@ class MultiheadAttention(Layer):
             out = attention(q, k, v, **options)
         # (B, H, T, D) to the layout of query
         joined = out.permute(2, 0, 1, 3) if batch_second else out.transpose(1, 2)
-        last = self.out_proj
-        result = F.linear(joined.flatten(2), last.weight, last.bias)
+        result = F.linear(joined.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             result, weights = result[0], None if weights is None else weights[0]
         return result, weights
@@ -190,7 +192,8 @@ class MultiheadAttention(Layer):
             key, value = key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         batch_second = batched and not self.batch_first
-        k, v = (self._heads(x, batch_second) for x in self._project_keys(key, value))
+        _, *projections = self._projections(key is value)
+        k, v = self._project_keys(key, value, projections, batch_second)
         return AttentionKeys(*self._with_more_keys(k, v), key_padding_mask, batched)
 
     def _forward_nested(
@@ -327,36 +330,32 @@ class MultiheadAttention(Layer):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch_second: bool
     ) -> tuple[torch.Tensor, ...]:
         """Queries (B, H, T, D), keys and values (B, H, S, D): in one product what comes from the same tensor."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if weight is None or key is not value:
-            q = self._heads(self._project_query(query), batch_second)
-            return q, *(self._heads(x, batch_second) for x in self._project_keys(key, value))
-        if query is key:
-            return self._heads(F.linear(query, weight, bias), batch_second, 3).unbind()
-        # Split, the parameters get their derivatives in one pass; each slice's would be as large as the whole.
-        sizes = (self.embed_dim, 2 * self.embed_dim)
-        of_query, of_keys = weight.split(sizes)
-        with_query, with_keys = (None, None) if bias is None else bias.split(sizes)
-        q = self._heads(F.linear(query, of_query, with_query), batch_second)
-        return q, *self._heads(F.linear(key, of_keys, with_keys), batch_second, 2).unbind()
+        if self.in_proj_weight is not None and query is key and key is value:
+            return self._heads(F.linear(query, self.in_proj_weight, self.in_proj_bias), batch_second, 3)
+        of_query, *of_keys = self._projections(key is value)
+        return (
+            *self._heads(F.linear(query, *of_query), batch_second),
+            *self._project_keys(key, value, of_keys, batch_second),
+        )
 
-    def _project_query(self, query: torch.Tensor) -> torch.Tensor:
-        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
-        assert weight is not None
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
-        return F.linear(query, weight[: self.embed_dim], bias)
+    def _project_keys(
+        self, key: torch.Tensor, value: torch.Tensor, projections: list[Projection], batch_second: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values (B, H, S, D) by their one or two projections."""
+        if len(projections) == 1:
+            return self._heads(F.linear(key, *projections[0]), batch_second, 2)
+        pairs = zip((key, value), projections, strict=True)
+        return tuple(heads for x, of in pairs for heads in self._heads(F.linear(x, *of), batch_second))
 
-    def _project_keys(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        width = self.embed_dim
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[width:]
-        weights = (self.k_proj_weight, self.v_proj_weight)
-        if self._qkv_same_embed_dim:
-            assert self.in_proj_weight is not None
-            if key is value:
-                return F.linear(key, self.in_proj_weight[width:], bias).split(width, -1)  # type: ignore[return-value]
-            weights = (self.in_proj_weight[width : 2 * width], self.in_proj_weight[2 * width :])
-        of_key, of_value = (None, None) if bias is None else (bias[:width], bias[width:])
-        return F.linear(key, weights[0], of_key), F.linear(value, weights[1], of_value)
+    def _projections(self, together: bool) -> list[Projection]:
+        """Weight and bias of queries, keys and values; the last two in one if they are wanted together and lie so.
+        Split, the parameters get their derivative in one pass; each slice's would be as large as the whole."""
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        sizes = [width, 2 * width] if together and weight is not None else [width] * 3
+        weights = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.split(sizes)
+        )
+        return list(zip(weights, (None,) * len(sizes) if bias is None else bias.split(sizes), strict=True))
 
     @property
     def _more_keys(self) -> int:
@@ -370,13 +369,13 @@ class MultiheadAttention(Layer):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v
 
-    def _heads(self, x: torch.Tensor, batch_second: bool, several: int = 1) -> torch.Tensor:
-        """(B, T, E), or (T, B, E), seen as (B, H, T, D); where the last dimension holds several, they come first."""
-        if several > 1:
-            heads = x.unflatten(-1, (several, self.num_heads, self.head_dim))
-            return heads.permute(2, 1, 3, 0, 4) if batch_second else heads.permute(2, 0, 3, 1, 4)
-        heads = x.unflatten(-1, (self.num_heads, self.head_dim))
-        return heads.permute(1, 2, 0, 3) if batch_second else heads.transpose(1, 2)
+    def _heads(self, x: torch.Tensor, batch_second: bool, several: int = 1) -> tuple[torch.Tensor, ...]:
+        """(B, T, n E), or (T, B, n E), seen as n tensors (B, H, T, D)."""
+        if several == 1:  # without unbind, whose derivative is a copy
+            heads = x.unflatten(-1, (self.num_heads, self.head_dim))
+            return (heads.permute(1, 2, 0, 3) if batch_second else heads.transpose(1, 2),)
+        heads = x.unflatten(-1, (several, self.num_heads, self.head_dim))
+        return (heads.permute(2, 1, 3, 0, 4) if batch_second else heads.permute(2, 0, 3, 1, 4)).unbind()
 
     def _repeated(self, bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A learned key or value (1, 1, E) as (B, H, 1, D)."""

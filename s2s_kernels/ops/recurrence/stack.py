@@ -1,6 +1,6 @@
 """All layers and directions of a recurrent network: what `s2s_kernels.nn`'s layers run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,10 @@ def stack(
     random = training and (zoned or dropout > 0 or recurrent_dropout > 0 or weight_dropout > 0)
     whole = not random and weights[1].dim() == 2
     options = (cell, directions, bias, projected, normed, zoneout_h, zoneout_c, time_first, packed)
+    h0, c0 = states if lstm else (states[0], None)
     if whole and x.is_cpu and dispatch.at_rest():
-        output, h_n, c_n = kernel((x, states[0], states[1] if lstm else None, lengths, reset, *weights), options)
-        return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
-    x, h0, c0, *weights = checks.autocast(x, states[0], states[1] if lstm else None, *weights)  # type: ignore[assignment]
+        return _at_once(kernel, (x, h0, c0, lengths, reset, *weights), options)
+    x, h0, c0, *weights = checks.autocast(x, h0, c0, *weights)  # type: ignore[assignment]
     states = (h0, c0) if lstm else (h0,)
     tensors = (x, h0, c0, lengths, reset, *weights)
     cells = len(weights) // (2 + 2 * bias + projected + normed * (4 if lstm else 2))
@@ -80,8 +80,7 @@ def stack(
     )  # fmt: skip
     backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
     if whole and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
-        output, h_n, c_n = (kernel if backend == "cpu" else builtin.kernel)(tensors, options)
-        return output, (h_n, c_n) if lstm else (h_n,)  # type: ignore[return-value]
+        return _at_once(kernel if backend == "cpu" else builtin.kernel, tensors, options)
 
     parts = list(grouped(weights, bias, projected, normed, lstm))
     batch = (lengths if packed and lengths is not None else x).shape[0]
@@ -114,6 +113,15 @@ def stack(
     beside = tensors if backend in ("triton", "cuda") and _has_streams(x) else None
     output, finals = through(x, len(parts), directions, time_first, one, dropout if training else 0.0, beside)
     return output, tuple(stacked(final) for final in finals[: len(states)])
+
+
+def _at_once(
+    kernel: Callable[[Tensors, Options], Tensors], tensors: Tensors, options: Options
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """All layers by one call of a kernel."""
+    output, h_n, c_n = kernel(tensors, options)
+    assert output is not None and h_n is not None
+    return output, (h_n,) if c_n is None else (h_n, c_n)
 
 
 def _has_streams(x: torch.Tensor) -> bool:
