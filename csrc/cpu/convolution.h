@@ -105,8 +105,13 @@ inline int64_t tile_width(int64_t channels) {
 }
 
 // Where the inputs of a tile exceed the first-level cache, many outputs pass over them in stages, of as many lines (channels of a tap) as
-// it holds beside the weights: the sums wait in memory meanwhile, which takes nothing from their bits.
-inline constexpr int64_t stage_bytes = 32 << 10, stage_blocks = 8, piece_size = 48;  // of a Piece, in bytes
+// it holds beside the weights: the sums wait in memory meanwhile.
+inline constexpr int64_t stage_bytes = 32 << 10, stage_blocks = 8, stage_width = 64, piece_size = 48;  // of a Piece, in bytes
+
+// Terms that are summed one upon the other: rounding grows with their number, and hardly with that of such chains. A stage is of whole
+// chains, wherever it is no wider than stage_width.
+inline constexpr int64_t chain_terms = 64;
+static_assert(stage_bytes >= chain_terms * stage_width * 8);
 
 template <class C>
 constexpr int64_t stage_rows(int64_t width) {

@@ -105,11 +105,13 @@ class Tiles {
     p_.stream = p.batch * p.outputs * length * static_cast<int64_t>(sizeof(Out)) > beyond_caches;
     width_ = std::min(tile_width(channels), (length + 63) / 64 * 64);
     each_ = length > 0 ? (length + width_ - 1) / width_ : 0;
+    const int64_t outputs = p.outputs / p.groups;
+    const bool staged = needs_stages<C>(p.taps * channels, width_, outputs, p.rows);
+    if (staged) width_ = std::min(width_, stage_width);
     row_bytes_ = Workspace::bytes<C>(p.taps * std::max<int64_t>(channels, 1) * (width_ + 16));
     // Lines of a block of outputs, or of all where they wait between stages; as many pieces as a tile's taps and channels are cut into.
-    const int64_t outputs = p.outputs / p.groups, lines = needs_stages<C>(p.taps * channels, width_, outputs, p.rows) ? outputs : 6;
-    u_bytes_ = Workspace::bytes<C>(lines * (width_ + 16));
-    piece_bytes_ = Workspace::bytes<uint8_t>(p.taps * (1 + channels / stage_rows<C>(64)) * piece_size);
+    u_bytes_ = Workspace::bytes<C>((staged ? outputs : 6) * (width_ + 16));
+    piece_bytes_ = Workspace::bytes<uint8_t>(p.taps * (2 + channels / chain_terms) * piece_size);
   }
   int64_t each() const { return each_; }  // tiles of a group of a row
   int64_t work() const { return std::max<int64_t>(1, width_ * (p_.outputs / p_.groups) * (p_.channels / p_.groups) * p_.taps); }

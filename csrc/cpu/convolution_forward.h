@@ -1,6 +1,7 @@
 // Direct convolution: registers hold a block of outputs by a stretch of time, weights are broadcast, inputs are loaded where they lie,
-// shifted by their tap. One accumulation chain per output: bias, taps oldest first, channels ascending. Nothing else touches a chain: a
-// position that is absent for a tap is blended out, so that neither tiling nor threads nor chunks show in the bits.
+// shifted by their tap. The rule of order: terms are taken taps oldest first, channels ascending, in chains of chain_terms, the first of
+// which starts from the bias; what chains come to is added up in their order. Nothing else touches a chain: a position that is absent for a
+// tap is blended out, so that neither tiling nor threads nor chunks show in the bits.
 
 // Some channels of one tap of a tile: lane i of channel c reads x[c * stride + i]; only lanes in [from, to) are present. `row` is that of
 // its first weights: channels of earlier taps and of earlier pieces of this one.
@@ -57,15 +58,27 @@ S2S_INLINE Vec<C> fma_where(Present<C> present, Vec<C> a, Vec<C> b, Vec<C> c) {
 #endif
 }
 
-// u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R), or null: from what u
-// holds.
+// u[r * u_stride + lane] for R outputs and V vectors of lanes from `at`; weights [k][c][R] of the block, start (R), or null: the chains are
+// added to what u holds.
 template <int R, int V, class C>
 void accumulate(const Piece<C>* pieces, int64_t first, int64_t last, const C* weights, const C* start, int64_t at, C* u, int64_t u_stride) {
   Vec<C> sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[r][v] = start ? broadcast(start[r]) : load(u + r * u_stride + at + v * lanes<C>);
+    for (int v = 0; v < V; ++v) sum[r][v] = start ? broadcast(start[r]) : Vec<C>{};
+  bool add_to = !start;
+  const auto end_chain = S2S_LAMBDA() {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        C* const to = u + r * u_stride + at + v * lanes<C>;
+        store(to, add_to ? load(to) + sum[r][v] : sum[r][v]);
+        sum[r][v] = Vec<C>{};
+      }
+    add_to = true;
+  };
   const auto add_piece = S2S_LAMBDA(const Piece<C>& piece, const auto& take, const auto& add) {
     const C *w = weights + piece.row * R, *x = piece.x + at;
     const int64_t stride = piece.stride, channels = piece.channels;
@@ -81,7 +94,12 @@ void accumulate(const Piece<C>* pieces, int64_t first, int64_t last, const C* we
       }
     }
   };
+  int64_t chain = start ? 0 : pieces[first].row / chain_terms;
   for (const Piece<C>* piece = pieces + first; piece < pieces + last; ++piece) {
+    if (piece->row / chain_terms != chain) {
+      end_chain();
+      chain = piece->row / chain_terms;
+    }
     const int64_t from = piece->from - at, to = piece->to - at;
     if (from <= 0 && to >= V * lanes<C>) {
       add_piece(
@@ -95,10 +113,7 @@ void accumulate(const Piece<C>* pieces, int64_t first, int64_t last, const C* we
           S2S_LAMBDA(int v, Vec<C> a, Vec<C> b, Vec<C> c) { return fma_where<C>(present[v], a, b, c); });
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(u + r * u_stride + at + v * lanes<C>, sum[r][v]);
+  end_chain();
 }
 
 template <int R, int V, class C>
@@ -280,7 +295,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
   const bool staged = big && !(near && channels * shared_width * int64_t{sizeof(C)} <= stage_bytes + (4 << 10));
   // Channels whose rows lie a large power of two apart crowd into few of the first-level cache's sets (of 64, 12 lines each), more so where
   // taps read across lines: copies serve several blocks of outputs.
-  const int64_t most = stage_rows<C>(padded), at_once = staged ? min(most, p.taps * channels) : channels;
+  const int64_t most = stage_rows<C>(padded) / chain_terms * chain_terms, at_once = staged ? min(most, p.taps * channels) : channels;
   const int64_t stride = p.in.channel * int64_t{sizeof(In)}, lines = padded * int64_t{sizeof(In)} / 64 + 1;
   const int64_t sets = min<int64_t>(64, 4096 / max<int64_t>(64, min<int64_t>(4096, stride & -stride)) * lines);
   const bool crowded = at_once * lines > 12 * sets && (staged || channels <= 128) &&
@@ -294,13 +309,13 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
     const int64_t from = max<int64_t>(0, min(shared_width, low - earliest)), to = max(from, min(shared_width, high - earliest));
     gather_positions(p, b, channel, channels, earliest, from, to, shared_width, rows);
   }
-  const int64_t parts = staged ? (channels + most - 1) / most : 1, part = (channels + parts - 1) / parts;
   int64_t count = 0;
   for (int64_t k = 0; k < p.taps && kept; ++k)
-    for (int64_t c = 0; c < channels; c += part) {
-      const int64_t at = t0 + p.origin + k * p.dilation;
+    for (int64_t c = 0, here; c < channels; c += here) {
+      const int64_t at = t0 + p.origin + k * p.dilation, row = k * channels + c;
+      here = min(channels - c, chain_terms - row % chain_terms);
       Piece<C>& piece = pieces[count++];
-      piece.x = nullptr, piece.stride = padded, piece.row = k * channels + c, piece.channels = min(part, channels - c);
+      piece.x = nullptr, piece.stride = padded, piece.row = row, piece.channels = here;
       piece.from = max<int64_t>(0, min(padded, low - at));
       piece.to = max(piece.from, min(padded, high - at));
       if (shared) {
@@ -323,9 +338,9 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
   int64_t asked = 0, first = 0, last = 0;
   do {  // a stage: as many pieces as the first-level cache holds; all blocks of outputs pass over it
     C* own = rows;
-    for (int64_t held = 0; last < count && (last == first || !staged || held + pieces[last].channels <= most); ++last) {
+    for (const int64_t begin = first < count ? pieces[first].row : 0; last < count; ++last) {
       Piece<C>& piece = pieces[last];
-      held += piece.channels;
+      if (staged && piece.row % chain_terms == 0 && piece.row - begin >= most) break;
       if (piece.x) continue;
       if (piece.from < piece.to)
         gather_positions(p, b, channel + piece.row % channels, piece.channels, t0 + p.origin + piece.row / channels * p.dilation,
@@ -349,7 +364,7 @@ void convolution_tile(const Convolution<In, Out>& p, int64_t b, int64_t group, i
       int64_t to_stride = padded;
       if constexpr (std::is_same_v<Out, C>)  // what is accumulated is the result
         if (plain) to = p.out.data + b * p.out.batch + output[0] * p.out.channel + t0 - p.begin, to_stride = p.out.channel;
-      if (rows_here == 1 && channels == 1)
+      if (rows_here == 1 && channels == 1 && p.taps <= chain_terms)
         accumulate_depthwise(pieces, p.taps, weights, start, padded, to, plain && p.stream);
       else
         accumulate_block(rows_here, pieces + first, last - first, weights, first ? nullptr : start, padded, to, to_stride);

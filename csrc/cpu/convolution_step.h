@@ -1,7 +1,29 @@
-// One position: lanes hold outputs, so that each chain (bias, taps oldest first, channels ascending) is the one of the whole form. The
-// weights lie with their reduction contiguous; a panel of rows is turned over in registers on its way, then serves every row of the batch.
+// One position: lanes hold outputs, so that each sum is the one of the whole form, by its rule of order. The weights lie with their
+// reduction contiguous; a panel of rows is turned over in registers on its way, then serves every row of the batch.
 
 static constexpr int64_t panel_vectors = 4;
+
+// V vectors of sums, each of chains.
+template <class C, int V>
+struct ChainSum {
+  Vec<C> chain[V], total[V];
+  int64_t left = chain_terms;  // terms that the chain still takes
+  bool several = false;
+
+  // Before a term.
+  inline __attribute__((always_inline)) void make_room() {
+    if (left) return;
+    end_chain();
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) chain[v] = Vec<C>{};
+    left = chain_terms, several = true;
+  }
+  // The sums, in `total`.
+  inline __attribute__((always_inline)) void end_chain() {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) total[v] = several ? total[v] + chain[v] : chain[v];
+  }
+};
 
 #if defined(__x86_64__)
 // v[i] lane l = the element `column + i` of row l, rows `stride` apart: sixteen bytes of each of the rows i, i + 4, ... at a time, so that
@@ -70,7 +92,13 @@ static void step_once(const ConvolutionStep<float>& p, const float* weight, int6
   constexpr int64_t n = lanes<float>, block = K == 3 ? 3 : 1;
   const int64_t taps = K ? K : p.taps, columns = channels * taps, ahead_step = (ahead_lines * 4 + columns - 1) / columns;
   const float* x = p.tap[0] + channel;
-  Vec<float> sum = p.bias ? load(p.bias + output) : Vec<float>{};
+  ChainSum<float, 1> sum;
+  sum.chain[0] = p.bias ? load(p.bias + output) : Vec<float>{};
+  const auto add = S2S_LAMBDA(Vec<float> w, float in) {
+    sum.make_room();
+    sum.chain[0] = fma(w, broadcast(in), sum.chain[0]);
+    --sum.left;
+  };
   int64_t c = 0, k = 0;
   for (int64_t column = 0; column < columns; column += 4 * block) {
 #pragma GCC unroll 3
@@ -82,7 +110,7 @@ static void step_once(const ConvolutionStep<float>& p, const float* weight, int6
       for (int i = 0; i < 4; ++i) {
         const int64_t place = part * 4 + i, tap = K ? place % taps : k, at = K ? c + place / taps : c;
         if (tap == 0)
-          sum = fma(v[i], broadcast(x[at]), sum);
+          add(v[i], x[at]);
         else
           store(later + ((tap - 1) * channels + at) * n, v[i]);
         if (!K && ++k == taps) k = 0, ++c;
@@ -92,9 +120,10 @@ static void step_once(const ConvolutionStep<float>& p, const float* weight, int6
   }
   for (k = 1; k < taps; ++k) {
     x = p.tap[k] + channel;
-    for (c = 0; c < channels; ++c, later += n) sum = fma(load(later), broadcast(x[c]), sum);
+    for (c = 0; c < channels; ++c, later += n) add(load(later), x[c]);
   }
-  store(p.u + output, sum);
+  sum.end_chain();
+  store(p.u + output, sum.total[0]);
 }
 
 // Vectors of outputs from `first` on, as many as are whole; returns how many outputs they are.
@@ -120,23 +149,28 @@ S2S_INLINE int64_t step_once_rows(const ConvolutionStep<float>& p, int64_t group
 }
 #endif
 
-// The chains of V vectors of outputs for one row of the batch; the weights of a column lie `width` after those of the one before. What is
-// linearly ahead in memory is asked for, where `Ahead`.
+// V vectors of outputs for one row of the batch, of which `sum` holds the bias; the weights of a column lie `width` after those of the one
+// before. What is linearly ahead in memory is asked for, where `Ahead`.
 template <int V, bool Ahead, class S, class W>
 S2S_INLINE void multiply_panel(const ConvolutionStep<S>& p, int64_t row, int64_t channel, int64_t channels, const W* w, int64_t width,
-                               Vec<compute_t<S>> (&sum)[V]) {
+                               ChainSum<compute_t<S>, V>& sum) {
   using C = compute_t<S>;
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(W)), distance = 32 * line;
   for (int64_t k = 0; k < p.taps; ++k) {
     const S* x = p.tap[k] + row * p.tap_batch[k] + channel;
-    for (int64_t c = 0; c < channels; ++c, w += width) {
-      if constexpr (Ahead)
-        for (int64_t i = 0; i < V * lanes<C>; i += line) __builtin_prefetch(w + distance + i, 0, 3);
-      const Vec<C> in = broadcast(to_compute(x[c]));
+    for (int64_t c = 0; c < channels;) {
+      sum.make_room();
+      const int64_t until = min(channels, c + sum.left);
+      for (sum.left -= until - c; c < until; ++c, w += width) {
+        if constexpr (Ahead)
+          for (int64_t i = 0; i < V * lanes<C>; i += line) __builtin_prefetch(w + distance + i, 0, 3);
+        const Vec<C> in = broadcast(to_compute(x[c]));
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[v] = fma(load(w + v * lanes<C>), in, sum[v]);
+        for (int v = 0; v < V; ++v) sum.chain[v] = fma(load(w + v * lanes<C>), in, sum.chain[v]);
+      }
     }
   }
+  sum.end_chain();
 }
 
 template <class S, int V>
@@ -157,10 +191,10 @@ void step_panel(const ConvolutionStep<S>& p, int64_t group, int64_t first, int64
     for (int v = 0; v < panel_vectors; ++v)
       if (count > v * lanes<C>) start[v] = load_spread(p.bias + output + v * lanes<C>, 1, count - v * lanes<C>);
   for (int64_t b = 0; b < p.batch; ++b) {
-    Vec<C> sum[panel_vectors];
-    for (int v = 0; v < panel_vectors; ++v) sum[v] = start[v];
+    ChainSum<C, panel_vectors> sum;
+    for (int v = 0; v < panel_vectors; ++v) sum.chain[v] = start[v];
     multiply_panel<panel_vectors, false>(p, b, group * channels, channels, panel, width, sum);
-    store_sums<S>(p.u + b * p.outputs + output, sum, count);
+    store_sums<S>(p.u + b * p.outputs + output, sum.total, count);
   }
 }
 
@@ -169,13 +203,13 @@ template <int V, class S>
 void step_packed_vectors(const ConvolutionStep<S>& p, int64_t output, int64_t count, const S* panel, int64_t width) {
   using C = compute_t<S>;
   for (int64_t b = 0; b < p.batch; ++b) {
-    Vec<C> sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(panel + v * lanes<C>);
+    ChainSum<C, V> sum;
+    for (int v = 0; v < V; ++v) sum.chain[v] = load(panel + v * lanes<C>);
     if (b == 0)
       multiply_panel<V, true>(p, b, 0, p.channels, panel + width, width, sum);
     else
       multiply_panel<V, false>(p, b, 0, p.channels, panel + width, width, sum);
-    store_sums<S>(p.u + b * p.outputs + output, sum, count);
+    store_sums<S>(p.u + b * p.outputs + output, sum.total, count);
   }
 }
 
@@ -203,10 +237,14 @@ void step_depthwise(const ConvolutionStep<S>& p, int64_t first, int64_t count, c
         panel[k * lanes<C> + lane] = to_compute(p.weight[(at + min(lane, n - 1)) * p.taps + k]);
     const Vec<C> start = p.bias ? load_spread(p.bias + at, 1, n) : Vec<C>{};
     for (int64_t b = 0; b < p.batch; ++b) {
-      Vec<C> sum = start;
-      for (int64_t k = 0; k < p.taps; ++k)
-        sum = fma(load(panel + k * lanes<C>), load_spread(p.tap[k] + b * p.tap_batch[k] + at, 1, n), sum);
-      store_partial(p.u + b * p.outputs + at, sum, n);
+      ChainSum<C, 1> sum;
+      sum.chain[0] = start;
+      for (int64_t k = 0; k < p.taps; ++k, --sum.left) {
+        sum.make_room();
+        sum.chain[0] = fma(load(panel + k * lanes<C>), load_spread(p.tap[k] + b * p.tap_batch[k] + at, 1, n), sum.chain[0]);
+      }
+      sum.end_chain();
+      store_partial(p.u + b * p.outputs + at, sum.total[0], n);
     }
   }
 }

@@ -66,7 +66,7 @@ def test_equals_torch(backend, activation, groups):
 
 
 SIZES = [(1, 1), (1, 1), (2, 4), (5, 2), (9, 14)]  # channels and outputs of a group
-IN_STAGES = (140, 52)  # more than the first-level cache holds
+IN_STAGES = (140, 52)  # more than the first-level cache holds, and than a chain is of
 
 
 @st.composite
@@ -124,6 +124,24 @@ def test_any_chunks_give_the_bits_of_the_whole(made, chunks):
             assert torch.equal(y, whole[:, :, here])
             at += size
         assert torch.equal(state, last)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch, channels, outputs, groups", [(1, 2, 2, 2), (1, 1, 2, 1), (2, 3, 32, 1), (1, 4, 32, 1)])
+def test_chains_of_many_taps_give_the_bits_of_the_whole(batch, channels, outputs, groups, dtype):
+    """Of a sum of several chains a tile takes what is in time for it, a step all of it."""
+    made = {"batch": batch, "channels": channels, "outputs": outputs, "groups": groups, "taps": 150, "dilation": 3}
+    made |= {"dtype": dtype, "bias": True, "residual": False, "activation": None, "channels_last": False, "seed": 0}
+    x, weight, bias, _, options = tensors_of(made, 700)
+    with s2s.use_backend("cpu"):
+        whole, last = s2s.causal_conv1d(x, weight, bias, return_state=True, **options)
+        y, state = s2s.causal_conv1d(x[:, :, :650], weight, bias, return_state=True, **options)
+        assert torch.equal(y, whole[:, :, :650])
+        state = ConvState(state)
+        for t in range(650, 700):
+            assert torch.equal(s2s.causal_conv1d_step(x[:, :, t], state, weight, bias, **options), whole[:, :, t])
+        assert torch.equal(state.ordered(), last)
 
 
 @needs_extension
