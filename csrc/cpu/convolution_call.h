@@ -5,6 +5,7 @@
 #include <atomic>
 #include <vector>
 
+#include "caches.h"
 #include "convolution_binding.h"
 #include "pool.h"
 
@@ -102,12 +103,12 @@ class Tiles {
  public:
   explicit Tiles(const Convolution<In, Out>& p) : p_(p) {
     const int64_t channels = p.channels / p.groups, length = p.end - p.begin;
-    p_.stream = p.batch * p.outputs * length * static_cast<int64_t>(sizeof(Out)) > beyond_caches;
+    p_.stream = p.batch * p.outputs * length * static_cast<int64_t>(sizeof(Out)) > beyond_caches();
     width_ = std::min(tile_width(channels), (length + 63) / 64 * 64);
-    each_ = length > 0 ? (length + width_ - 1) / width_ : 0;
     const int64_t outputs = p.outputs / p.groups;
     const bool staged = needs_stages<C>(p.taps * channels, width_, outputs, p.rows);
     if (staged) width_ = std::min(width_, stage_width);
+    each_ = length > 0 ? (length + width_ - 1) / width_ : 0;
     row_bytes_ = Workspace::bytes<C>(p.taps * std::max<int64_t>(channels, 1) * (width_ + 16));
     // Lines of a block of outputs, or of all where they wait between stages; as many pieces as a tile's taps and channels are cut into.
     u_bytes_ = Workspace::bytes<C>((staged ? outputs : 6) * (width_ + 16));

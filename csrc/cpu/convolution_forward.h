@@ -157,10 +157,46 @@ void accumulate_block(int64_t rows, const Piece<C>* pieces, int64_t count, const
   }
 }
 
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+// What lies `on` elements after the first of two vectors, as an index into both.
+template <class C>
+S2S_INLINE __m512i index_on(int64_t on) {
+  using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  return (__m512i)(iota<I>() + broadcast(static_cast<I>(on)));
+}
+
+S2S_INLINE Vec<float> between(__m512i index, Vec<float> first, Vec<float> second) { return _mm512_permutex2var_ps(first, index, second); }
+S2S_INLINE Vec<double> between(__m512i index, Vec<double> first, Vec<double> second) {
+  return _mm512_permutex2var_pd(first, index, second);
+}
+#endif
+
+// sum[v] += w times the v'th vector from x on. Most vectors that start anywhere lie in two cache lines: those lines are read once each,
+// from where they begin, which stays within memory that holds something of x.
+template <int V, class C>
+S2S_INLINE void add_vectors(Vec<C> w, const C* x, Vec<C> (&sum)[V]) {
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+  const int64_t on = reinterpret_cast<uintptr_t>(x) % 64 / sizeof(C);
+  if (on) {
+    const __m512i index = index_on<C>(on);
+    Vec<C> first = load(x - on);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec<C> second = load(x - on + (v + 1) * lanes<C>);
+      sum[v] = fma(w, between(index, first, second), sum[v]);
+      first = second;
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) sum[v] = fma(w, load(x + v * lanes<C>), sum[v]);
+}
+
 // One channel, K taps, all lanes of [at, width) present: inputs are read and outputs written once, past the cache where `stream`.
 template <int K, class C>
 void accumulate_line(const Piece<C>* taps, int64_t count, const C* weights, C start, int64_t at, int64_t width, C* u, bool streams) {
-  constexpr int64_t V = 4;
+  constexpr int V = 4;
   Vec<C> scale[K ? K : 1];
   const C* x[K ? K : 1];
   for (int k = 0; k < K; ++k) scale[k] = broadcast(weights[k]), x[k] = taps[k].x;
@@ -171,13 +207,9 @@ void accumulate_line(const Piece<C>* taps, int64_t count, const C* weights, C st
     for (int v = 0; v < V; ++v) sum[v] = broadcast(start);
     if constexpr (K > 0) {
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k)
-        for (int v = 0; v < V; ++v) sum[v] = fma(scale[k], load(x[k] + at + v * lanes<C>), sum[v]);
+      for (int k = 0; k < K; ++k) add_vectors<V, C>(scale[k], x[k] + at, sum);
     } else {
-      for (int64_t k = 0; k < count; ++k) {
-        const Vec<C> w = broadcast(weights[k]);
-        for (int v = 0; v < V; ++v) sum[v] = fma(w, load(taps[k].x + at + v * lanes<C>), sum[v]);
-      }
+      for (int64_t k = 0; k < count; ++k) add_vectors<V, C>(broadcast(weights[k]), taps[k].x + at, sum);
     }
     for (int v = 0; v < V; ++v) {
       if (streams)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <vector>
 
+#include "caches.h"
 #include "pool.h"
 #include "tensor.h"
 
@@ -109,7 +110,7 @@ class Forward : Runner<S> {
     p.unpacked_ih = s_.time == 1 || (plan_.slots() < p.block_rows && !p.tiled_ih);
     // What backward reads much later needn't push anything out of the caches, if it is more than they hold.
     const int64_t kept_row = s_.gate_units + (p.extra ? s_.hidden : 0) + (p.normed ? p.normed_row() : 0);
-    p.streams = plan_.slots() * kept_row * static_cast<int64_t>(sizeof(C)) > beyond_caches && s_.hidden % (64 / sizeof(C)) == 0;
+    p.streams = plan_.slots() * kept_row * static_cast<int64_t>(sizeof(C)) > beyond_caches() && s_.hidden % (64 / sizeof(C)) == 0;
     for (const void* kept : {to.gates, to.extra, to.normed})
       if (reinterpret_cast<uintptr_t>(kept) % 64 != 0) p.streams = false;
 

@@ -95,8 +95,4 @@ inline T from_compute(compute_t<T> x) {
   return detail::Convert<T>::from(x);
 }
 
-// Bytes that caches aren't counted on to hold: more than these are written past them. Less is not: memory that was in use a moment ago
-// still lies in the caches, and to write past them what they hold takes twice the time.
-inline constexpr int64_t beyond_caches = int64_t{32} << 20;
-
 }  // namespace s2s
