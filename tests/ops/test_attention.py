@@ -409,6 +409,17 @@ def test_16_bits_in_whole_blocks(dtype, width, value_width, name, spoilt):
 
 
 @needs_extension
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("heads, width", [(2, 256), (1, 512)])
+def test_scores_of_wide_heads_round_as_little_as_the_definitions(heads, width, seed):
+    """Errors of sums of so many terms show where weights are peaked."""
+    draw = Draw(torch.float32, seed=seed)
+    tensors = tuple(draw(1, heads, 512, width) for _ in range(3))
+    judged = compare(s2s.attention, (tensors, {}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
+@needs_extension
 def test_more_heads_than_a_grid_has_blocks():
     """Row 8."""
     draw = Draw()

@@ -1,7 +1,10 @@
 """Causal convolution: torch's own numbers, chunks and steps bit for bit, beams, and what is special to its kernels."""
 
 import copy
+import ctypes
+import mmap
 import pickle
+import sys
 
 import pytest
 import torch
@@ -325,6 +328,30 @@ def test_the_same_bits_on_any_number_of_threads(groups):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="forbids pages by Linux' mprotect")
+def test_whole_lines_are_read_within_their_page():
+    """Depthwise convolution reads cache lines of which it needs a part: the pages around the tensor can't be read."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 3 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    forbid = ctypes.CDLL(None).mprotect
+    assert forbid(ctypes.c_void_p(address), page, 0) == 0 and forbid(ctypes.c_void_p(address + 2 * page), page, 0) == 0
+    whole = torch.frombuffer(memory, dtype=torch.float32, offset=page, count=page // 4)
+    whole.copy_(torch.randn(page // 4))
+    for part in (whole, whole[5:], whole[:-3], whole[7:-9]):
+        for channels, taps, dilation in ((1, 4, 1), (2, 3, 5), (1, 9, 3)):
+            x = part[: len(part) // channels * channels].view(1, channels, -1)
+            weight = torch.randn(channels, 1, taps)
+            results = [
+                s2s.causal_conv1d(v, weight, dilation=dilation, groups=channels, causal=causal)
+                for v in (x, x.clone())
+                for causal in (True, False)
+            ]
+            assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    assert forbid(ctypes.c_void_p(address), 3 * page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 @needs_extension
