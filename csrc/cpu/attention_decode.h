@@ -78,9 +78,10 @@ struct AttentionDecode {
 
  private:
   // As many as there are sums at once.
-  static constexpr bool folds = std::is_same_v<T, float> && lanes<T> == 16;
+  static constexpr bool folds = std::is_same_v<T, float> && lanes<T> >= 8;
+  static constexpr int64_t sums_at_once = folds ? lanes<T> : 8;
   template <int HEADS>
-  static constexpr int64_t keys_at_once = (folds ? 16 : 8) / HEADS;
+  static constexpr int64_t keys_at_once = sums_at_once / HEADS;
 
   // Brings nearer, row by row, what is read some rows later: the rest of these rows, then the first of those that follow.
   struct Next {
@@ -107,8 +108,8 @@ struct AttentionDecode {
     constexpr int64_t keys_at_once = AttentionDecode::keys_at_once<HEADS>;
     constexpr int together = HEADS == 1 ? 4 : 2;
     const int64_t padded = whole_vectors<T>(width);
-    Vec<T> sums[16];
-    if (HEADS * keys_at_once < 16 || n < keys_at_once) std::memset(sums, 0, sizeof sums);
+    Vec<T> sums[sums_at_once];
+    if (HEADS * keys_at_once < sums_at_once || n < keys_at_once) std::memset(sums, 0, sizeof sums);
     // A few keys after another, as they lie in memory: the processor fetches ahead by itself what is read in order.
     for (int64_t j = 0; j < n; j += together) {
       const S* from[together];
@@ -149,13 +150,13 @@ struct AttentionDecode {
         for (int i = 0; i < together; ++i)
           if (j + i < keys_at_once) sums[h * keys_at_once + j + i] = sum[h][i];
     }
-    alignas(64) T folded[16];
+    alignas(64) T folded[sums_at_once];
     if constexpr (folds)
       store(folded, sums_of(sums));
     else
       for (int64_t i = 0; i < HEADS * keys_at_once; ++i) folded[i] = hsum(sums[i]);
-    // Where heads share 16 sums evenly, those past n fit in too.
-    const int64_t count = 16 % HEADS ? n : keys_at_once;
+    // Where heads share the sums evenly, those past n fit in too.
+    const int64_t count = sums_at_once % HEADS ? n : keys_at_once;
     for (int h = 0; h < HEADS; ++h)
       std::memcpy(scores + h * attention_block, folded + h * keys_at_once, static_cast<size_t>(count) * sizeof(T));
   }
@@ -163,23 +164,31 @@ struct AttentionDecode {
   // sums (HEADS, size) += weights (HEADS, attention_block) times n values.
   template <int HEADS>
   static void add_values(int64_t width, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size, Next next) {
-    constexpr int vectors = S2S_VECTOR_BYTES == 64 ? 4 : 2;
-    int64_t c = 0;
-    for (; c + vectors * lanes<T> <= width; c += vectors * lanes<T>)
-      add_columns<HEADS, vectors>(WholeVector<T>{}, weights, n, values + c, row, sums + c, size, next);
-    for (; c + lanes<T> <= width; c += lanes<T>) add_columns<HEADS, 1>(WholeVector<T>{}, weights, n, values + c, row, sums + c, size, next);
-    if (c < width) add_columns<HEADS, 1>(PartVector<T>{width - c}, weights, n, values + c, row, sums + c, size, next);
+    constexpr int fewest = S2S_VECTOR_BYTES == 64 ? 4 : 2;
+    constexpr int vectors = fewest * HEADS < 8 ? 8 / HEADS : fewest;  // as many sums as the multipliers' latency asks for
+    columns<HEADS, vectors>(0, width, weights, n, values, row, sums, size, next);
+  }
+  // From column c on, as many vectors together as there are.
+  template <int HEADS, int VECTORS>
+  S2S_INLINE void columns(int64_t c, int64_t width, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size,
+                          Next& next) {
+    for (; c + VECTORS * lanes<T> <= width; c += VECTORS * lanes<T>)
+      add_columns<HEADS, VECTORS>(WholeVector<T>{}, weights, n, values + c, row, sums + c, size, next);
+    if constexpr (VECTORS > 1)
+      columns<HEADS, VECTORS / 2>(c, width, weights, n, values, row, sums, size, next);
+    else if (c < width)
+      add_columns<HEADS, 1>(PartVector<T>{width - c}, weights, n, values + c, row, sums + c, size, next);
   }
   template <int HEADS, int VECTORS, class At>
   S2S_INLINE void add_columns(At at, const T* weights, int64_t n, const S* values, int64_t row, T* sums, int64_t size, Next& next) {
     Vec<T> sum[HEADS][VECTORS];
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; ++h)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sum[h][v] = load(sums + h * size + v * lanes<T>);
     for (int64_t j = 0; j < n; ++j) {
       next.step();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
         const Vec<T> x = at.get(values + j * row + v * lanes<T>);
 #pragma GCC unroll 4
@@ -188,7 +197,7 @@ struct AttentionDecode {
     }
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; ++h)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) store(sums + h * size + v * lanes<T>, sum[h][v]);
   }
 

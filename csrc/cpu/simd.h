@@ -303,8 +303,20 @@ S2S_INLINE double hsum(Vec<double> v) { return v[0] + v[1]; }
 S2S_INLINE double hmax(Vec<double> v) { return max(v[0], v[1]); }
 #endif
 
-// The sums of 16 vectors, each folded alike, as lanes of one.
-#if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
+// The sums of as many vectors as have lanes, each folded alike, as lanes of one.
+#if defined(__x86_64__) && S2S_VECTOR_BYTES == 32
+S2S_INLINE Vec<float> sums_of(const Vec<float> (&v)[8]) {
+  __m256 pairs[4], quads[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) pairs[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256d even = (__m256d)pairs[2 * i], odd = (__m256d)pairs[2 * i + 1];
+    quads[i] = (__m256)_mm256_unpacklo_pd(even, odd) + (__m256)_mm256_unpackhi_pd(even, odd);
+  }
+  return _mm256_permute2f128_ps(quads[0], quads[1], 0x20) + _mm256_permute2f128_ps(quads[0], quads[1], 0x31);
+}
+#elif defined(__x86_64__) && S2S_VECTOR_BYTES == 64
 S2S_INLINE Vec<float> sums_of(const Vec<float> (&v)[16]) {
   __m512 pairs[8], quads[4], eights[2];
 #pragma GCC unroll 8
