@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/caches.h"
+
 #define S2S_KERNELS "../machine_kernels.h"
 #include "cpu/each_isa.h"
 
@@ -97,6 +99,7 @@ PYBIND11_MODULE(_machine, m) {
       "active_isa", [] { return s2s::isa_names[static_cast<int>(s2s::active_isa())]; },
       "The instruction set that the kernels run. Raises RuntimeError where S2S_CPU_ISA names one that can't be.");
   m.def("widest_isa", [] { return s2s::isa_names[static_cast<int>(s2s::widest_isa())]; }, "The widest set of this machine.");
+  m.def("last_cache", &s2s::last_cache, "Bytes of the last cache that a core sees, 0 where the processor doesn't tell.");
   m.def("build", &build, "Compiler, language standard and instruction sets of this build.");
   m.def("fma_rate_float32", &fma_rate<float>, py::arg("threads") = 1, py::arg("seconds") = 0.1,
         "Peak rate of float32 fused multiply-adds, in floating-point operations a second over all threads.");

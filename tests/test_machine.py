@@ -13,6 +13,12 @@ def test_facts():
     assert machine.processor()
 
 
+def test_the_last_cache_is_the_systems():
+    """Processors that don't tell give 0; the system asks them the same."""
+    sizes = machine.cache_sizes()
+    assert not sizes or machine._machine.last_cache() in (0, max(sizes.values()))
+
+
 def test_limits_are_plausible():
     """Not a timing: any machine of this century lies inside these factors of ten."""
     assert 1e9 < machine.peak_flops(1, 0.02) < 1e12
