@@ -40,7 +40,7 @@ def recurrence_sample(
         reset: flags, or the share of them that are set.
         poison: put NaN where lengths make positions absent, and set the flags there.
         scale: of x.
-        input_scale: of weight_ih. Gradients of x that many units sum up round by more than 4 eps, in the definition too.
+        input_scale: of weight_ih. Gradients of x that many units sum up round by more than 4 eps, the definition too.
     """
     gates, width = GATES[cell], projected or hidden
 
