@@ -194,10 +194,9 @@ struct AttentionForward {
           weigh<EXTRA>(p, m, row, hull, p.first_row(b, h) + i, at, g + r, m.scores + r * attention_block, m.values[k].bad);
         }
         const int64_t end = min(hull.end, row.valid);
-        for (int64_t c = hull.begin; c < end; c += chain)
-          attention_product<T>(rows, value_width,
-                               {min(chain, end - c), m.scores + c, attention_block, 1, m.values[k].data + c * m.values[k].row,
-                                m.values[k].row, m.out + g * value_width, value_width, true});
+        attention_product<T>(rows, value_width,
+                             {end - hull.begin, m.scores + hull.begin, attention_block, 1, m.values[k].data + hull.begin * m.values[k].row,
+                              m.values[k].row, m.out + g * value_width, value_width, true, nullptr, chain});
       }
     }
   }

@@ -1,8 +1,8 @@
 // Small matrix products for attention, and the blocks of rows that they read.
 //
 // C (rows, columns) = or += A (rows, depth) B (depth, columns), columns whole vectors. Each element has an accumulator, starting at 0, to
-// which fma(a, b, .) is applied for ascending depth, and another one after each attention_chain of it, whatever the shape of the tile: no
-// bits depend on how rows are grouped.
+// which fma(a, b, .) is applied for ascending depth, and another one after each chain of it, whatever the shape of the tile: no bits depend
+// on how rows are grouped.
 
 inline constexpr int64_t attention_rows = 6;
 inline constexpr int64_t attention_chain = 128;  // of more terms, rounding shows in peaked weights
@@ -69,6 +69,7 @@ struct Product {
   int64_t c_row;
   bool add;
   Ahead* ahead = nullptr;  // goes a step for each row of B
+  int64_t chain = attention_chain;
 };
 
 // The columns from `column` on.
@@ -121,31 +122,20 @@ void attention_columns(const Product<T>& p, int64_t columns, int64_t column = 0)
   }
 }
 
-// At most attention_rows rows. The depth is that of heads or of a block: only wide heads have more than a chain of it.
+template <class T, int ROWS = attention_rows>
+void attention_tiles(int64_t rows, const Product<T>& p, int64_t columns) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return attention_tiles<T, ROWS - 1>(rows, p, columns);
+  attention_columns<T, ROWS>(p, columns);
+}
+
+// At most attention_rows rows.
 template <class T>
 void attention_product(int64_t rows, int64_t columns, Product<T> p) {
   const int64_t depth = p.depth;
   for (int64_t done = 0;;) {
-    p.depth = min(attention_chain, depth - done);
-    switch (rows) {
-      case 6:
-        attention_columns<T, 6>(p, columns);
-        break;
-      case 5:
-        attention_columns<T, 5>(p, columns);
-        break;
-      case 4:
-        attention_columns<T, 4>(p, columns);
-        break;
-      case 3:
-        attention_columns<T, 3>(p, columns);
-        break;
-      case 2:
-        attention_columns<T, 2>(p, columns);
-        break;
-      default:
-        attention_columns<T, 1>(p, columns);
-    }
+    p.depth = min(p.chain, depth - done);
+    attention_tiles(rows, p, columns);
     if ((done += p.depth) >= depth) return;
     p.a += p.depth * p.a_step, p.b += p.depth * p.b_row, p.add = true;
   }

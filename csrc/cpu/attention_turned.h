@@ -77,12 +77,9 @@ void turned_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t
     const int64_t i = gemm_group(n, groups, g), rows = gemm_group(n, groups, g + 1) - i;
     const Hull seen = turned_keys(span, left, right, first + i, rows, at);
     if (seen.empty() && add) continue;
-    int64_t c = seen.begin;
-    do {
-      attention_product<T>(rows, columns,
-                           {min(chain, seen.end - c), block + c * attention_block + i, 1, attention_block, keys.data + c * keys.row,
-                            keys.row, to + i * to_row, to_row, add || c > seen.begin, &ahead});
-    } while ((c += chain) < seen.end);
+    attention_product<T>(rows, columns,
+                         {seen.end - seen.begin, block + seen.begin * attention_block + i, 1, attention_block,
+                          keys.data + seen.begin * keys.row, keys.row, to + i * to_row, to_row, add, &ahead, chain});
   }
 }
 

@@ -176,8 +176,8 @@ S2S_INLINE Vec<double> between(__m512i index, Vec<double> first, Vec<double> sec
 template <int V, class C>
 S2S_INLINE void add_vectors(Vec<C> w, const C* x, Vec<C> (&sum)[V]) {
 #if defined(__x86_64__) && S2S_VECTOR_BYTES == 64
-  const int64_t on = reinterpret_cast<uintptr_t>(x) % 64 / sizeof(C);
-  if (on) {
+  const int64_t bytes = reinterpret_cast<uintptr_t>(x) % 64, on = bytes / int64_t{sizeof(C)};
+  if (on && bytes % sizeof(C) == 0) {
     const __m512i index = index_on<C>(on);
     Vec<C> first = load(x - on);
 #pragma GCC unroll 8
