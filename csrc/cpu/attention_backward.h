@@ -92,10 +92,12 @@ struct AttentionBackward {
       results(g.key, g.key_stride, g.key_row, kv, p.kv_heads, p.source, p.width);
       results(g.value, g.value_stride, g.value_row, kv, p.kv_heads, p.source, p.value_width);
     }
-    const int64_t tiles = turned_tiles<T>(p.width), value_tiles = turned_tiles<T>(p.value_width);
-    ahead.begin(group * (AttentionForward<S>::turned(p, span)
-                             ? turned_steps<T>(span.queries, span.keys, p.width + p.value_width, tiles, tiles + value_tiles)
-                             : span.queries / attention_rows * ((span.keys + attention_block - 1) / attention_block)));
+    const int64_t n = span.queries, keys = span.keys;
+    ahead.begin(group *
+                (AttentionForward<S>::turned(p, span)
+                     ? turned_steps<T>(keys, n, p.width) + turned_steps<T>(keys, n, p.value_width) + turned_steps<T>(n, p.width, keys) +
+                           turned_steps<T>(keys, p.width, n) + turned_steps<T>(keys, p.value_width, n)
+                     : n / attention_rows * ((keys + attention_block - 1) / attention_block)));
     AttentionGradients<S> wanted = g;
     bool spoilt = false;
     for (bool clean : {false, true}) {

@@ -96,9 +96,9 @@ struct AttentionForward {
     const int64_t rows = present - query_begin, blocks = block_end - block_begin;
     const bool only = span.keys <= attention_block && blocks == 1;  // and not just for these queries: threads deal them differently
     if (turned && only) ahead.add(p.out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
-    ahead.begin(group * (turned
-                             ? turned_steps<T>(rows, min(span.keys, blocks * attention_block), p.width, turned_tiles<T>(p.value_width), 0)
-                             : rows / (tiled ? tiled_rows : attention_rows) * blocks));
+    const int64_t keys = min(span.keys, blocks * attention_block);
+    ahead.begin(group * (turned ? turned_steps<T>(keys, rows, p.width) + turned_steps<T>(rows, p.value_width, keys)
+                                : rows / (tiled ? tiled_rows : attention_rows) * blocks));
     const int64_t value_width = whole_vectors<T>(p.value_width);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {

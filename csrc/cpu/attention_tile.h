@@ -7,6 +7,20 @@
 inline constexpr int64_t attention_rows = 6;
 inline constexpr int64_t attention_chain = 128;  // of more terms, rounding shows in peaked weights
 inline constexpr int64_t attention_vectors = S2S_VECTOR_BYTES == 64 ? 4 : 2;
+inline constexpr int64_t attention_rows_most = 12;
+inline constexpr int64_t attention_stretch = 16;
+
+// Rows of a tile of so many vectors: sums enough to keep the multipliers busy, and no more than there are registers.
+constexpr int64_t attention_rows_of(int64_t vectors) {
+  const int64_t rows = attention_rows * attention_vectors / (vectors < 1 ? 1 : vectors);
+  return rows < attention_rows ? attention_rows : rows < attention_rows_most ? rows : attention_rows_most;
+}
+// Groups of equal size, about, in which a product of so many columns goes through its rows.
+template <class T>
+constexpr int64_t attention_groups(int64_t rows, int64_t columns) {
+  const int64_t most = attention_rows_of((columns + lanes<T> - 1) / lanes<T>);
+  return (rows + most - 1) / most;
+}
 
 template <class T>
 constexpr int64_t whole_vectors(int64_t n) {
@@ -28,8 +42,8 @@ struct Ahead {
   const char* at[8];
   int64_t left[8];
   bool written[8];
-  int streams = 0;
-  int64_t lines = 0, all = 0, due = 0;
+  int streams = 0, now = 0;
+  int64_t lines = 0, each = 0;
 
   // The rows of the head after (b, h), if they are dense and few.
   template <class S>
@@ -43,17 +57,20 @@ struct Ahead {
     written[streams] = write;
     lines += left[streams++];
   }
-  // `of` is the work of this task, in whatever unit; step says how much of it has been done since the last step.
-  void begin(int64_t of) { all = of; }
-  void step(int64_t done = 1) {
-    if (all <= 0) return;
-    due += done * lines;
-    for (int s = 0; s < streams && due > 0; ++s)
-      for (; left[s] && due > 0; --left[s], due -= all, at[s] += 64)
-        if (written[s])
-          prefetch_to_write(at[s]);
-        else
-          __builtin_prefetch(at[s], 0, 2);
+  // In so many steps, of as many lines each, so that the processor can foresee the loop's end.
+  void begin(int64_t steps) { each = (lines + steps - 1) / max(int64_t{1}, steps); }
+  void step() {
+    for (int64_t due = each; due > 0 && now < streams;) {
+      const int64_t n = min(due, left[now]);
+      const char *line = at[now], *const end = line + 64 * n;
+      if (written[now])
+        for (; line != end; line += 64) prefetch_to_write(line);
+      else
+        for (; line != end; line += 64) __builtin_prefetch(line, 0, 2);
+      at[now] = end;
+      due -= n;
+      if (!(left[now] -= n)) ++now;
+    }
   }
 };
 
@@ -68,46 +85,50 @@ struct Product {
   T* c;
   int64_t c_row;
   bool add;
-  Ahead* ahead = nullptr;  // goes a step for each row of B
+  Ahead* ahead = nullptr;  // goes a step for each attention_stretch rows of B, in each tile
   int64_t chain = attention_chain;
 };
 
 // The columns from `column` on.
 template <class T, int ROWS, int VECTORS>
 __attribute__((noinline)) void attention_tile(const Product<T>& p, int64_t column) {
-  Vec<T> sum[ROWS][VECTORS] = {};
-  const T *a = p.a, *b = p.b + column;
+  // A pointer for every three rows, as in gemm_tile.
+  constexpr int bases = (ROWS + 2) / 3;
+  const T *left[bases], *b = p.b + column;
   const int64_t a_row = p.a_row, a_step = p.a_step, b_row = p.b_row;
-  const int64_t stretch = p.ahead ? 16 : p.depth;
+  for (int i = 0; i < bases; ++i) left[i] = hidden(p.a + 3 * i * a_row);
+  Vec<T> sum[ROWS][VECTORS] = {};
+  const int64_t stretch = p.ahead ? attention_stretch : p.depth;
   for (int64_t k = 0; k < p.depth;) {
     const int64_t end = min(p.depth, k + stretch);
-    if (p.ahead) p.ahead->step(end - k);
+    if (p.ahead) p.ahead->step();
     for (; k < end; ++k) {
       Vec<T> right[VECTORS];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) right[j] = load(b + j * lanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
-        const Vec<T> left = broadcast(a[i * a_row]);
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+        const Vec<T> factor = broadcast(left[i / 3][i % 3 * a_row]);
+#pragma GCC unroll 16
+        for (int j = 0; j < VECTORS; ++j) sum[i][j] = fma(factor, right[j], sum[i][j]);
       }
-      a += a_step;
+#pragma GCC unroll 16
+      for (int i = 0; i < bases; ++i) left[i] += a_step;
       b += b_row;
     }
   }
   T* const c = p.c + column;
   const int64_t c_row = p.c_row;
   if (p.add) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) store(c + i * c_row + j * lanes<T>, load(c + i * c_row + j * lanes<T>) + sum[i][j]);
     }
   } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) store(c + i * c_row + j * lanes<T>, sum[i][j]);
     }
   }
@@ -116,27 +137,29 @@ __attribute__((noinline)) void attention_tile(const Product<T>& p, int64_t colum
 // Columns [column, columns). The product is not copied: a vector read of what was just written word by word would wait.
 template <class T, int ROWS, int VECTORS = attention_vectors>
 void attention_columns(const Product<T>& p, int64_t columns, int64_t column = 0) {
-  for (; column + VECTORS * lanes<T> <= columns; column += VECTORS * lanes<T>) attention_tile<T, ROWS, VECTORS>(p, column);
+  if constexpr (ROWS <= attention_rows_of(VECTORS))
+    for (; column + VECTORS * lanes<T> <= columns; column += VECTORS * lanes<T>) attention_tile<T, ROWS, VECTORS>(p, column);
   if constexpr (VECTORS > 1) {
     if (column < columns) attention_columns<T, ROWS, VECTORS - 1>(p, columns, column);
   }
 }
 
-template <class T, int ROWS = attention_rows>
+template <class T, int ROWS = attention_rows_most>
 void attention_tiles(int64_t rows, const Product<T>& p, int64_t columns) {
   if constexpr (ROWS > 1)
     if (rows < ROWS) return attention_tiles<T, ROWS - 1>(rows, p, columns);
   attention_columns<T, ROWS>(p, columns);
 }
 
-// At most attention_rows rows.
+// At most attention_rows_of the vectors that columns fill.
 template <class T>
-void attention_product(int64_t rows, int64_t columns, Product<T> p) {
-  const int64_t depth = p.depth;
+void attention_product(int64_t rows, int64_t columns, const Product<T>& whole) {
+  if (whole.depth <= whole.chain) return attention_tiles(rows, whole, columns);
+  Product<T> p = whole;
   for (int64_t done = 0;;) {
-    p.depth = min(p.chain, depth - done);
+    p.depth = min(whole.chain, whole.depth - done);
     attention_tiles(rows, p, columns);
-    if ((done += p.depth) >= depth) return;
+    if ((done += p.depth) == whole.depth) return;
     p.a += p.depth * p.a_step, p.b += p.depth * p.b_row, p.add = true;
   }
 }

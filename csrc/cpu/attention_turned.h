@@ -36,18 +36,11 @@ S2S_INLINE Vec<T> turned_score(const AttentionSpan& span, int64_t left, int64_t 
   return score<T, false>(row, c, product, slowed);
 }
 
-// Tiles that this many columns have.
+// The steps that Ahead goes in a product of so many rows and columns.
 template <class T>
-int64_t turned_tiles(int64_t columns) {
-  return (whole_vectors<T>(columns) / lanes<T> + attention_vectors - 1) / attention_vectors;
-}
-
-// The steps that Ahead goes in all blocks: `depth` in products that have queries as columns, and of the others, per row, the tiles of those
-// that have queries or keys as rows.
-template <class T>
-int64_t turned_steps(int64_t queries, int64_t keys, int64_t depth, int64_t per_query, int64_t per_key) {
-  const int64_t query_groups = (queries + attention_rows - 1) / attention_rows, key_groups = (keys + attention_rows - 1) / attention_rows;
-  return key_groups * turned_tiles<T>(queries) * depth + query_groups * keys * per_query + key_groups * queries * per_key;
+int64_t turned_steps(int64_t rows, int64_t columns, int64_t depth) {
+  const int64_t tiles = (whole_vectors<T>(columns) / lanes<T> + attention_vectors - 1) / attention_vectors;
+  return attention_groups<T>(rows, columns) * tiles * ((depth + attention_stretch - 1) / attention_stretch);
 }
 
 // to (keys, attention_block) = keys' rows times queries' columns (attention_block apart), where some query of a vector sees some key of a
@@ -55,7 +48,7 @@ int64_t turned_steps(int64_t queries, int64_t keys, int64_t depth, int64_t per_q
 template <class T>
 void turned_product(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, const Hull& seen,
                     int64_t width, const Rows<T>& keys, const T* columns, T* to, Ahead& ahead) {
-  const int64_t groups = (seen.end - seen.begin + attention_rows - 1) / attention_rows;
+  const int64_t groups = attention_groups<T>(seen.end - seen.begin, n);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t j = seen.begin + gemm_group(seen.end - seen.begin, groups, g);
     const int64_t rows = seen.begin + gemm_group(seen.end - seen.begin, groups, g + 1) - j;
@@ -72,7 +65,7 @@ void turned_product(const AttentionSpan& span, int64_t left, int64_t right, int6
 template <class T>
 void turned_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, const T* block,
                  int64_t columns, const Rows<T>& keys, T* to, int64_t to_row, bool add, int64_t chain, Ahead& ahead) {
-  const int64_t groups = (n + attention_rows - 1) / attention_rows;
+  const int64_t groups = attention_groups<T>(n, columns);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t i = gemm_group(n, groups, g), rows = gemm_group(n, groups, g + 1) - i;
     const Hull seen = turned_keys(span, left, right, first + i, rows, at);
@@ -87,7 +80,7 @@ void turned_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t
 template <class T>
 void turned_key_rows(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t n, int64_t at, int64_t keys,
                      const T* block, int64_t columns, const Rows<T>& queries, T* to, bool add, Ahead& ahead) {
-  const int64_t groups = (keys + attention_rows - 1) / attention_rows;
+  const int64_t groups = attention_groups<T>(keys, columns);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t j = gemm_group(keys, groups, g), rows = gemm_group(keys, groups, g + 1) - j;
     const int64_t begin = min(n, max(int64_t{0}, at + j - span.diagonal - right - first));

@@ -164,23 +164,31 @@ S2S_INLINE void transpose_block(const S* from, int64_t from_row, float* to, int6
 }
 
 #if S2S_VECTOR_BYTES == 64
-// The same of 16 rows and 4 columns.
+// The same of 16 rows, four columns at a time.
 template <class S>
-S2S_INLINE void transpose_strip(const S* from, int64_t from_row, float* to, int64_t to_row) {
-  __m512 rows[4];
+S2S_INLINE void transpose_strips(const S* from, int64_t from_row, int64_t columns, float* to, int64_t to_row) {
+  // A pointer for every four rows: one a row would not fit the registers.
+  const S* four[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm512_castps128_ps512(load_four(from + i * from_row));
-    rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(from + (i + 4) * from_row), 1);
-    rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(from + (i + 8) * from_row), 2);
-    rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(from + (i + 12) * from_row), 3);
+  for (int q = 0; q < 4; ++q) four[q] = hidden(from + 4 * q * from_row);
+  for (int64_t j = 0; j < columns; j += 4, to += 4 * to_row) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm512_castps128_ps512(load_four(four[0] + i * from_row));
+      rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(four[1] + i * from_row), 1);
+      rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(four[2] + i * from_row), 2);
+      rows[i] = _mm512_maskz_insertf32x4(-1, rows[i], load_four(four[3] + i * from_row), 3);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) four[q] += 4;
+    const __m512 a = _mm512_maskz_unpacklo_ps(-1, rows[0], rows[1]), b = _mm512_maskz_unpackhi_ps(-1, rows[0], rows[1]);
+    const __m512 c = _mm512_maskz_unpacklo_ps(-1, rows[2], rows[3]), d = _mm512_maskz_unpackhi_ps(-1, rows[2], rows[3]);
+    _mm512_storeu_ps(to, _mm512_maskz_shuffle_ps(-1, a, c, 0x44));
+    _mm512_storeu_ps(to + to_row, _mm512_maskz_shuffle_ps(-1, a, c, 0xee));
+    _mm512_storeu_ps(to + 2 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0x44));
+    _mm512_storeu_ps(to + 3 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0xee));
   }
-  const __m512 a = _mm512_maskz_unpacklo_ps(-1, rows[0], rows[1]), b = _mm512_maskz_unpackhi_ps(-1, rows[0], rows[1]);
-  const __m512 c = _mm512_maskz_unpacklo_ps(-1, rows[2], rows[3]), d = _mm512_maskz_unpackhi_ps(-1, rows[2], rows[3]);
-  _mm512_storeu_ps(to, _mm512_maskz_shuffle_ps(-1, a, c, 0x44));
-  _mm512_storeu_ps(to + to_row, _mm512_maskz_shuffle_ps(-1, a, c, 0xee));
-  _mm512_storeu_ps(to + 2 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0x44));
-  _mm512_storeu_ps(to + 3 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0xee));
 }
 #endif
 
@@ -243,7 +251,7 @@ void copy_transposed(int64_t rows, int64_t cols, const S* from, int64_t from_row
 #if S2S_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) {
     while (from_col == 1 && rows >= 16 && cols % 4 == 0) {
-      for (int64_t j = 0; j < cols; j += 4) transpose_strip(from + j, from_row, to + j * to_row, to_row);
+      transpose_strips(from, from_row, cols, to, to_row);
       rows -= 16, from += 16 * from_row, to += 16;
     }
   }
