@@ -309,7 +309,8 @@ class Backward {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> run() {
     const int64_t tiles = call_.tiles(), parts = parts_of(p_.batch, tiles), tasks = p_.batch * parts;
-    key_size_ = g_.need_scores ? p_.blocks() * p_.width * key_block : 0;
+    const int64_t block = p_.table ? key_block : 1;  // rows of keys as they are, or blocks of them on end
+    key_size_ = g_.need_scores ? blocks_of(p_.keys, block) * block * p_.width : 0;
     value_size_ = needs_.value ? p_.keys * p_.values : 0;
     const int64_t weight_size = g_.need_scores ? p_.width : 0;
     Workspace sums(Workspace::bytes<C>(tasks * key_size_) + Workspace::bytes<C>(tasks * value_size_) +
@@ -332,7 +333,7 @@ class Backward {
         C* const key = key_sum + task * key_size_;
         C* const value = value_sum + task * value_size_;
         C* const weight = weight_sum + task * weight_size;
-        if (key_size_) std::fill(key, key + blocks_of(length, key_block) * p_.width * key_block, C(0));
+        if (key_size_) std::fill(key, key + blocks_of(length, block) * block * p_.width, C(0));
         if (value_size_) std::fill(value, value + length * p_.values, C(0));
         std::fill(weight, weight + weight_size, C(0));
         for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
@@ -354,7 +355,7 @@ class Backward {
   }
 
  private:
-  void finish_keys(const C* sums, int64_t parts) {
+  void finish_keys(C* sums, int64_t parts) {
     const int64_t blocks = p_.blocks(), scratch = Workspace::bytes<C>(p_.width * key_block), threads = thread_count();
     Workspace workspace(threads * scratch);
     uint8_t* const memory = workspace.take<uint8_t>(threads * scratch);
@@ -367,7 +368,8 @@ class Backward {
       for (int64_t task = from; task < to; ++task) {
         const int64_t b = task / blocks, at = task % blocks, first = at * key_block, last = std::min(first + key_block, p_.keys);
         const int64_t count = std::clamp<int64_t>(p_.length(b) - first, 0, last - first);
-        finish(p_.width, count, sums + b * parts * key_size_ + at * p_.width * key_block, parts, key_size_, p_.weight, own);
+        C* const sum = sums + b * parts * key_size_ + at * p_.width * key_block;
+        finish(p_.table != nullptr, p_.width, count, sum, parts, key_size_, p_.weight, own);
         S* const to_rows = out + (b * p_.keys + first) * p_.width;
         narrow(own, to_rows, count * p_.width);
         std::fill(to_rows + count * p_.width, to_rows + (last - first) * p_.width, S{});

@@ -68,7 +68,7 @@ template <class C>
 struct AdditiveScratch {
   QueryTable<C> queries;
   int64_t scores_row;    // of the tiles (query_rows, scores_row): at least S, in whole blocks of keys
-  C *scores, *gradient;  // the second for backward only
+  C *scores, *gradient;  // the second for backward, and scratch while scores are made
   C* factors;            // (scores_row) of dropout
   C* rows;               // (query_rows, max(A, Dv))
   C* line;               // (3 A), for backward only

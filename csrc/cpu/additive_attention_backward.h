@@ -116,11 +116,30 @@ void softmax_gradient(const AdditiveAttention<C>& p, const AdditiveAttentionGrad
     for (j = 0; j < n; ++j) row[j] = factors[j] == C(0) ? C(0) : row[j] * factors[j];
 }
 
+// The same where there is no table: grad_key (S, A).
+template <class C>
+void score_gradients_exactly(const AdditiveAttention<C>& p, int64_t b, int64_t begin, int64_t rows, const AdditiveScratch<C>& s,
+                             C* grad_query, C* grad_key, C* grad_weight) {
+  constexpr int64_t stretch = 32;  // short sums first: a long one loses digits
+  C* const to_weight = s.line;
+  const int64_t n = p.length(b);
+  for (int64_t first = 0; first < n; first += stretch) {
+    for (int64_t a = 0; a < p.width; ++a) to_weight[a] = C(0);
+    for (int64_t j = first; j < min(n, first + stretch); ++j)
+      for (int64_t i = 0; i < rows; ++i)
+        if (visible(p, b, begin + i, j))
+          gradient_exactly(p.width, p.query.at(b, begin + i), p.key.at(b, j), s.gradient[i * s.scores_row + j], grad_query + i * p.width,
+                           grad_key + j * p.width, to_weight);
+    for (int64_t a = 0; a < p.width; ++a) grad_weight[a] += to_weight[a];
+  }
+}
+
 // The gradients of query, key and weight of a tile, from those of its scores in s.gradient, which is used up. grad_key (blocks, A,
 // key_block).
 template <class C>
 void score_gradients(const AdditiveAttention<C>& p, int64_t b, int64_t begin, int64_t rows, const AdditiveScratch<C>& s, C* grad_query,
                      C* grad_key, C* grad_weight) {
+  if (!p.table) return score_gradients_exactly(p, b, begin, rows, s, grad_query, grad_key, grad_weight);
   const int64_t n = p.length(b);
   // A row with a NaN would spoil the keys that are hidden from it too: 0 times NaN is NaN. Where a mask can hide any it takes its visible
   // keys one by one.
@@ -134,7 +153,7 @@ void score_gradients(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
   for (int64_t at = 0; at * key_block < n; ++at) {
     bool used = false;
     for (int64_t j = at * key_block; j < min(n, (at + 1) * key_block); ++j) {
-      const bool outlier = !p.table || p.outlier[b * p.outlier_batch + j];
+      const bool outlier = p.outlier[b * p.outlier_batch + j];
       if (!outlier && !any) continue;
       for (int64_t a = 0; a < (used ? 2 : 3) * p.width; ++a) s.line[a] = C(0);
       used = true;
@@ -152,7 +171,6 @@ void score_gradients(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
     }
     for (int64_t a = 0; used && a < p.width; ++a) grad_weight[a] += of_block[a];
   }
-  if (!p.table) return;
   for (int64_t i = 0; i < rows && any; ++i) {
     if (!apart[i]) continue;
     QueryTable<C> none = s.queries;
@@ -202,14 +220,19 @@ void additive_gradients(const AdditiveAttention<C>& p, const AdditiveAttentionGr
     for (int64_t a = 0; a < p.width; ++a) grad_query[i * p.width + a] *= p.weight[a];
 }
 
-// grad_key rows [first, first + count) of one block (of `parts` partial sums (A, key_block), part_size apart, added in order), the weight
-// multiplied in: to (count, A).
+// The gradient of `count` keys, to (count, A), from `parts` partial sums, part_size apart, added in order, that still lack the weight:
+// (A, key_block) where there is a table, else (count, A). The first part is used up.
 template <class C>
-void finish_key_gradient(int64_t width, int64_t count, const C* partial, int64_t parts, int64_t part_size, const C* weight, C* to) {
-  for (int64_t a = 0; a < width; ++a)
-    for (int64_t j = 0; j < count; ++j) {
-      C sum = partial[a * key_block + j];
-      for (int64_t k = 1; k < parts; ++k) sum += partial[k * part_size + a * key_block + j];
-      to[j * width + a] = sum * weight[a];
+void finish_key_gradient(bool table, int64_t width, int64_t count, C* partial, int64_t parts, int64_t part_size, const C* weight, C* to) {
+  const int64_t lines = table ? width : count, line = table ? count : width, stride = table ? key_block : width;
+  for (int64_t i = 0; i < lines; ++i) {
+    C* const sum = partial + i * stride;
+    for (int64_t k = 1; k < parts; ++k) {
+      const C* const more = sum + k * part_size;
+      for (int64_t j = 0; j < line; ++j) sum[j] += more[j];
     }
+    C* const result = table ? sum : to + i * width;
+    for (int64_t j = 0; j < line; ++j) result[j] = sum[j] * weight[table ? i : j];
+  }
+  if (table) copy_transposed(width, count, partial, key_block, int64_t{1}, to, width);
 }

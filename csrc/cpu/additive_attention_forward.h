@@ -13,7 +13,7 @@ void additive_scores(const AdditiveAttention<C>& p, int64_t b, int64_t begin, in
   for (int64_t at = 0; at * key_block < length; ++at) {
     const int64_t first = at * key_block, count = min(key_block, length - first);
     if (p.table) {
-      score_block(rows, p.width, count, p.block(b, at), s.queries, s.scores + first, s.scores_row);
+      score_block(rows, p.width, count, p.block(b, at), s.queries, s.scores + first, s.gradient + first, s.scores_row);
       for (int64_t i = 0; i < rows && s.queries.scale != C(1); ++i)
         for (int64_t j = first; j < first + count; ++j) s.scores[i * s.scores_row + j] *= s.queries.scale;
     }

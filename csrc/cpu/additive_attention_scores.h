@@ -129,19 +129,23 @@ S2S_INLINE void score_vectors(int64_t units, const C* table, const QueryTable<C>
   for (int v = 0; v < V; ++v) store(scores + v * lanes<C>, load(scores + v * lanes<C>) + sum[v]);
 }
 
-// Scores of a tile of rows against one block of the table, divided by q.scale; `scores` rows hold whole vectors.
+// Scores of a tile of rows against one block of the table, divided by q.scale; rows of `scores` and `sums`, which is scratch, hold whole
+// vectors.
 template <class C>
-void score_block(int64_t rows, int64_t width, int64_t count, const C* table, const QueryTable<C>& q, C* scores, int64_t scores_row) {
-  // Units whose part of the table stays in the first-level cache for all rows; also units summed up before they are added to the whole,
-  // which loses fewer digits than one long sum.
-  constexpr int64_t stretch = 16;
-  const int64_t whole = (count + lanes<C> - 1) / lanes<C> * lanes<C>;
+void score_block(int64_t rows, int64_t width, int64_t count, const C* table, const QueryTable<C>& q, C* scores, C* sums,
+                 int64_t scores_row) {
+  // Units whose part of the table stays in the first-level cache for all rows. Those are summed up before they are added to the sum of so
+  // many, and that to the whole: one long sum loses digits, and each addition to a large one does.
+  constexpr int64_t stretch = 16, span = 8 * stretch;
+  const int64_t whole = (count + lanes<C> - 1) / lanes<C> * lanes<C>, all = even(width);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < count; j += lanes<C>) store(scores + i * scores_row + j, Vec<C>{});
-  for (int64_t a = 0; a < even(width); a += stretch) {
-    const int64_t units = min(stretch, even(width) - a);
+    for (int64_t j = 0; j < whole; j += lanes<C>) store(scores + i * scores_row + j, Vec<C>{});
+  for (int64_t a = 0; a < all; a += stretch) {
+    const int64_t units = min(stretch, all - a);
+    C* const into = a < span ? scores : sums;
     for (int64_t i = 0; i < rows; ++i) {
-      C* const row = scores + i * scores_row;
+      C* const row = into + i * scores_row;
+      for (int64_t j = 0; j < whole && a && a % span == 0; j += lanes<C>) store(row + j, Vec<C>{});
       const C* const part = table + a * 2 * key_block;
       int64_t j = 0;
       for (; j + 4 * lanes<C> <= whole; j += 4 * lanes<C>) score_vectors<C, 4>(units, part + j, q, i * q.stride + a, row + j);
@@ -155,6 +159,9 @@ void score_block(int64_t rows, int64_t width, int64_t count, const C* table, con
         case 1:
           score_vectors<C, 1>(units, part + j, q, i * q.stride + a, row + j);
       }
+      const bool last = a + stretch >= all || (a + stretch) % span == 0;
+      C* const total = scores + i * scores_row;
+      for (j = 0; j < whole && last && into == sums; j += lanes<C>) store(total + j, load(total + j) + load(row + j));
     }
   }
 }

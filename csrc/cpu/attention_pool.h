@@ -31,11 +31,16 @@ void pool_scores(int64_t rows, int64_t units, int64_t width, const C* x, int64_t
 // Scores of one sequence become weights, and x their weighted sum: pooled (I).
 template <class C>
 void pool_sum(int64_t length, int64_t width, const C* x, int64_t x_row, C* scores, C* pooled, C* product) {
-  C most = -std::numeric_limits<C>::infinity(), sum = 0;
+  C most = -std::numeric_limits<C>::infinity();
+  double sum = 0;
   for (int64_t t = 0; t < length; ++t) most = scores[t] > most ? scores[t] : most;
   for (int64_t t = 0; t < length; ++t) sum += scores[t] = vexp_fast(scores[t] - most);
-  for (int64_t t = 0; t < length; ++t) scores[t] /= sum;
-  gemm<C>(1, width, length, scores, length, 1, x, x_row, 1, pooled, width, false, product);
+  const C total = static_cast<C>(sum);
+  for (int64_t t = 0; t < length; ++t) scores[t] /= total;
+  // Of terms of one sign, a long sum loses digits.
+  constexpr int64_t stretch = 64;
+  for (int64_t t = 0; t == 0 || t < length; t += stretch)
+    gemm<C>(1, width, min(stretch, length - t), scores + t, length, 1, x + t * x_row, x_row, 1, pooled, width, t > 0, product);
 }
 
 // The gradients of one sequence's scores (length), from that of pooled (I, or null) and of the weights (length, or null).
@@ -43,11 +48,13 @@ template <class C>
 void pool_score_gradient(int64_t length, int64_t width, const C* x, int64_t x_row, const C* weights, const C* grad_pooled,
                          const C* grad_weights, C* to, C* product) {
   if (grad_pooled) gemm<C>(1, length, width, grad_pooled, width, 1, x, 1, x_row, to, length, false, product);
-  C mean = 0;
+  // The mean by what the weights sum up to, not by 1: positions that are alike have no gradient.
+  double sum = 0, all = 0;
   for (int64_t t = 0; t < length; ++t) {
     to[t] = (grad_pooled ? to[t] : C(0)) + (grad_weights ? grad_weights[t] : C(0));
-    mean = fma(weights[t], to[t], mean);
+    sum += static_cast<double>(weights[t]) * static_cast<double>(to[t]), all += static_cast<double>(weights[t]);
   }
+  const C mean = static_cast<C>(sum / all);
   for (int64_t t = 0; t < length; ++t) to[t] = weights[t] * (to[t] - mean);
 }
 

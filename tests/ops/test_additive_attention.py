@@ -97,6 +97,34 @@ def test_accurate_whatever_the_size_of_the_numbers(scale, weight_scale, rows):
 
 
 @needs_extension
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_over_many_units(seed):
+    """Of as many, sums of a stretch added to the whole one by one would lose digits."""
+    draw = Draw(torch.float32, seed=seed)
+    arguments = draw(2, 8, 1024), draw(2, 65, 1024), draw(2, 65, 64), draw(1024, scale=0.3)
+    assert_right(s2s.additive_attention, (arguments, {}))
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gradients_of_a_few_rows(rows):
+    """They take every key by tanh itself, and have no table of keys to be turned back."""
+    draw = Draw(torch.float32)
+    arguments = draw(2, rows, 100, scale=0.3), draw(2, 300, 100), draw(2, 300, 5), draw(100, scale=0.1)
+    options = {"key_lengths": torch.tensor([300, 130]), "mask": draw(2, rows, 300) > -1}
+    assert_right(s2s.additive_attention, (arguments, options))
+
+
+@needs_extension
+@pytest.mark.parametrize("seed", range(3))
+def test_positions_that_are_alike_pool_to_one(seed):
+    """Row 3: as if padded with the same; their scores have no gradient."""
+    draw = Draw(torch.float32, seed=seed)
+    x = draw(3, 1, 100).expand(3, 200, 100)
+    assert_right(s2s.attention_pool, ((x, draw(100, 100, scale=0.1), draw(100, scale=0.1), draw(100)), {}))
+
+
+@needs_extension
 def test_queries_and_keys_that_cancel():
     """Row 22: q + k is small where q and k are +-50, or anything between."""
     steps = torch.linspace(-60, 60, 241)
