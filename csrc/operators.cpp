@@ -88,7 +88,7 @@ STABLE_TORCH_LIBRARY(s2s, m) {
   m.def(
       "attention_packed_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, "
       "Tensor? seed, int? left, int? right, bool bottom_right, float dropout_p, float? scale, float? softcap, bool save) -> (Tensor, "
-      "Tensor, Tensor)");
+      "Tensor, Tensor, Tensor)");
   m.def(
       "attention_packed_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor softmax, Tensor query, Tensor key, Tensor value, "
       "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, int? left, int? right, bool bottom_right, float "

@@ -280,11 +280,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Argumen
     const Tensor softmax = !save      ? empty_cpu({0}, wide)
                            : p.packed ? empty_cpu({2, p.heads, rows}, wide)
                                       : empty_cpu({2, p.batch, p.heads, rows}, wide);
-    const Tensor wide_out = save_wide ? empty_rows(p.packed, p.batch, p.heads, rows, p.value_width, wide) : empty_cpu({0}, wide);
+    // Backward subtracts from each weight's gradient that of the whole row, which rounding to 16 bits would drown.
+    const bool keep_wide = save_wide || (save && sizeof(S) == 2);
+    const Tensor wide_out = keep_wide ? empty_rows(p.packed, p.batch, p.heads, rows, p.value_width, wide) : empty_cpu({0}, wide);
     p.out = mutable_data<S>(out);
     p.lse = mutable_data<compute_t<S>>(lse);
     if (save) p.peaks = mutable_data<compute_t<S>>(softmax), p.shares = p.peaks + p.all_rows();
-    if (save_wide) p.wide_out = mutable_data<compute_t<S>>(wide_out);
+    if (keep_wide) p.wide_out = mutable_data<compute_t<S>>(wide_out);
     out_strides(out, p);
     forward(p);
     return std::make_tuple(out, lse, softmax, wide_out);
@@ -304,18 +306,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(const Tensor& query
       save_wide);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_packed_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                            const Tensor& query_starts, const Tensor& key_starts,
-                                                            const OptionalTensor& slopes, const OptionalTensor& seed,
-                                                            std::optional<int64_t> left, std::optional<int64_t> right, bool bottom_right,
-                                                            double dropout_p, std::optional<double> scale, std::optional<double> softcap,
-                                                            bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_packed_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                                    const Tensor& query_starts, const Tensor& key_starts,
+                                                                    const OptionalTensor& slopes, const OptionalTensor& seed,
+                                                                    std::optional<int64_t> left, std::optional<int64_t> right,
+                                                                    bool bottom_right, double dropout_p, std::optional<double> scale,
+                                                                    std::optional<double> softcap, bool save) {
   const OptionalTensor none;
-  const auto [out, lse, softmax, wide_out] = forward("attention_packed_forward",
-                                                     {query, key, value, none, none, none, none, slopes, seed, left, right, bottom_right,
-                                                      dropout_p, scale, softcap, &query_starts, &key_starts},
-                                                     save, false);
-  return {out, lse, softmax};
+  return forward("attention_packed_forward",
+                 {query, key, value, none, none, none, none, slopes, seed, left, right, bottom_right, dropout_p, scale, softcap,
+                  &query_starts, &key_starts},
+                 save, false);
 }
 
 struct Needs {

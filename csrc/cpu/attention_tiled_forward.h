@@ -34,7 +34,8 @@ struct TiledForward<S, float> {
   static bool may_pay(const AttentionCall<S>& p) { return pays(p, p.time, p.source); }
   static bool always_pays(const AttentionCall<S>& p) { return pays(p, p.least_time, p.least_source); }
   static bool pays(const AttentionCall<S>& p, int64_t queries, int64_t keys) {
-    if (!p.kv_heads || (plane_count == 1 && p.wide_out)) return false;  // a result that keeps its precision comes of weights that do
+    // A bias that is wider than 16 bits has a gradient that comes of weights that are.
+    if (!p.kv_heads || (plane_count == 1 && p.wide_out && p.bias && p.bias_type <= FloatType::float32)) return false;
     const int64_t rows = queries * (p.heads / p.kv_heads);
     const int64_t least = plane_count == 1 ? 64 : p.right >= p.source ? 192 : p.peaks ? 448 : 320;
     return p.width >= 32 && p.value_width >= 32 && rows >= least && keys >= 32;

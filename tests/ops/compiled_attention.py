@@ -31,7 +31,7 @@ def call(
     if packed:
         tensors = tuple(x.transpose(1, 2).flatten(0, 1) for x in tensors)
         starts = (torch.arange(batch + 1) * time, torch.arange(batch + 1) * source)
-        out, lse, softmax = triton_kernels.attention_packed_forward(*tensors, *starts, *rest, backward)
+        out, lse, softmax, _ = triton_kernels.attention_packed_forward(*tensors, *starts, *rest, backward)
         if backward:
             saved, needs = (out, softmax), (True, True, True, slopes)
             grads = noise(*out.shape), torch.randn(lse.shape)

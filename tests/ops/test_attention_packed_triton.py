@@ -238,7 +238,7 @@ def test_no_buffer_of_the_size_of_all_pairs_or_of_padded_rows(monkeypatch):
     tensors, _ = packed(Draw(), (900, *[20] * 40), (900, *[20] * 40), 4, 4, 8, 8)
     rest = (torch.ones(4), torch.tensor([1, 2]), None, 0, True, 0.1, None, None)
     with Watch():
-        out, _, softmax = triton_kernels.attention_packed_forward(*tensors, *rest, True)
+        out, _, softmax, _ = triton_kernels.attention_packed_forward(*tensors, *rest, True)
         triton_kernels.attention_packed_backward(out, None, out, softmax, *tensors, *rest, True, True, True, True)
     assert max(made) <= max(tensors[0].numel(), softmax.numel())
     assert len(grids) >= 5 and max(programs for (programs,) in grids) <= 4 * (1700 // 16 + 41)
@@ -295,7 +295,7 @@ def test_whatever_the_starts_nothing_outside_is_read_or_written(values, monkeypa
     guarded("create_masked_load", 0)
     guarded("create_masked_store", 1)
     with Watch():
-        out, _, softmax = triton_kernels.attention_packed_forward(*arguments, True)
+        out, _, softmax, _ = triton_kernels.attention_packed_forward(*arguments, True)
         out.zero_(), softmax.zero_()  # rows that no sequence holds
         triton_kernels.attention_packed_backward(out, None, out, softmax, *arguments, True, True, True, True)
 
@@ -308,7 +308,7 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
     good = (*tensors, *rest, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.s2s.attention_packed_forward, good, test_utils=tests)
-    out, lse, softmax = torch.ops.s2s.attention_packed_forward(*good)
+    out, lse, softmax, _ = torch.ops.s2s.attention_packed_forward(*good)
     backward = (draw(5, 4, 6), torch.ones_like(lse), out, softmax, *tensors, *rest, True, True, True, True)
     torch.library.opcheck(torch.ops.s2s.attention_packed_backward, backward, test_utils=tests)
     wrong = {

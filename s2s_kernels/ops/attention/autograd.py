@@ -15,6 +15,11 @@ from . import reference
 # options: left, right, bottom_right, dropout_p, scale, softcap.
 
 
+def saves_wide(query: torch.Tensor, save: bool) -> bool:
+    """Whether forward keeps results of 16 bits as they were before they were rounded, unasked: the cpu backend does."""
+    return save and query.is_cpu and query.itemsize == 2
+
+
 if dispatch.extension_missing is None:
 
     @torch.library.register_fake("s2s::attention_forward")
@@ -24,6 +29,7 @@ if dispatch.extension_missing is None:
     ):  # fmt: skip
         batch, heads, time, _ = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
+        save_wide = save_wide or saves_wide(query, save)
         return (
             query.new_empty(batch, heads, time, value.shape[3]),
             query.new_empty((batch, heads, time), dtype=wide),
@@ -54,7 +60,7 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
     # The gradient of a bias wider than 16 bits needs out as it was before it was rounded to them.
     save_wide = save and bias is not None and query.itemsize == 2 and bias.itemsize > 2
     out, lse, softmax, wide_out = torch.ops.s2s.attention_forward(*tensors, *options, save, save_wide)
-    return (out, lse), (wide_out if save_wide else out, softmax) if save else ()
+    return (out, lse), (out if wide_out.dim() == 1 else wide_out, softmax) if save else ()
 
 
 def gradients(

@@ -11,7 +11,7 @@ from .. import python_kernels
 from ..differentiation import Options, Tensors, differentiable
 from ..random import draw_seed, keep_mask
 from . import arguments, reference
-from .autograd import gradients
+from .autograd import gradients, saves_wide
 
 # tensors: query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed.
 # options: left, right, bottom_right, dropout_p, scale, softcap.
@@ -151,6 +151,7 @@ if dispatch.extension_missing is None:
             query.new_empty(time, heads, value.shape[2]),
             query.new_empty((heads, time), dtype=wide),
             query.new_empty((2, heads, time) if save else (0,), dtype=wide),
+            query.new_empty((time, heads, value.shape[2]) if saves_wide(query, save) else (0,), dtype=wide),
         )
 
     @torch.library.register_fake("s2s::attention_packed_backward")
@@ -166,8 +167,8 @@ python_kernels.register(f"{__package__}.triton_kernels", "attention_packed_forwa
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    out, lse, softmax = torch.ops.s2s.attention_packed_forward(*tensors, *options, save)
-    return (out, lse), (out, softmax) if save else ()
+    out, lse, softmax, wide_out = torch.ops.s2s.attention_packed_forward(*tensors, *options, save)
+    return (out, lse), (out if wide_out.dim() == 1 else wide_out, softmax) if save else ()
 
 
 def reference_of(tensors: Tensors, options: Options) -> Tensors:

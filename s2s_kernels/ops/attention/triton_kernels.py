@@ -50,7 +50,7 @@ def attention_packed_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor, alibi_slopes: torch.Tensor | None, seed: torch.Tensor | None, left: int | None,
     right: int | None, bottom_right: bool, dropout_p: float, scale: float | None, softcap: float | None, save: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     call = _checked(
         "attention_packed_forward", query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed,
         left, right, bottom_right, dropout_p, scale, softcap, packed=True,
@@ -60,7 +60,7 @@ def attention_packed_forward(
     lse = query.new_empty((heads, time), dtype=torch.float32)
     softmax = query.new_empty((2, heads, time) if save else (0,), dtype=torch.float32)
     _forward(call, out, lse, softmax if save else None, None)
-    return out, lse, softmax
+    return out, lse, softmax, query.new_empty((0,), dtype=torch.float32)
 
 
 def _forward(
