@@ -113,8 +113,10 @@ struct AttentionBackward {
         if (finite) break;
         finite = true;
       }
-      std::memset(key_sums, 0, static_cast<size_t>(count * width) * sizeof(T));
-      std::memset(value_sums, 0, static_cast<size_t>(count * value_width) * sizeof(T));
+      // Of few queries, the first head's products replace what is there, but for absent keys.
+      const int64_t given = AttentionForward<S>::few(p, span) ? min(count, max(int64_t{0}, span.keys - part_begin)) : 0;
+      std::memset(key_sums + given * width, 0, static_cast<size_t>((count - given) * width) * sizeof(T));
+      std::memset(value_sums + given * value_width, 0, static_cast<size_t>((count - given) * value_width) * sizeof(T));
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
           finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
@@ -193,7 +195,8 @@ struct AttentionBackward {
     T* query_sums;
     const bool in_place = place_queries(p, g, m, b, h, part, query_sums);
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
-    const bool turned = AttentionForward<S>::turned(p, span);
+    const bool turned = AttentionForward<S>::turned(p, span), few = AttentionForward<S>::few(p, span);
+    const bool fresh = few && h % (p.heads / p.kv_heads) == 0;
     if (tiled(p, b)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
     if (turned) Turned::turn(p, m, queries, grads, span.queries);
     ScoreRow<T> row = score_row_of(p, b, h);
@@ -204,7 +207,10 @@ struct AttentionBackward {
       // The queries that see something of this block.
       const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
       const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
-      if (begin >= end) continue;
+      if (begin >= end) {
+        if (fresh) zero_rows(0, n, width, key_sums + local * width, value_width, value_sums + local * value_width);
+        continue;
+      }
       const Rows<T> keys = key_rows(p, m, b, kv, at, n, flags), values = value_rows(p, m, b, kv, at, n);
       row.valid = n;
 #if defined(S2S_TILE_UNIT)
@@ -226,11 +232,13 @@ struct AttentionBackward {
           continue;
         }
       }
-      transpose_rows(n, p.width, keys, m.keys_transposed);
-      transpose_rows(n, p.value_width, values, m.values_transposed);
+      if (!few) {
+        transpose_rows(n, p.width, keys, m.keys_transposed);
+        transpose_rows(n, p.value_width, values, m.values_transposed);
+      }
       for (int64_t i = begin; i < end; i += queries_at_once)
-        block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, peaks, shares, row, query_sums,
-                     key_sums + local * width, value_sums + local * value_width, ahead);
+        block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, values, peaks, shares, row, query_sums,
+                     key_sums + local * width, value_sums + local * value_width, fresh, ahead);
     }
     if (g.slopes) {
       double& total = g.slopes[(part * p.batch + b) * p.heads + h] = 0;
@@ -343,13 +351,20 @@ struct AttentionBackward {
     return grads;
   }
 
-  // One block of n queries from `first` on with the block of keys from `at` on.
+  static void zero_rows(int64_t begin, int64_t end, int64_t width, T* key_sums, int64_t value_width, T* value_sums) {
+    std::memset(key_sums + begin * width, 0, static_cast<size_t>((end - begin) * width) * sizeof(T));
+    std::memset(value_sums + begin * value_width, 0, static_cast<size_t>((end - begin) * value_width) * sizeof(T));
+  }
+
+  // One block of n queries from `first` on with the block of keys from `at` on. With `fresh` nothing is in the sums of keys and values.
   template <bool EXTRA>
   static void block(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
-                    int64_t first, int64_t n, const Rows<T>& queries, const Rows<T>& grads, const Rows<T>& keys, const T* peaks,
-                    const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, Ahead& ahead) {
+                    int64_t first, int64_t n, const Rows<T>& queries, const Rows<T>& grads, const Rows<T>& keys, const Rows<T>& values,
+                    const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums, T* value_sums, bool fresh,
+                    Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
+    const bool few = AttentionForward<S>::few(p, span);
     Hull hulls[groups_at_once];
     for (int64_t q = 0; q < n; q += attention_rows) {
       const int64_t rows = min(attention_rows, n - q), i = first + q;
@@ -359,12 +374,18 @@ struct AttentionBackward {
       ahead.step();
       T *const weights = m.weights + q * attention_block, *const slopes = m.grads + q * attention_block;
       const int64_t columns = hull.end - hull.begin;
-      attention_product<T>(rows, columns,
-                           {p.width, queries.data + i * queries.row, queries.row, 1, m.keys_transposed + hull.begin, attention_block,
-                            weights + hull.begin, attention_block, false});
-      attention_product<T>(rows, columns,
-                           {p.value_width, grads.data + i * grads.row, grads.row, 1, m.values_transposed + hull.begin, attention_block,
-                            slopes + hull.begin, attention_block, false});
+      if (few) {
+        const int64_t valid = min(hull.end, row.valid) - hull.begin;
+        few_products<T>(rows, p.width, queries, i, valid, keys, hull.begin, weights + hull.begin);
+        few_products<T>(rows, p.value_width, grads, i, valid, values, hull.begin, slopes + hull.begin);
+      } else {
+        attention_product<T>(rows, columns,
+                             {p.width, queries.data + i * queries.row, queries.row, 1, m.keys_transposed + hull.begin, attention_block,
+                              weights + hull.begin, attention_block, false});
+        attention_product<T>(rows, columns,
+                             {p.value_width, grads.data + i * grads.row, grads.row, 1, m.values_transposed + hull.begin, attention_block,
+                              slopes + hull.begin, attention_block, false});
+      }
       Derivative::template differentiate_rows<EXTRA, false>(p, g, m, b, h, at, i, rows, hull, peaks, shares, row, weights, slopes);
       if (g.query)
         attention_product<T>(rows, width,
@@ -377,16 +398,19 @@ struct AttentionBackward {
       int64_t low = 0, high = groups;
       while (low < high && (hulls[low].empty() || hulls[low].end <= j)) ++low;
       while (high > low && (hulls[high - 1].empty() || hulls[high - 1].begin >= j + rows)) --high;
-      if (low == high) continue;
+      if (low == high) {
+        if (fresh) zero_rows(j, j + rows, width, key_sums, value_width, value_sums);
+        continue;
+      }
       const int64_t q = low * attention_rows, depth = min(n, high * attention_rows) - q;
       if (g.value)
         attention_product<T>(rows, value_width,
                              {depth, m.weights + q * attention_block + j, 1, attention_block, grads.data + (first + q) * grads.row,
-                              grads.row, value_sums + j * value_width, value_width, true});
+                              grads.row, value_sums + j * value_width, value_width, !fresh});
       if (g.key)
         attention_product<T>(rows, width,
                              {depth, m.grads + q * attention_block + j, 1, attention_block, queries.data + (first + q) * queries.row,
-                              queries.row, key_sums + j * width, width, true});
+                              queries.row, key_sums + j * width, width, !fresh});
     }
   }
 

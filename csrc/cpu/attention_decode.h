@@ -5,12 +5,8 @@ template <class S>
 struct AttentionDecode {
   using T = compute_t<S>;
   static constexpr int64_t heads_at_once = 4;
-#if defined(S2S_TILE_UNIT)
-  static constexpr bool pairs = std::is_same_v<S, bfloat16>;
-#else
-  static constexpr bool pairs = false;
-#endif
-  static constexpr int64_t whole_pairs(int64_t n) { return (n + 31) / 32 * 32; }
+  using Dots = AttentionDots<S>;
+  static constexpr bool pairs = Dots::pairs;
 
   // What a chunk leaves behind for each query head: sums (whole vectors of Dv), total, peak.
   static int64_t part_size(const AttentionCall<S>& p) { return whole_vectors<T>(p.value_width) + 2; }
@@ -25,7 +21,7 @@ struct AttentionDecode {
   static Memory memory(const AttentionCall<S>& p, Pieces& pieces) {
     Memory m;
     m.queries = pieces.take<T>(heads_at_once * whole_vectors<T>(p.width));
-    m.words = pieces.take<S>(pairs ? heads_at_once * whole_pairs(p.width) : 0);
+    m.words = pieces.take<S>(pairs ? heads_at_once * Dots::whole_pairs(p.width) : 0);
     m.scores = pieces.take<T>(heads_at_once * attention_block);
     m.factors = pieces.take<T>(attention_block);
     m.seen = pieces.take<uint8_t>(heads_at_once * attention_block);
@@ -77,12 +73,6 @@ struct AttentionDecode {
   }
 
  private:
-  // As many as there are sums at once.
-  static constexpr bool folds = std::is_same_v<T, float> && lanes<T> >= 8;
-  static constexpr int64_t sums_at_once = folds ? lanes<T> : 8;
-  template <int HEADS>
-  static constexpr int64_t keys_at_once = sums_at_once / HEADS;
-
   // Brings nearer, row by row, what is read some rows later: the rest of these rows, then the first of those that follow.
   struct Next {
     const S* row;
@@ -101,65 +91,6 @@ struct AttentionDecode {
   };
   // So much further than a row is read that it comes in time, and yet is not driven out again.
   static int64_t rows_ahead(int64_t width) { return max(int64_t{1}, 4096 / (width * static_cast<int64_t>(sizeof(S)))); }
-
-  // Products of HEADS queries, `width` whole vectors apart, with `n` <= keys_at_once keys.
-  template <int HEADS>
-  static void products(int64_t width, const T* queries, const S* words, int64_t n, const S* keys, int64_t row, T* scores, Next& next) {
-    constexpr int64_t keys_at_once = AttentionDecode::keys_at_once<HEADS>;
-    constexpr int together = HEADS == 1 ? 4 : 2;
-    const int64_t padded = whole_vectors<T>(width);
-    Vec<T> sums[sums_at_once];
-    if (HEADS * keys_at_once < sums_at_once || n < keys_at_once) std::memset(sums, 0, sizeof sums);
-    // A few keys after another, as they lie in memory: the processor fetches ahead by itself what is read in order.
-    for (int64_t j = 0; j < n; j += together) {
-      const S* from[together];
-      for (int i = 0; i < together; ++i) next.step(), from[i] = keys + min(j + i, n - 1) * row;
-      Vec<T> sum[HEADS][together] = {};
-#if defined(S2S_TILE_UNIT)
-      if constexpr (pairs) {
-        // Queries are bfloat16 as keys are, so that their products, which are added in float32, are exact.
-        for (int64_t c = 0; c < width; c += 32) {
-          const __mmask32 some = c + 32 <= width ? ~__mmask32{0} : (__mmask32{1} << (width - c)) - 1;
-          __m512i k[together];
-#pragma GCC unroll 4
-          for (int i = 0; i < together; ++i) k[i] = _mm512_maskz_loadu_epi16(some, from[i] + c);
-#pragma GCC unroll 4
-          for (int h = 0; h < HEADS; ++h) {
-            const __m512i q = _mm512_load_si512(words + h * whole_pairs(width) + c);
-#pragma GCC unroll 4
-            for (int i = 0; i < together; ++i) sum[h][i] = _mm512_dpbf16_ps(sum[h][i], (__m512bh)q, (__m512bh)k[i]);
-          }
-        }
-      } else
-#endif
-        each_vector<T>(
-            width, S2S_LAMBDA(auto at, int64_t c) {
-              Vec<T> k[together];
-#pragma GCC unroll 4
-              for (int i = 0; i < together; ++i) k[i] = at.get(from[i] + c);
-#pragma GCC unroll 4
-              for (int h = 0; h < HEADS; ++h) {
-                const Vec<T> q = load(queries + h * padded + c);
-#pragma GCC unroll 4
-                for (int i = 0; i < together; ++i) sum[h][i] = fma(q, k[i], sum[h][i]);
-              }
-            });
-#pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h)
-#pragma GCC unroll 4
-        for (int i = 0; i < together; ++i)
-          if (j + i < keys_at_once) sums[h * keys_at_once + j + i] = sum[h][i];
-    }
-    alignas(64) T folded[sums_at_once];
-    if constexpr (folds)
-      store(folded, sums_of(sums));
-    else
-      for (int64_t i = 0; i < HEADS * keys_at_once; ++i) folded[i] = hsum(sums[i]);
-    // Where heads share the sums evenly, those past n fit in too.
-    const int64_t count = sums_at_once % HEADS ? n : keys_at_once;
-    for (int h = 0; h < HEADS; ++h)
-      std::memcpy(scores + h * attention_block, folded + h * keys_at_once, static_cast<size_t>(count) * sizeof(T));
-  }
 
   // sums (HEADS, size) += weights (HEADS, attention_block) times n values.
   template <int HEADS>
@@ -228,10 +159,10 @@ struct AttentionDecode {
         m.queries[g * width + c] = c < p.width ? to_compute(p.query[b * p.query_stride[0] + (h + g) * p.query_stride[1] +
                                                                     span.query_begin * p.query_stride[2] + c * p.query_stride[3]])
                                                : T(0);
-      for (int64_t c = 0; pairs && c < whole_pairs(p.width); ++c)
-        m.words[g * whole_pairs(p.width) + c] = c < p.width ? p.query[b * p.query_stride[0] + (h + g) * p.query_stride[1] +
-                                                                      span.query_begin * p.query_stride[2] + c * p.query_stride[3]]
-                                                            : S{};
+      for (int64_t c = 0; pairs && c < Dots::whole_pairs(p.width); ++c)
+        m.words[g * Dots::whole_pairs(p.width) + c] = c < p.width ? p.query[b * p.query_stride[0] + (h + g) * p.query_stride[1] +
+                                                                            span.query_begin * p.query_stride[2] + c * p.query_stride[3]]
+                                                                  : S{};
     }
     if (span.queries <= 0) return;
     const int64_t begin = max(first_key(span, p.left, 0), chunk * attention_decode_chunk);
@@ -251,10 +182,10 @@ struct AttentionDecode {
                             p.key_stride[2],
                             p.width,
                             min(ahead, end - after)};
-      for (int64_t j = 0; j < count; j += keys_at_once<HEADS>) {
-        const int64_t n = min(keys_at_once<HEADS>, count - j);
-        products<HEADS>(p.width, m.queries, m.words, n, key + (at + j) * p.key_stride[2], p.key_stride[2], m.scores + j, next_key);
-      }
+      constexpr int64_t keys_at_once = Dots::template keys_at_once<HEADS>;
+      for (int64_t j = 0; j < count; j += keys_at_once)
+        Dots::template products<HEADS>(p.width, m.queries, m.words, min(keys_at_once, count - j), key + (at + j) * p.key_stride[2],
+                                       p.key_stride[2], m.scores + j, [&]() __attribute__((always_inline)) { next_key.step(); });
       for (int g = 0; g < HEADS; ++g) weigh<EXTRA>(p, m, b, h + g, at, count, m.scores + g * attention_block, g, parts + g * size);
       const S* const values = value + at * p.value_stride[2];
       if ((p.mask || p.bias) && !all_finite(count, p.value_width, values, p.value_stride[2])) {

@@ -24,7 +24,7 @@ struct AttentionForward {
     m.transposed = pieces.take<T>(Tiled::always_pays(p) ? 0 : max(blocks, int64_t{1}) * attention_block * p.width);
     m.value_copies = pieces.take<T>(blocks * attention_block * value_width);
     m.query_copies = pieces.take<T>(queries_at_once * width);
-    m.key_copies = pieces.take<T>((may_turn(p) ? blocks : 1) * attention_block * width);
+    m.key_copies = pieces.take<T>((may_turn(p) || p.least_time <= few_queries ? blocks : 1) * attention_block * width);
     m.out = pieces.take<T>(queries_at_once * value_width);
     m.sums = pieces.take<T>(queries_at_once * lanes<T>);
     m.totals = pieces.take<T>(queries_at_once);
@@ -51,14 +51,18 @@ struct AttentionForward {
     return plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes || p.dropout) && !Tiled::always_pays(p);
   }
   static bool turned(const AttentionCall<S>& p, const AttentionSpan& span) {
-    return may_turn(p) && !Tiled::pays(p, span) &&
+    return may_turn(p) && !Tiled::pays(p, span) && span.queries > few_queries &&
            whole_vectors<T>(span.queries) * span.keys <= (span.queries + lanes<T> / 4) * whole_vectors<T>(span.keys);
   }
+
+  // Whether keys are multiplied as they lie in memory.
+  static bool few(const AttentionCall<S>& p, const AttentionSpan& span) { return span.queries <= few_queries && !Tiled::pays(p, span); }
 
   // Queries [query_begin, query_end) of the heads that read key head kv.
   static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t query_begin, int64_t query_end, char* scratch) {
     const AttentionSpan& span = p.spans[b];
     const bool tiled = Tiled::pays(p, span), turned = AttentionForward::turned(p, span);
+    const bool as_they_are = turned || few(p, span);
     query_end = min(query_end, span.query_rows);
     if (query_begin >= query_end) return;
     Pieces pieces{scratch};
@@ -76,9 +80,9 @@ struct AttentionForward {
     for (int64_t at = block_begin * attention_block; at < min(span.keys, block_end * attention_block); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at);
       const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3],
-                                        m.key_copies + (turned ? at * whole_vectors<T>(p.width) : 0));
+                                        m.key_copies + (as_they_are ? at * whole_vectors<T>(p.width) : 0));
       m.keys[at / attention_block] = keys;
-      if (turned) continue;
+      if (as_they_are) continue;
       if (tiled)
         Tiled::pack_keys(p, m.tiled, at / attention_block, n, keys);
       else
@@ -180,9 +184,12 @@ struct AttentionForward {
         const Hull hull = hull_of<T>(span, p.left, p.right, first + g, first + g + rows - 1, at);
         if (hull.empty()) continue;
         ahead.step();
-        attention_product<T>(rows, hull.end - hull.begin,
-                             {p.width, queries.data + g * queries.row, queries.row, 1, m.transposed + at * p.width + hull.begin,
-                              attention_block, m.scores + hull.begin, attention_block, false});
+        if (few(p, span))
+          few_products<T>(rows, p.width, queries, g, min(hull.end, row.valid) - hull.begin, m.keys[k], hull.begin, m.scores + hull.begin);
+        else
+          attention_product<T>(rows, hull.end - hull.begin,
+                               {p.width, queries.data + g * queries.row, queries.row, 1, m.transposed + at * p.width + hull.begin,
+                                attention_block, m.scores + hull.begin, attention_block, false});
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = first + g + r;
           row.begin = max(hull.begin, first_key(span, p.left, i) - at);

@@ -1,5 +1,6 @@
 // The kernels of attention, gathered for each_isa.h.
 #include "attention_tile.h"
+#include "attention_dots.h"
 #include "attention_scores.h"
 #include "attention_turned.h"
 #include "attention_tiled.h"

@@ -420,6 +420,49 @@ def test_scores_of_wide_heads_round_as_little_as_the_definitions(heads, width, s
 
 
 @needs_extension
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("time", [1, 2, 3])
+def test_scores_of_a_few_queries_round_as_little_as_the_definitions(time, seed):
+    """Products of so few rows are eager torch's most exact ones."""
+    draw = Draw(torch.float32, seed=seed)
+    tensors = draw(2, 12, time, 128), draw(2, 3, 16, 128), draw(2, 3, 16, 128)
+    judged = compare(s2s.attention, (tensors, {"scale": 1.0, "enable_gqa": True}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
+@needs_extension
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("time", [1, 33, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_offset_that_all_values_share_moves_no_gradient(dtype, time, packed):
+    """It cancels where gradients of weights lose their mean, which the rounding of results to 16 bits must not be in."""
+    draw = Draw(dtype)
+    query, key, value = draw(4, time, 64), draw(4, 129, 64) + 5 * draw(64), draw(4, 129, 64) + 20
+    starts = torch.tensor([0, time]), torch.tensor([0, 129])
+    judged = (
+        compare(s2s.attention_packed, ((*(x.transpose(0, 1) for x in (query, key, value)), *starts), {}), "cpu")
+        if packed
+        else compare(s2s.attention, ((query[None], key[None], value[None]), {}), "cpu")
+    )
+    assert all(by <= 0 for by in judged.values()), judged
+
+
+@needs_extension
+@pytest.mark.parametrize("time", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": (5, 20)}, {"causal": "bottom-right"}, {"query_lengths": [0, 1], "key_lengths": [150, 70]}],
+)
+def test_keys_that_a_few_queries_do_not_see_have_no_gradient(time, options):
+    """Sums of a few queries aren't added to what was there, and each key's are written all the same."""
+    options = {name: torch.tensor(value) if "lengths" in name else value for name, value in options.items()}
+    draw = Draw(torch.float32)
+    tensors = draw(2, 4, time, 24), draw(2, 2, 150, 24), draw(2, 2, 150, 40)
+    judged = compare(s2s.attention, (tensors, {**options, "enable_gqa": True}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
+@needs_extension
 def test_more_heads_than_a_grid_has_blocks():
     """Row 8."""
     draw = Draw()
