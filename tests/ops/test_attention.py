@@ -435,7 +435,7 @@ def test_scores_of_a_few_queries_round_as_little_as_the_definitions(time, seed):
 @pytest.mark.parametrize("time", [1, 33, 150])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_offset_that_all_values_share_moves_no_gradient(dtype, time, packed):
-    """It cancels where gradients of weights lose their mean, which the rounding of results to 16 bits must not be in."""
+    """It cancels where the gradients of weights lose their mean, in which no result may be rounded to 16 bits."""
     draw = Draw(dtype)
     query, key, value = draw(4, time, 64), draw(4, 129, 64) + 5 * draw(64), draw(4, 129, 64) + 20
     starts = torch.tensor([0, time]), torch.tensor([0, 129])
