@@ -120,12 +120,21 @@ def differentiable(
         if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
-                    return (
-                        Traced.apply(options, *tensors) if torch.compiler.is_compiling() else record(options, *tensors)
-                    )
+                    if torch.compiler.is_compiling():
+                        return Traced.apply(options, *_each_once(tensors))
+                    return record(options, *tensors)
         return forward(tensors, options, False)[0]
 
     return function
+
+
+def _each_once(tensors: Tensors) -> list[torch.Tensor | None]:
+    """A view in place of a tensor that is there already: torch.compile traces no Function that is given one twice."""
+    once: list[torch.Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in once)
+        once.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return once
 
 
 def _leaf(value: torch.Tensor | None) -> torch.Tensor | None:
