@@ -259,7 +259,11 @@ class LuongAttention(Layer):
         )
         weights = weights * falloff.exp().to(weights.dtype)
         value = _seen_only("LuongAttention", value, mask, key_lengths, query.shape[1])
-        context = F.dropout(weights, dropout) @ value
+        # In a product even a weight of 0 would make NaN of what isn't finite: only rows that see such a value get it.
+        assert mask is not None
+        context = F.dropout(weights, dropout) @ value.nan_to_num(0.0, 0.0, 0.0)
+        spoilt = mask.to(value.dtype) @ (~value.isfinite()).to(value.dtype)
+        context = torch.where(spoilt > 0, torch.nan, context)
         return (context, weights) if return_weights else context
 
     def extra_repr(self) -> str:

@@ -135,6 +135,27 @@ def test_luong_literal():
 
 
 @pytest.mark.parametrize("score", s2s.nn.LuongAttention.SCORES)
+@pytest.mark.parametrize("window", [None, 1])
+def test_a_value_that_a_row_does_not_see_never_touches_it(score, window):
+    """Row 14: hidden by a mask, or by the window alone."""
+    layer = s2s.nn.LuongAttention(6, 6, score, window=window, max_length=8 if score == "location" else None)
+    draw = Draw()
+    query, key, value = draw(1, 2, 6), draw(1, 7, 6), draw(1, 7, 3)
+    if window is not None:
+        with torch.no_grad():
+            layer.position_weight.zero_()  # p = S / 2: positions 3 and 4
+    mask = torch.ones(1, 2, 7, dtype=torch.bool)
+    mask[0, 1, 3] = False
+    clean = layer(query, key, value, mask=mask)
+    value[0, 3, 0] = NAN
+    dirty = layer(query, key, value, mask=mask)
+    assert dirty[0, 0].isnan().any() and torch.equal(dirty[0, 1], clean[0, 1])
+    if window is not None:
+        value[0, 3], value[0, 0] = 0.0, NAN
+        assert layer(query, key, value).isfinite().all()
+
+
+@pytest.mark.parametrize("score", s2s.nn.LuongAttention.SCORES)
 @pytest.mark.parametrize("window", [None, 2])
 def test_absent_positions_leave_no_trace(score, window):
     """Row 14, parameters' gradients included."""
