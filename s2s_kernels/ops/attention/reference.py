@@ -173,7 +173,11 @@ def _attention(
     # A row that sees nothing is filled with zeros, so that no NaN arises in it, and its results are put in afterwards.
     hidden = torch.where(alive, -math.inf, 0.0).to(dtype)[..., None]
     scores = torch.where(visible, scores, hidden)
-    lse = torch.where(alive, torch.logsumexp(scores, -1), -math.inf)
+    # Less the greatest score: beside one of 1e38, logsumexp's own result, of which its derivative is made, has no room
+    # for the logarithm of how many there are.
+    peak = scores.detach().amax(-1, keepdim=True) if source else hidden
+    lse = peak[..., 0] + (scores - peak).exp().sum(-1).log()
+    lse = torch.where(alive, lse, -math.inf)
     weights = torch.where(visible, torch.softmax(scores, -1), 0)
     # Before dropout: what isn't finite is seen, and spoils the row's gradient too, be its weight dropped or not.
     taint = (weights * torch.where(visible, _taint(v)[:, :, None], 0)).sum(-1, keepdim=True)
