@@ -1,5 +1,8 @@
 """Kernel-level performance toolkit for attention and recurrence in PyTorch."""
 
+import importlib
+from typing import Any
+
 from . import nn
 from .dispatch import Explanation, explain, use_backend
 from .nn.patch import PatchReport, patch, unpatch
@@ -33,3 +36,10 @@ __all__ = [
     "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The modules that need an extra are imported where they are first named."""
+    if name in ("huggingface", "plot"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

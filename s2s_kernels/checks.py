@@ -133,6 +133,8 @@ def boolean(operator: str, name: str, value: Any, reference: torch.Tensor, refer
 
 def probability(operator: str, name: str, value: float) -> None:
     """ValueError unless 0 <= value <= 1."""
+    if value is None or isinstance(value, str):
+        wrong_type(operator, name, "a number", repr(value))
     if not 0.0 <= value <= 1.0:
         wrong_value(operator, name, "a probability in [0, 1]", value)
 

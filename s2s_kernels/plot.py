@@ -69,7 +69,7 @@ def attention_map(
         if words is None:
             axis.get_major_locator().set_params(integer=True)
         else:
-            axis.set_ticks(range(len(words)), labels=list(words))
+            axis.set_ticks(range(len(words)), labels=list(words), parse_math=False)
     if source is not None and any(len(word) > 2 for word in source):
         axes.tick_params(axis="x", labelrotation=90)
     if title is not None:

@@ -106,6 +106,8 @@ class KVCache:
             limit = checks.lengths("KVCache.crop", "length", length, self.key, batch, capacity, "S")
             self.lengths.copy_(torch.minimum(self.lengths, limit.clamp(min=0)))  # type: ignore[union-attr]
             return
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+            checks.wrong_type("KVCache.crop", "length", "an integer or a tensor", type(length).__name__)
         if length < 0:
             checks.wrong_value("KVCache.crop", "length", "at least 0", length)
         self.lengths.clamp_(max=length)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
@@ -313,6 +314,16 @@ def test_the_gradient_of_lse(backend):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_lse_beside_the_least_number(backend):
+    """Row 16: of four keys with such a bias each has a quarter of it."""
+    bias = torch.full((1, 1, 1, 4), torch.finfo(torch.float32).min, requires_grad=True)
+    tensors = [torch.zeros(1, 1, n, 2) for n in (1, 4, 4)]
+    with s2s.use_backend(backend):
+        _, lse = s2s.attention(*tensors, bias=bias, return_lse=True)
+    torch.testing.assert_close(torch.autograd.grad(lse.sum(), bias)[0], torch.full_like(bias, 0.25))
+
+
 @needs_extension
 def test_strongly_negative_scores():
     """Row 20: S % 128 == 64."""
@@ -613,6 +624,51 @@ def test_nothing_of_the_size_of_all_pairs_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         s2s.attention(*leaves, causal=True, dropout_p=0.1)
     assert max(kept) <= 2 * 1000 * 8
+
+
+@needs_extension
+@pytest.mark.parametrize("time, source", [(700, 600), (1500, 1700)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": True}, {"bias": True}, {"dropout_p": 0.1}])
+def test_no_buffer_of_the_size_of_the_scores(time, source, options):
+    """No allocation of B H T S elements in either direction, be masks and biases broadcast to it."""
+    draw = Draw()
+    leaves = [draw(1, 8, n, 8).requires_grad_() for n in (time, source, source)]
+    options = dict(options)
+    if "mask" in options:
+        options["mask"] = draw.mask(1, 1, 1, source)
+    if "bias" in options:
+        options["bias"] = draw(1, 1, 1, source).requires_grad_()
+    torch.use_deterministic_algorithms(False)  # filling buffers with NaN is no business of this test
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        s2s.attention(*leaves, **options).sum().backward()
+    sizes = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert sizes and max(sizes) < 8 * time * source * 4 / 4
+
+
+@needs_extension
+@pytest.mark.parametrize("given", ["qqq", "qkk", "lengths"])
+def test_compiles_with_one_tensor_given_twice(given):
+    """torch.compile traces no Function that is given a tensor twice; without compiling anew for another length."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def attend(q, k, v, lengths):
+        if given == "lengths":
+            return s2s.attention(q, k, v, query_lengths=lengths, key_lengths=lengths)
+        return s2s.attention(q, q, q) if given == "qqq" else s2s.attention(q, k, k)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for time in (5, 7, 9, 12):
+        leaves = [Draw()(2, 2, time, 4).requires_grad_() for _ in range(3)]
+        lengths = torch.tensor([time, 3])
+        upstream = Draw()(2, 2, time, 4)
+        found = []
+        for function in (attend, compiled):
+            out = function(*leaves, lengths)
+            found.append([out, *torch.autograd.grad(out, leaves, upstream, allow_unused=True, materialize_grads=True)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 2
 
 
 def test_explains_its_choice():

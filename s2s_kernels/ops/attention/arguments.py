@@ -54,8 +54,8 @@ def restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int |
                 continue
             if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
                 checks.wrong_type(name, "window", "a pair of integers or None", repr(window))
-            if side < 0:
-                checks.wrong_value(name, "window", "of sides of at least 0 (None = unbounded)", window)
+            if side < 0 or (isinstance(side, int) and side >= 2**63):
+                checks.wrong_value(name, "window", "of sides of at least 0 in 64 bits (None = unbounded)", window)
     if causal:
         right = 0
     return left, right, causal == "bottom-right"
