@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 import s2s_kernels as s2s
@@ -649,7 +650,7 @@ def test_no_buffer_of_the_size_of_the_scores(time, source, options):
 @pytest.mark.parametrize("given", ["qqq", "qkk", "lengths"])
 def test_compiles_with_one_tensor_given_twice(given):
     """torch.compile traces no Function that is given a tensor twice; without compiling anew for another length."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def attend(q, k, v, lengths):
         if given == "lengths":
