@@ -93,7 +93,9 @@ def emulated() -> Iterator[None]:
             warnings.simplefilter("ignore")  # torch says that kernels are replaced, which is the point
             for operator, kernel in python_kernels.KERNELS.items():
                 library.impl(operator, kernel, "CPU", allow_override=True)
+        python_kernels.serve_cpu = True
         with dispatch.use_backend("cpu"), _interpreter():
             yield
     finally:
+        python_kernels.serve_cpu = False
         library._destroy()
