@@ -103,6 +103,13 @@ S2S_INLINE void put_planes(__m512 low, __m512 high, char* to) {
   }
 }
 
+// Rounded to nearest, as the conversion does it.
+S2S_INLINE __m512 to_16_bits(__m512 x) {
+  const __m512i bits = (__m512i)x, odd = _mm512_and_epi32(_mm512_maskz_srli_epi32(-1, bits, 16), _mm512_set1_epi32(1));
+  const __m512i raised = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return (__m512)_mm512_and_epi32(raised, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+
 // 32 numbers of a row, of which `valid` are there, as bfloat16.
 S2S_INLINE __m512i in_order(const float* from, int64_t valid) {
   return (__m512i)_mm512_cvtne2ps_pbh(split_load(from + 16, valid - 16), split_load(from, valid));

@@ -26,6 +26,7 @@ struct TiledForward<S, float> {
 
   struct Memory {
     float *keys, *values, *queries, *weights, *scores, *sums, *factors;
+    float* rounded;  // sums of weights as they are multiplied, a vector a row
   };
 
   // Whether there are rows enough to make up for packing keys and values; backward, which packs more, follows forward. An element's own
@@ -52,6 +53,7 @@ struct TiledForward<S, float> {
     m.scores = pieces.take<float>(2 * tiled_rows * attention_block);
     m.sums = pieces.take<float>(2 * tiled_rows * columns(p));
     m.factors = pieces.take<float>(3 * tiled_rows);
+    m.rounded = pieces.take<float>(plane_count == 1 ? attention_queries * lanes<float> : 0);
     return m;
   }
 
@@ -116,6 +118,7 @@ struct TiledForward<S, float> {
       for (int64_t c = 0; c < width; c += lanes<T>) store(out + c, fma(load(out + c), factor, load(from + c)));
     };
 
+    if constexpr (plane_count == 1) std::memset(m.tiled.rounded, 0, static_cast<size_t>(n * lanes<T>) * sizeof(float));
     ScoreRow<T> row = score_row_of(p, b, h);
     Group last{}, before{}, now = group_at(0, block_begin, 0);
     if (now.rows) add_scores(now);
@@ -150,6 +153,15 @@ struct TiledForward<S, float> {
     for (int64_t r = 0; r < last.rows; ++r) add_up(last, r);
     queue.finish();
     for (int64_t r = 0; r < before.rows; ++r) add_up(before, r);
+    if constexpr (plane_count == 1) {
+      // Results are divided by what weights sum up to before they are rounded to 16 bits. What all values share would keep the difference,
+      // and pass it on to the gradients.
+      for (int64_t i = 0; i < n && !p.dropout; ++i) {
+        const T total = hsum(load(m.sums + i * lanes<T>)), rounded = hsum(load(m.tiled.rounded + i * lanes<T>));
+        const Vec<T> factor = broadcast(rounded == T(0) ? T(1) : total / rounded);
+        for (int64_t c = 0; c < width; c += lanes<T>) store(m.out + i * width + c, load(m.out + i * width + c) * factor);
+      }
+    }
   }
 
   // Row r of a group: products become scores and then weights, as planes; the factor brings what was summed before to the new maximum.
@@ -182,6 +194,9 @@ struct TiledForward<S, float> {
       kept = peak;
     }
     group.factors(m.tiled)[r] = factor;
+    Vec<T> rounded{};
+    T* const rounded_total = m.tiled.rounded + (plane_count == 1 ? (group.begin + r) * lanes<T> : 0);
+    if constexpr (plane_count == 1) rounded = load(rounded_total) * factor;
     const T level = peak == lowest ? T(0) : peak;
     if (p.dropout)
       dropout_factors<T>(p.seed0, p.seed1, 0, dropout_row, at + hull.begin, hull.end - hull.begin, p.threshold, static_cast<T>(p.kept),
@@ -192,6 +207,7 @@ struct TiledForward<S, float> {
     for (int pair = 0; pair < PAIRS; ++pair) {
       Vec<T> low = vexp_weight(scores[2 * pair] - level), high = vexp_weight(scores[2 * pair + 1] - level);
       sum = sum + low + high;
+      if constexpr (plane_count == 1) rounded = rounded + to_16_bits(low) + to_16_bits(high);
       if (p.dropout) {
         const T* const factors = m.factors + hull.begin + 2 * pair * lanes<T>;
         low = low * load(factors), high = high * load(factors + lanes<T>);
@@ -199,6 +215,7 @@ struct TiledForward<S, float> {
       put_planes<plane_count, false>(low, high, planes + pair * Layout::step);
     }
     store(total, sum);
+    if constexpr (plane_count == 1) store(rounded_total, rounded);
   }
 };
 #endif
