@@ -172,11 +172,11 @@ struct AttentionBackward {
     if (c < width) store_partial(to + c, load(from + c), width - c);
   }
 
-  // What is not finite in a value was left out of the products, and has no gradient.
+  // What is not finite in a value was left out of the products, and has no gradient, but NaN where a weight is.
   static void drop_bad(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t at, T* sums) {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + at * p.value_stride[2];
     for (int64_t c = 0; c < p.value_width; ++c)
-      if (to_compute(value[c * p.value_stride[3]]) * T(0) != T(0)) sums[c] = T(0);
+      if (to_compute(value[c * p.value_stride[3]]) * T(0) != T(0)) sums[c] *= T(0);
   }
 
   // One query head. With `clean`, what is not finite is left out of queries and keys; else whether the gradient of queries is finite.

@@ -113,6 +113,18 @@ def test_what_is_not_finite_stays_with_what_sees_it(size, place):
     assert all(excess <= 0 for excess in worst.values()), worst
 
 
+@needs_extension
+@pytest.mark.parametrize("time", [2, 20, 100])
+def test_a_visible_key_and_its_value_that_are_not_finite(time):
+    """The value's own gradient is NaN then, as its weight is; of a value alone it is 0."""
+    draw = Draw()
+    query, key, value = draw(1, 2, time, 4), draw(1, 2, 90, 4), draw(1, 2, 90, 4)
+    value[0, 0, 7, 1] = value[0, 1, 8, 2] = NAN
+    key[0, 0, 7, 3] = INF
+    judged = compare(s2s.attention, ((query, key, value), {}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slopes_count_from_the_diagonal(backend):
     slopes = torch.tensor([math.log(2.0)])
