@@ -447,7 +447,7 @@ def attention_weights(
     scale: float,
 ) -> torch.Tensor:
     """The weights (B, H, T, S) whose sums of exponentials `attention` returned, in query's dtype, by plain operations:
-    exp(scale q . k + bias - lse). What is hidden gives 0, whatever it holds; a row that sees a NaN has it in its lse.
+    softmax(scale q . k + bias). What is hidden gives 0, whatever it holds; a row that sees a NaN has it in its lse.
 
     Args:
         query, key: (B, H, T, D), (B, H, S, D).
@@ -463,6 +463,9 @@ def attention_weights(
     if bias is not None:
         visible = visible & (bias != -torch.inf)
         scores = scores + torch.where(visible, bias, 0).to(wide)
-    alive = lse != -torch.inf
-    exponents = scores - torch.where(alive, lse, 0)[..., None]
-    return torch.where(visible & alive[..., None], exponents, -torch.inf).exp().to(query.dtype)
+    alive = (lse != -torch.inf)[..., None]
+    shown = visible & alive
+    # exp(scores - lse) alone would be off by what lse, far from 0, was rounded by.
+    shifted = scores - torch.where(alive, lse.detach()[..., None], 0)
+    weights = torch.where(shown, shifted, torch.where(alive, -torch.inf, 0.0).to(wide)).softmax(-1)
+    return torch.where(shown, weights, 0).to(query.dtype)

@@ -151,6 +151,14 @@ def test_a_row_without_keys_is_zero(need_weights, kind):
         assert not weights[1].any() and weights.isfinite().all()
 
 
+def test_the_weights_of_a_row_of_least_numbers():
+    """Their lse has lost how many keys there are."""
+    theirs, ours = pair(8, 2)
+    attn_mask = torch.zeros(3, 5, dtype=torch.float64)
+    attn_mask[1] = torch.finfo(torch.float64).min
+    assert_same(theirs, ours, draw_inputs(ours, 2, 3, 5), attn_mask=attn_mask)
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_hidden_keys_never_reach_the_result(need_weights):
     """Row 14."""
