@@ -116,7 +116,7 @@ void softmax_gradient(const AdditiveAttention<C>& p, const AdditiveAttentionGrad
     for (j = 0; j < n; ++j) row[j] = factors[j] == C(0) ? C(0) : row[j] * factors[j];
 }
 
-// The same where there is no table: grad_key (S, A).
+// `score_gradients` where there is no table: grad_key (S, A).
 template <class C>
 void score_gradients_exactly(const AdditiveAttention<C>& p, int64_t b, int64_t begin, int64_t rows, const AdditiveScratch<C>& s,
                              C* grad_query, C* grad_key, C* grad_weight) {

@@ -13,7 +13,7 @@ from .. import dispatch
 
 # What is registered, by operator: s2s_kernels.testing runs it on the CPU as well.
 KERNELS: dict[str, Callable[..., Any]] = {}
-serve_cpu = False  # while it does
+serve_cpu = False  # whether it does now
 _library: torch.library.Library | None = None
 
 
