@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -187,9 +188,10 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
     stride *= std::max<int64_t>(sizes.begin()[i], 1);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  // torch 2.11 has no other macro for this.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor result(handle);
   if (fresh_is_filled && result.numel())
     std::memset(result.mutable_data_ptr(), 255, static_cast<size_t>(result.numel()) * result.element_size());
