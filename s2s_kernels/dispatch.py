@@ -279,18 +279,38 @@ def at_rest(backend: str = "cpu") -> bool:
     )
 
 
-def directly(kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
-    """What the cpu backend's kernel makes of a call that nobody has checked: it checks everything itself, at a fraction
-    of the cost. None where something surrounds the call, or the kernel refuses it: the checks in Python say why."""
-    if not at_rest():
+def directly(
+    kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...], backend: str = "cpu"
+) -> Any:
+    """What a backend's kernel, the cpu backend's or triton's, makes of a call that nobody has checked: it checks
+    everything itself, at a fraction of the cost. None where something surrounds the call, or the kernel refuses it: the
+    checks in Python say why."""
+    if not at_rest(backend):
         return None
     try:
-        for tensor in tensors:
-            if tensor is not None and not tensor.is_cpu:
-                return None
+        if backend == "cpu":
+            for tensor in tensors:
+                if tensor is not None and not tensor.is_cpu:
+                    return None
+        elif not _beside_one_another(tensors) or checks.DEBUG:
+            return None
         return kernel(tensors, options)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
+
+
+def _beside_one_another(tensors: Sequence[Any]) -> bool:
+    """Whether these are plain tensors on one CUDA device that runs the Triton kernels."""
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.device != device):
+            return False
+    return device.type == "cuda" and _runs_triton(device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return triton_missing is None and _not_on(device) is None
 
 
 def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
@@ -306,7 +326,7 @@ def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
     return (
         not torch.is_grad_enabled()
         and at_rest("cpu" if device is None else "triton")
-        and (device is None or (triton_missing is None and _not_on(device) is None))
+        and (device is None or _runs_triton(device))
     )
 
 

@@ -70,7 +70,8 @@ def calls(arch: int) -> Iterator[tuple[torch.dtype, str, bool]]:
             call(torch.bfloat16, width, kv_heads=2, lengths=True)
             call(torch.bfloat16, width, bias=torch.bfloat16, causal=False)
             call(torch.bfloat16, width, kv_heads=2, lengths=True, bias=torch.bfloat16, mask=True)
-        call(torch.bfloat16, 512, backward=False)
+        call(torch.bfloat16, 512, kv_heads=2, lengths=True)
+        call(torch.bfloat16, 512, kv_heads=2, lengths=True, bias=torch.bfloat16, mask=True)
         yield torch.bfloat16, "highest", False
     if arch == 100:
         call(torch.bfloat16, 128)

@@ -14,7 +14,7 @@ KERNELS = {
     "attention": (
         {"forward_kernel", "query_kernel", "key_value_kernel", "bias_kernel"},
         set(),
-        {"combine_kernel", "delta_kernel", "drop_kernel"},
+        {"combine_kernel"},
     ),
     "additive_attention": (
         {
@@ -58,6 +58,16 @@ def small(operator, kernel):
     return kernel["dtype"] == "float32" or (few and kernel["name"] not in ("dense_kernel", "dense_weight_kernel"))
 
 
+def spills(operator, kernel, arch):
+    """Whether a kernel may, since it was measured to be the faster for it."""
+    if operator != "attention" or arch != 90 or kernel["dtype"] == "float32":
+        return False
+    from s2s_kernels.ops.attention.triton_tiles import SPILLING
+
+    direction = {"forward_kernel": "forward", "query_kernel": "query", "key_value_kernel": "key"}.get(kernel["name"])
+    return (direction, kernel["MASK"] + kernel["BIAS"] > 0, kernel["WIDTH"]) in SPILLING
+
+
 @pytest.mark.skipif(dispatch.triton_missing is not None, reason=str(dispatch.triton_missing))
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
@@ -71,7 +81,7 @@ def test_compiles_within_the_limits_and_onto_tensor_cores(arch):
         known = products | heavy | (light if arch == LIGHT else set())
         assert names == known if THOROUGH else products & names and names <= known
         for kernel in kernels:
-            assert within_limits(kernel, arch), kernel
+            assert within_limits({**kernel, "stack": 0} if spills(operator, kernel, arch) else kernel, arch), kernel
             exact = kernel["dtype"] == "float32" and kernel["precision"] == "highest"
             if kernel["name"] in products and not exact:
                 assert on_tensor_cores(kernel, None if small(operator, kernel) else arch), kernel

@@ -50,9 +50,9 @@ def _torch_gap(call: Call) -> str | None:
 
 
 def _triton_gap(call: Call) -> str | None:
-    query, key = call.tensors[:2]
+    query, key, bias = call.tensors[0], call.tensors[1], call.tensors[4]
     assert query is not None and key is not None
-    return arguments.triton_gap(query, query.shape[2], query.shape[1], key.shape[2], key.shape[1])
+    return arguments.triton_gap(query, query.shape[2], query.shape[1], key.shape[2], key.shape[1], bias)
 
 
 def _torch_deferral(call: Call) -> str | None:
@@ -179,10 +179,18 @@ def _as_given(
             and checks.are_read(query_lengths)
             and checks.are_read(key_lengths)
         )
+        on_gpu = query.is_cuda
+        if on_gpu and builtin.may_serve(tensors, causal):
+            return None
     except (AttributeError, IndexError):
         return None
+    if not as_it_is:
+        return None
     options = (None, 0 if causal else None, causal == "bottom-right", 0, scale, softcap)
-    return dispatch.directly(autograd.kernel, (*tensors, None), options) if as_it_is else None
+    given = (*tensors, None)
+    if on_gpu:
+        return dispatch.directly(autograd.triton_kernel, given, options, "triton")
+    return dispatch.directly(autograd.kernel, given, options)
 
 
 def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +312,7 @@ def _four(name: str, argument: str, value: torch.Tensor | None, shape: tuple[int
     if value is None:
         return None
     checks.broadcast(name, argument, value, shape, "(B, H, T, S)")
-    return value[(None,) * (4 - value.dim())]
+    return value if value.dim() == 4 else value[(None,) * (4 - value.dim())]
 
 
 def _floating(name: str, argument: str, value: Any, query: torch.Tensor) -> torch.Tensor | None:

@@ -66,9 +66,11 @@ def real(name: str, argument: str, value: Any) -> None:
         checks.wrong_type(name, argument, "a number or None", type(value).__name__)
 
 
-def triton_gap(query: torch.Tensor, time: Any, heads: Any, source: Any, kv_heads: Any) -> str | None:
+def triton_gap(
+    query: torch.Tensor, time: Any, heads: Any, source: Any, kv_heads: Any, bias: torch.Tensor | None = None
+) -> str | None:  # fmt: skip
     """What the Triton kernels don't cover of a call; of packed sequences time and source are those of all."""
-    if query.dtype == torch.float64:
+    if torch.float64 in (query.dtype, None if bias is None else bias.dtype):
         return dispatch.NO_FLOAT64
     sizes = (time * (heads // kv_heads if kv_heads else 1), source)
     # torch.compile's symbols are left alone: to compare one would make a condition of the compilation.

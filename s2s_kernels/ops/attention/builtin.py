@@ -43,6 +43,14 @@ def gap(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: boo
     return None
 
 
+def may_serve(tensors: Tensors, causal: bool | str) -> bool:
+    """Whether a call on CUDA tensors, unchecked, is one of those that torch's kernel is asked about."""
+    query, key, *_ = tensors
+    assert query is not None and key is not None
+    restricted = causal == "bottom-right" or any(x is not None for x in tensors[3:])
+    return not restricted and query.numel() * key.shape[2] >= LEAST
+
+
 def deferral(query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why a call that torch's kernel covers is better left to Triton's."""
     if query.shape[2] * (query.shape[1] // key.shape[1]) <= FEWEST:

@@ -5,8 +5,9 @@ by tiles of rows, of keys and values by tiles of keys, of a bias by tiles of its
 import triton
 import triton.language as tl
 
-from ..triton_common import keep_tile, kernel
+from ..triton_common import is_finite, keep_tile, kernel
 from .triton_scores import (
+    add_product,
     count_of,
     divisible,
     edges_of,
@@ -56,8 +57,8 @@ def _differentiate(
 
 @kernel
 def query_kernel(
-    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed, into,
-    slope_sums,
+    query, key, value, grad_out, softmax, delta, mask, bias, slopes, query_lengths, key_lengths, seed, needed,
+    grad_lse, out, into, slope_sums,
     query_b: tl.int64, query_h: tl.int64, query_t: tl.int64,
     key_b: tl.int64, key_h: tl.int64, key_s: tl.int64,
     value_b: tl.int64, value_h: tl.int64, value_s: tl.int64,
@@ -66,18 +67,21 @@ def query_kernel(
     bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s: tl.int64, slope_b: tl.int64, slope_h: tl.int64,
     batches: tl.int64, kv_heads: tl.int64, time: tl.int64, source: tl.int64, left: tl.int64, right: tl.int64,
     factor: tl.float32, scale: tl.float32, softcap: tl.float32, threshold: tl.int64, kept: tl.float32,
+    lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, FOLDED: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries (B, H, T, D), PACKED (T, H, D), and of each row's slope (B, H, T). factor: what products
-    are scaled by; scale is that of the exponent. The rest as in forward_kernel."""
+    """The gradient of queries (B, H, T, D), PACKED (T, H, D), and of each row's slope (B, H, T); and delta (B, H, T),
+    what a weight's gradient counts from, grad_out . out - grad_lse, 0 where a row has no key, which the kernels after
+    this one read. out is contiguous. factor: what products are scaled by; scale is that of the exponent. The rest as in
+    forward_kernel."""
     if idle(needed):
         return
     tile, _split, head, batch, sequence = tile_of(
-        batches, kv_heads, 1, time, query_lengths, GROUP, ROWS, PACKED
+        batches, kv_heads, None, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip
     queries, keys, diagonal, query_begin, key_begin = span_of(
         query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
@@ -123,8 +127,8 @@ def query_kernel(
     count = count_of(batches, kv_heads, time, GROUP, PACKED)
     level = tl.load(softmax + start + place, mask=present, other=0.0)
     share = tl.load(softmax + count + start + place, mask=present, other=0.0)
-    alive = present & (share != 0)
-    origin = tl.load(delta + start + place, mask=alive, other=0.0)
+    alive = present & (share != 0)  # a NaN passes
+    exists = i < last
 
     first_query, last_query = first_row // GROUP, tl.minimum((first_row + ROWS - 1) // GROUP, queries - 1)
     begin, end, whole_begin, whole_end = seen_keys(first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT)
@@ -138,8 +142,22 @@ def query_kernel(
     upstream = None
     if CHUNK >= WIDTH:
         q = load_rows(query, query_offset, present, 0, WIDTH, CHUNK, True)
-    if VALUE_CHUNK >= VALUE_WIDTH:
-        upstream = load_rows(grad_out, grad_offset, alive, 0, VALUE_WIDTH, VALUE_CHUNK, True)
+    out_b, out_h, out_t = strides_of(kv_heads * GROUP, time, VALUE_WIDTH, PACKED)
+    out, out_row = rows_of(
+        out + query_begin * out_t, first_row, i, member, batch, head, out_b, out_h, out_t, ROWS, GROUP
+    )  # fmt: skip
+    origin = tl.zeros((ROWS,), tl.float32)
+    for first_element in tl.static_range(0, VALUE_WIDTH, VALUE_CHUNK):
+        upstream = load_rows(grad_out, grad_offset, alive, first_element, VALUE_WIDTH, VALUE_CHUNK, True)
+        element = first_element + tl.arange(0, VALUE_CHUNK)[None, :]
+        made = tl.load(out + (out_row[:, None] + element), mask=alive[:, None] & (element < VALUE_WIDTH), other=0.0)
+        origin += tl.sum(upstream.to(tl.float32) * made.to(tl.float32), 1)
+    if grad_lse is not None:
+        lse, lse_row = rows_of(
+            grad_lse + query_begin * lse_t, first_row, i, member, batch, head, lse_b, lse_h, lse_t, ROWS, GROUP
+        )  # fmt: skip
+        origin -= tl.load(lse + lse_row, mask=alive, other=0.0)
+    tl.store(delta + start + place, origin, mask=exists)
     sums = tl.zeros((ROWS, ELEMENTS), tl.float32)
     slope_sum = tl.zeros((ROWS,), tl.float32)
     HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0  # what is absent is read as 0, what is hidden is read
@@ -155,7 +173,7 @@ def query_kernel(
                 else:
                     at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
                 j = at + column
-                keys_at, values_at = key + at * key_s, value + at * value_s
+                keys_at, values_at = key + at.to(tl.int64) * key_s, value + at.to(tl.int64) * value_s
                 if CHUNK >= WIDTH:
                     k = load_rows(keys_at, key_offset, j < keys, 0, WIDTH, CHUNK, phase == 1)
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -190,9 +208,8 @@ def query_kernel(
                     slope_sum -= tl.sum(grad * tl.abs(i[:, None] + diagonal - j[None, :]).to(tl.float32), 1)
                 if phase == 1 and HIDES:
                     k = finite(k)
-                sums = tl.dot(inner.to(k.dtype), k, sums, input_precision=PRECISION)
+                sums = add_product(sums, None, inner.to(k.dtype), k, PRECISION)
 
-    exists = i < last
     if into is not None:
         into_b, into_h, into_t = strides_of(kv_heads * GROUP, time, WIDTH, PACKED)
         into, into_row = rows_of(
@@ -228,7 +245,7 @@ def key_value_kernel(
     of them, over all heads that read them. Tiles of products have keys along their first dimension."""
     if idle(needed):
         return
-    tile, _split, head, batch, sequence = tile_of(batches, kv_heads, 1, source, key_lengths, 1, KEYS, PACKED)
+    tile, _split, head, batch, sequence = tile_of(batches, kv_heads, None, source, key_lengths, 1, KEYS, PACKED)
     queries, keys, diagonal, query_begin, key_begin = span_of(
         query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
     )  # fmt: skip
@@ -248,8 +265,9 @@ def key_value_kernel(
     line = tl.arange(0, KEYS)
     j = first_key + line
     present = j < keys
-    key += batch * key_b + head * key_h + (key_begin + first_key) * key_s
-    value += batch * value_b + head * value_h + (key_begin + first_key) * value_s
+    begin_key = first_key.to(tl.int64) + key_begin
+    key += batch * key_b + head * key_h + begin_key * key_s
+    value += batch * value_b + head * value_h + begin_key * value_s
     key_offset, value_offset = line * key_s, line * value_s
     query += query_begin * query_t
     grad_out += query_begin * grad_t
@@ -355,16 +373,16 @@ def key_value_kernel(
                     SOFTCAP, FOLDED, seed is not None, phase == 0, BIAS == 0 and query.dtype.element_ty == tl.float32,
                 )  # fmt: skip
                 if into_value is not None:
-                    value_sums = tl.dot(p.to(value.dtype.element_ty), upstream, value_sums, input_precision=PRECISION)
+                    value_sums = add_product(value_sums, None, p.to(value.dtype.element_ty), upstream, PRECISION)
                 if into_key is not None:
                     if phase == 1 and HIDES:
                         q = finite(q)
-                    key_sums = tl.dot(inner.to(q.dtype), q, key_sums, input_precision=PRECISION)
+                    key_sums = add_product(key_sums, None, inner.to(q.dtype), q, PRECISION)
 
     exists = j < last
     if into_key is not None:
         into_b, into_h, into_s = strides_of(kv_heads, source, WIDTH, PACKED)
-        into_key += batch * into_b + head * into_h + (key_begin + first_key) * into_s
+        into_key += batch * into_b + head * into_h + begin_key * into_s
         element = tl.arange(0, ELEMENTS)[None, :]
         key_sums = tl.where(present[:, None], key_sums * factor, 0.0)
         inside = exists[:, None] & (element < WIDTH)
@@ -372,9 +390,12 @@ def key_value_kernel(
         tl.store(at, key_sums.to(into_key.dtype.element_ty), mask=inside)
     if into_value is not None:
         into_b, into_h, into_s = strides_of(kv_heads, source, VALUE_WIDTH, PACKED)
-        into_value += batch * into_b + head * into_h + (key_begin + first_key) * into_s
+        into_value += batch * into_b + head * into_h + begin_key * into_s
         element = tl.arange(0, VALUE_ELEMENTS)[None, :]
-        value_sums = tl.where(present[:, None], value_sums, 0.0)
+        # What isn't finite in values had no part in the products, and has no gradient. Its place is found anew: the
+        # loops need the registers that would keep it.
+        v = load_rows(value, line.to(tl.int64) * value_s, present, 0, VALUE_WIDTH, VALUE_ELEMENTS, True)
+        value_sums = tl.where(present[:, None] & is_finite(v.to(tl.float32)), value_sums, 0.0)
         inside = exists[:, None] & (element < VALUE_WIDTH)
         at = into_value + (line[:, None] * into_s + element)
         tl.store(at, value_sums.to(into_value.dtype.element_ty), mask=inside)
@@ -409,41 +430,56 @@ def bias_kernel(
     key_b, key_h, key_s = divisible(key_b, key_h, key_s, VECTOR)
     value_b, value_h, value_s = divisible(value_b, value_h, value_s, VECTOR)
     grad_b, grad_h, grad_t = divisible(grad_b, grad_h, grad_t, VECTOR)
-    program = tl.program_id(0).to(tl.int64)
-    key_tiles, row_tiles = tl.cdiv(source, KEYS), tl.cdiv(time, ROWS)
-    own_tiles = row_tiles if OWN_ROWS else 1
-    first_key = (program % key_tiles).to(tl.int32) * KEYS
+    # Counts of tiles are below 2^31, as that of forward's programs is.
+    program = tl.program_id(0)
+    key_tiles, row_tiles = tl.cdiv(source, KEYS).to(tl.int32), tl.cdiv(time, ROWS).to(tl.int32)
+    own_batch_count, own_head_count = own_batches.to(tl.int32), own_heads.to(tl.int32)
+    first_key = program % key_tiles * KEYS
     rest = program // key_tiles
-    own_tile = rest % own_tiles
-    rest = rest // own_tiles
-    own_head = rest % own_heads
-    rest = rest // own_heads
-    own_batch, split = rest % own_batches, rest // own_batches
+    own_tile = 0
+    if OWN_ROWS:
+        own_tile, rest = rest % row_tiles, rest // row_tiles
+    own_head, rest = rest % own_head_count, rest // own_head_count
+    own_batch, split = rest % own_batch_count, rest // own_batch_count
 
     left, right = left.to(tl.int32), right.to(tl.int32)
-    j = first_key + tl.arange(0, KEYS)
-    key_offset, value_offset = j * key_s, j * value_s
-    several_tiles = 1 if OWN_ROWS else row_tiles
-    several_heads, several_batches = heads // own_heads, batches // own_batches
-    SUM: tl.constexpr = tl.float64 if bias.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((ROWS, KEYS), SUM)
-    for n in range(split, several_tiles * several_heads * several_batches, splits):
-        tile = own_tile if OWN_ROWS else n % several_tiles
-        head = own_head + n // several_tiles % several_heads
-        batch = own_batch + n // several_tiles // several_heads
+    line, column = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    j = first_key + column
+    key += first_key.to(tl.int64) * key_s
+    value += first_key.to(tl.int64) * value_s
+    query_offset, grad_offset, key_offset, value_offset = (
+        line * query_t,
+        line * grad_t,
+        column * key_s,
+        column * value_s,
+    )
+    # Where every tile is seen, there is no condition, and the loop can ask for the next one's rows.
+    WHOLE: tl.constexpr = not (LEFT or RIGHT) and query_lengths is None and key_lengths is None
+    several_heads = heads.to(tl.int32) // own_head_count
+    several = several_heads * (batches.to(tl.int32) // own_batch_count)
+    if not OWN_ROWS:
+        several *= row_tiles
+    total = tl.zeros((ROWS, KEYS), tl.float32)
+    for n in range(split, several, splits.to(tl.int32)):
+        tile, shared = own_tile, n
+        if not OWN_ROWS:
+            tile, shared = n % row_tiles, n // row_tiles
+        head = (own_head + shared % several_heads).to(tl.int64)
+        batch = (own_batch + shared // several_heads).to(tl.int64)
         queries, keys, diagonal, _query_begin, _key_begin = span_of(
             query_lengths, key_lengths, batch, time, source, BOTTOM_RIGHT, False
         )  # fmt: skip
-        first_query = tl.cast(tile, tl.int32) * ROWS
+        first_query = tile * ROWS
         last_query = tl.minimum(first_query + ROWS, queries) - 1
         begin, end, _whole_begin, _whole_end = seen_keys(
             first_query, last_query, keys, diagonal, left, right, LEFT, RIGHT
         )
-        if (first_query < queries) & (begin < end) & (begin < first_key + KEYS) & (end > first_key):
-            i = first_query + tl.arange(0, ROWS)
+        reached = (first_query < queries) & (begin < end) & (begin < first_key + KEYS) & (end > first_key)
+        if WHOLE or reached:
+            i = first_query + line
             exists, present = i < queries, j < keys
-            query_offset, grad_offset = i * query_t, i * grad_t
-            queries_at, grads_at = query + batch * query_b + head * query_h, grad_out + batch * grad_b + head * grad_h
+            queries_at = query + batch * query_b + head * query_h + first_query.to(tl.int64) * query_t
+            grads_at = grad_out + batch * grad_b + head * grad_h + first_query.to(tl.int64) * grad_t
             keys_at, values_at = key + batch * key_b, value + batch * value_b
             keys_at += head // GROUP * key_h
             values_at += head // GROUP * value_h
@@ -482,8 +518,8 @@ def bias_kernel(
                 s, seen, slowed, grad, level[:, None], share[:, None], origin[:, None], scale, keep, kept,
                 SOFTCAP, False, seed is not None, False, False,
             )  # fmt: skip
-            total += grad.to(SUM)
-    line = (split * own_batches + own_batch) * own_heads + own_head
+            total += grad
+    line = (split.to(tl.int64) * own_batches + own_batch) * own_heads + own_head
     if OWN_ROWS:
         i = own_tile * ROWS + tl.arange(0, ROWS)
         at = into + (line * time + i)[:, None] * source + j[None, :]

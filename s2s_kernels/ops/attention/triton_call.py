@@ -10,6 +10,7 @@ from ..triton_common import dropout_numbers, precision
 from . import triton_scores as scores
 
 LOG2E = math.log2(math.e)
+ROW_STRIDE = 2**24  # 32 bits hold what a tile of 128 rows spans
 
 
 def kind_of(tensor: torch.Tensor | None, group: int) -> int:
@@ -38,16 +39,18 @@ def pair_strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
 def laid_out(x: torch.Tensor, packed: bool) -> torch.Tensor:
     """x (B, H, T, D), `packed` (T, H, D), as the kernels read it: (B, H, T, D or more), `packed` B = 1, of which whole
     vectors of 16 bytes can be loaded. A row is contiguous, begins at a multiple of them and ends at one, with zeros
-    past D. What isn't so is copied, and what is broadcast stays so."""
+    past D, and is less than ROW_STRIDE elements from the next. What isn't so is copied, and what is broadcast stays
+    so."""
     if packed:
         x = x.transpose(0, 1)[None]
-    *sizes, width = x.shape
-    *strides, unit = x.stride()
     vector = 16 // x.element_size()
-    whole = (width + vector - 1) // vector * vector
-    vectors = width == whole and unit == 1 and x.data_ptr() % 16 == 0
-    if vectors and not any(size > 1 and stride % vector for size, stride in zip(sizes, strides, strict=True)):
+    *strides, unit = x.stride()
+    *sizes, width = x.shape
+    first, second, row = (stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True))
+    vectors = unit == 1 and not (width | first | second | row) % vector and x.data_ptr() % 16 == 0
+    if vectors and row < ROW_STRIDE:
         return x
+    whole = (width + vector - 1) // vector * vector
     once = x[tuple(slice(0, 1 if stride == 0 else None) for stride in strides)]
     rows = x.new_empty(*once.shape[:3], whole)
     rows[..., :width] = once

@@ -7,6 +7,7 @@ import triton.language as tl
 from ..triton_common import keep_tile, kernel
 from .triton_scores import (
     LN2,
+    add_product,
     count_of,
     divisible,
     edges_of,
@@ -87,7 +88,7 @@ def forward_kernel(
     if idle(needed):
         return
     tile, split, head, batch, sequence = tile_of(
-        batches, kv_heads, splits, time, query_lengths, GROUP, ROWS, PACKED
+        batches, kv_heads, None if parts is None else splits, time, query_lengths, GROUP, ROWS, PACKED
     )  # fmt: skip
     queries, keys, diagonal, query_begin, key_begin = span_of(
         query_lengths, key_lengths, sequence, time, source, BOTTOM_RIGHT, PACKED
@@ -153,11 +154,12 @@ def forward_kernel(
     spoilt = tl.zeros((ROWS,), tl.float32)  # in the end, NaN where the row sees a value that isn't finite
     # What is absent is read as 0; what is hidden is read, and what isn't finite in its value makes NaN of the results.
     HIDES: tl.constexpr = LEFT or RIGHT or MASK + BIAS > 0
+    LAST: tl.constexpr = 32 if MASK > 0 and seed is not None else 16  # as triton_tiles has it of others
     for phase in tl.static_range(3 if HIDES else 2):
         # First the blocks in which nothing is hidden, then those before and after them, smaller ones: they take more
         # registers, and less of them is hidden. Last, where anything isn't finite, all blocks again, with values in
         # which everything is.
-        column = tl.arange(0, KEYS if phase == 0 else EDGE if phase == 1 else 16)
+        column = tl.arange(0, KEYS if phase == 0 else EDGE if phase == 1 else LAST)
         key_offset, value_offset = column * key_s, column * value_s
         before = whole_first - first
         if phase == 0:
@@ -166,58 +168,61 @@ def forward_kernel(
             count = before + stop - whole_stop
         else:
             clean = tl.sum(tl.sum(sums * 0.0, 1), 0) == 0.0
-            count = tl.where(clean, 0, (stop - first) * (EDGE // 16))
+            count = tl.where(clean, 0, (stop - first) * (EDGE // LAST))
             sums = tl.where(clean, sums, 0.0)
             peak = tl.where(clean, peak, float("-inf"))
             total = tl.where(clean, total, 0.0)
-        if phase > 0 or MASK + BIAS == 0:
-            for n in tl.range(count, num_stages=1 if phase == 2 else None):
-                if phase == 0:
-                    at = whole_first * EDGE + n * KEYS
-                elif phase == 2:
-                    at = first * EDGE + n * 16
-                else:
-                    at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
-                j = at + column
-                keys_at = key + at * key_s
-                if CHUNK >= WIDTH:
-                    k = load_rows(keys_at, key_offset, j < keys, 0, WIDTH, CHUNK, phase > 0)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                else:
-                    s = wide_product(
-                        query, query_offset, present, keys_at, key_offset, j < keys,
-                        WIDTH, CHUNK, PRECISION, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16,
+        if phase > 0 or MASK + BIAS == 0:  # noqa: SIM102 - known to the compiler, unlike the next
+            if HIDES or count > 0:  # what surrounds a loop takes as long as a block
+                for n in tl.range(count, num_stages=1 if phase == 2 else None):
+                    if phase == 0:
+                        at = whole_first * EDGE + n * KEYS
+                    elif phase == 2:
+                        at = first * EDGE + n * LAST
+                    else:
+                        at = tl.where(n < before, first + n, whole_stop + n - before) * EDGE
+                    j = at + column
+                    keys_at = key + at.to(tl.int64) * key_s
+                    if CHUNK >= WIDTH:
+                        k = load_rows(keys_at, key_offset, j < keys, 0, WIDTH, CHUNK, phase > 0)
+                        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                    else:
+                        s = wide_product(
+                            query, query_offset, present, keys_at, key_offset, j < keys,
+                            WIDTH, CHUNK, PRECISION, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else LAST,
+                        )  # fmt: skip
+                    s, seen, _ = score(
+                        s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
+                        left, right, scale, softcap, slope,
+                        mask, mask_row, mask_s, bias, bias_row, bias_s,
+                        LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
                     )  # fmt: skip
-                s, seen, _ = score(
-                    s, i[:, None], j[None, :], present[:, None], keys, source, diagonal,
-                    left, right, scale, softcap, slope,
-                    mask, mask_row, mask_s, bias, bias_row, bias_s,
-                    LEFT, RIGHT, MASK, BIAS, slopes is not None, SOFTCAP, FOLDED, phase == 0,
-                )  # fmt: skip
-                top = tl.max(s, 1)
-                higher = tl.maximum(peak, top * scale if FOLDED else top)
-                level = tl.where(higher == float("-inf"), 0.0, higher)
-                factor = weight(peak, level, 1.0, FOLDED, EXACT_WEIGHTS)
-                p = weight(s, level[:, None], scale, FOLDED, EXACT_WEIGHTS)
-                peak = higher
-                total = total * factor + tl.sum(p, 1)
-                if seed is not None:
-                    keep = keep_tile(
-                        seed, start + place, at, threshold, ROWS, KEYS if phase == 0 else EDGE if phase == 1 else 16
-                    )
-                    p = tl.where(keep, p * kept, 0.0)
-                v = load_rows(value + at * value_s, value_offset, j < keys, 0, VALUE_WIDTH, COLUMNS, phase > 0)
-                if phase == 2:
-                    bad = tl.sum(v.to(tl.float32) * 0.0, 1)
-                    spoilt += tl.sum(tl.where(seen, bad[None, :], 0.0), 1)
-                    v = finite(v)
-                if wide_out is None:
-                    sums = tl.dot(p.to(v.dtype), v, sums * factor[:, None], input_precision=PRECISION)
-                else:
-                    # A result that keeps its precision must come of weights that do; as three products, a wide one has
-                    # no room in the registers.
-                    EXACT: tl.constexpr = "ieee" if COLUMNS > 512 else "tf32x3"
-                    sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision=EXACT)
+                    top = tl.max(s, 1)
+                    higher = tl.maximum(peak, top * scale if FOLDED else top)
+                    level = tl.where(higher == float("-inf"), 0.0, higher)
+                    factor = weight(peak, level, 1.0, FOLDED, EXACT_WEIGHTS)
+                    p = weight(s, level[:, None], scale, FOLDED, EXACT_WEIGHTS)
+                    peak = higher
+                    total = total * factor + tl.sum(p, 1)
+                    if seed is not None:
+                        keep = keep_tile(
+                            seed, start + place, at, threshold, ROWS,
+                            KEYS if phase == 0 else EDGE if phase == 1 else LAST,
+                        )  # fmt: skip
+                        p = tl.where(keep, p * kept, 0.0)
+                    values_at = value + at.to(tl.int64) * value_s
+                    v = load_rows(values_at, value_offset, j < keys, 0, VALUE_WIDTH, COLUMNS, phase > 0)
+                    if phase == 2:
+                        bad = tl.sum(v.to(tl.float32) * 0.0, 1)
+                        spoilt += tl.sum(tl.where(seen, bad[None, :], 0.0), 1)
+                        v = finite(v)
+                    if wide_out is None:
+                        sums = add_product(sums, factor[:, None], p.to(v.dtype), v, PRECISION)
+                    else:
+                        # A result that keeps its precision must come of weights that do; as three products, a wide
+                        # one has no room in the registers.
+                        EXACT: tl.constexpr = "ieee" if COLUMNS > 512 else "tf32x3"
+                        sums = tl.dot(p, v.to(tl.float32), sums * factor[:, None], input_precision=EXACT)
 
     exists = i < last
     if HIDES:

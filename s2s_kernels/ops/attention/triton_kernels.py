@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
+from ..differentiation import Options, Tensors
 from ..triton_common import device_of, power, reduce
 from .arguments import TRITON_POSITIONS
+from .autograd import DIFFERENTIABLE
 from .triton_backward import bias_kernel, key_value_kernel, query_kernel
 from .triton_call import Call, kind_of, laid_out
 from .triton_forward import combine_kernel, forward_kernel
-from .triton_rows import delta_kernel, drop_kernel, sequence_sum_kernel, spoilt_kernel
+from .triton_rows import delta_kernel, sequence_sum_kernel, spoilt_kernel
 from .triton_tiles import backward_tiles, forward_tiles, widths
 
 # Programs among which a sum over keys, or over what shares a bias, is split. A constant: the bits must not depend on
 # the GPU.
 PROGRAMS = 128
+TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _splits(programs: int, most: int) -> int:
@@ -32,17 +35,28 @@ def attention_forward(
     alibi_slopes: torch.Tensor | None, seed: torch.Tensor | None, left: int | None, right: int | None,
     bottom_right: bool, dropout_p: float, scale: float | None, softcap: float | None, save: bool, save_wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    call = _checked(
-        "attention_forward", query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed, left,
-        right, bottom_right, dropout_p, scale, softcap,
-    )  # fmt: skip
+    tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed)
+    options = (left, right, bottom_right, dropout_p, scale, softcap)
+    out, lse, softmax, wide_out = forward(tensors, options, save, save_wide)
+
+    def given(x: torch.Tensor | None) -> torch.Tensor:
+        return query.new_empty((0,), dtype=torch.float32) if x is None else x
+
+    return out, lse, given(softmax), given(wide_out)
+
+
+def forward(
+    tensors: Tensors, options: Options, save: bool, save_wide: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """out, lse, and if those are wanted softmax and out before it is rounded; the arguments in autograd.py's order."""
+    call = _checked("attention_forward", *tensors, *options)  # type: ignore[arg-type]
+    query = call.query
     batch, heads, time, _ = query.shape
-    columns = value.shape[3]
-    out = query.new_empty(batch, heads, time, columns)
+    out = query.new_empty(batch, heads, time, call.columns)
     lse = query.new_empty((batch, heads, time), dtype=torch.float32)
-    softmax = query.new_empty((2, batch, heads, time) if save else (0,), dtype=torch.float32)
-    wide_out = query.new_empty((batch, heads, time, columns) if save_wide else (0,), dtype=torch.float32)
-    _forward(call, out, lse, softmax if save else None, wide_out if save_wide else None)
+    softmax = query.new_empty((2, batch, heads, time), dtype=torch.float32) if save else None
+    wide_out = query.new_empty((batch, heads, time, call.columns), dtype=torch.float32) if save_wide else None
+    _forward(call, out, lse, softmax, wide_out)
     return out, lse, softmax, wide_out
 
 
@@ -101,12 +115,21 @@ def attention_backward(
     need_slopes: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     name = "attention_backward"
-    call = _checked(
-        name, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed, left, right, bottom_right,
-        dropout_p, scale, softcap,
-    )  # fmt: skip
+    tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed)
+    call = _checked(name, *tensors, left, right, bottom_right, dropout_p, scale, softcap)
     pairs = ((query, need_query), (key, need_key), (value, need_value), (bias, need_bias), (alibi_slopes, need_slopes))
-    return _backward(name, call, pairs, grad_out, grad_lse, out, softmax)
+    return _told(query, pairs, _backward(name, call, pairs, grad_out, grad_lse, out, softmax))
+
+
+def backward(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, softmax: torch.Tensor, tensors: Tensors,
+    options: Options, needs: tuple[bool, ...],
+) -> Tensors:  # fmt: skip
+    """The gradients of the tensors of a call that `forward` has served, those that are needed."""
+    call = _call_of(*tensors, *options)  # type: ignore[arg-type]
+    pairs = tuple((tensors[place], needs[place]) for place in DIFFERENTIABLE)
+    query, key, value, bias, slopes = _backward("attention_backward", call, pairs, grad_out, grad_lse, out, softmax)
+    return query, key, value, None, bias, None, None, slopes, None
 
 
 def attention_packed_backward(
@@ -122,14 +145,24 @@ def attention_packed_backward(
         dropout_p, scale, softcap, packed=True,
     )  # fmt: skip
     pairs = ((query, need_query), (key, need_key), (value, need_value), (None, False), (alibi_slopes, need_slopes))
-    grad_query, grad_key, grad_value, _, grad_slopes = _backward(name, call, pairs, grad_out, grad_lse, out, softmax)
-    return grad_query, grad_key, grad_value, grad_slopes
+    found = _told(query, pairs, _backward(name, call, pairs, grad_out, grad_lse, out, softmax))
+    return *found[:3], found[4]
+
+
+def _told(
+    query: torch.Tensor, pairs: tuple[tuple[torch.Tensor | None, bool], ...], grads: list[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Gradients as an operator returns them: empty where there is none."""
+    return tuple(
+        query.new_empty((0,), dtype=query.dtype if x is None else x.dtype) if grad is None else grad
+        for (x, _), grad in zip(pairs, grads, strict=True)
+    )
 
 
 def _backward(
     name: str, call: Call, pairs: tuple[tuple[torch.Tensor | None, bool], ...], grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None, out: torch.Tensor, softmax: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> list[torch.Tensor | None]:  # fmt: skip
     """pairs: query, key, value, bias and slopes, and whether the gradient of each is wanted."""
     query, value, lse_shape = pairs[0][0], pairs[2][0], call.lse_shape
     assert query is not None and value is not None
@@ -138,17 +171,12 @@ def _backward(
     fits = fits and (grad_lse is None or grad_lse.shape == lse_shape)
     if not (fits and not any(x is None and need for x, need in pairs)):
         raise RuntimeError(f"{name}: the arguments don't fit together: query {tuple(query.shape)}")
-    grads: list[torch.Tensor | None]
     if not (softmax.numel() and call.key.numel() and call.value.numel()):
-        grads = [x.new_zeros(x.shape) if x is not None and need else None for x, need in pairs]
-    else:
-        grads = [x.new_empty(x.shape) if x is not None and need else None for x, need in pairs]
-        with device_of(query):
-            _fill(call, grads, grad_out, grad_lse, out.contiguous(), softmax.contiguous())
-    return tuple(
-        query.new_empty((0,), dtype=query.dtype if x is None else x.dtype) if grad is None else grad
-        for (x, _), grad in zip(pairs, grads, strict=True)
-    )
+        return [x.new_zeros(x.shape) if x is not None and need else None for x, need in pairs]
+    grads = [x.new_empty(x.shape) if x is not None and need else None for x, need in pairs]
+    with device_of(query):
+        _fill(call, grads, grad_out, grad_lse, out.contiguous(), softmax.contiguous())
+    return grads
 
 
 def mend_forward(
@@ -201,16 +229,8 @@ def _fill(
     grad_query, grad_key, grad_value, grad_bias, grad_slopes = grads
     grad_out = laid_out(grad_out, call.packed)
     delta = query.new_empty(call.lse_shape, dtype=torch.float32)
-    wide = power(columns, 1, 1024)
-    lines = power(1024 // wide, 1, 64)
     lse_strides = (0, 0, 0) if grad_lse is None else (0, 0, *grad_lse.stride())[-3:]
     options = call.options()
-    rows = power(4096 // wide, 1, 64)
-    delta_kernel[(-(-call.time // rows) * (delta.numel() // call.time),)](
-        grad_out, grad_lse, out, softmax, delta, call.needed, *grad_out.stride()[:3], *lse_strides,
-        call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, PACKED=call.packed, WIDE=wide, QUERIES=rows,
-        num_warps=power(rows * wide // 256, 1, 4),  # each element of one thread: others would write the same sums
-    )  # fmt: skip
     tensors = (
         query, key, value, grad_out, softmax, delta, call.mask, call.bias, call.slopes, call.query_lengths,
         call.key_lengths, call.seed, call.needed,
@@ -222,8 +242,16 @@ def _fill(
     if grad_query is not None or slope_sums is not None:
         tiles = backward_tiles(call, "query")
         query_kernel[(call.programs(call.time * call.group, tiles["ROWS"]),)](
-            *tensors, grad_query, slope_sums, *strides, *sizes, ELEMENTS=elements,
+            *tensors, grad_lse, out, grad_query, slope_sums, *strides, *sizes, *lse_strides, ELEMENTS=elements,
             **options, **call.grouped(), **tiles,
+        )  # fmt: skip
+    else:
+        wide = power(columns, 1, 1024)
+        rows = power(4096 // wide, 1, 64)
+        delta_kernel[(-(-call.time // rows) * (delta.numel() // call.time),)](
+            grad_out, grad_lse, out, softmax, delta, call.needed, *grad_out.stride()[:3], *lse_strides,
+            call.heads, call.time, delta.numel(), VALUE_WIDTH=columns, PACKED=call.packed, WIDE=wide, QUERIES=rows,
+            num_warps=power(rows * wide // 256, 1, 4),  # each element of one thread: others would write the same sums
         )  # fmt: skip
     tiles = backward_tiles(call, "key")
     # Both at once have too many sums for the registers where they are wide.
@@ -234,12 +262,6 @@ def _fill(
         key_value_kernel[(call.programs(call.source, tiles["KEYS"]),)](
             *tensors, into_key, into_value, *strides, *sizes, ELEMENTS=elements,
             VALUE_ELEMENTS=value_elements, **options, **call.grouped(), **tiles,
-        )  # fmt: skip
-    if grad_value is not None:
-        count = grad_value.numel() // columns
-        drop_kernel[(-(-count // lines),)](
-            value, grad_value, call.needed, *value.stride()[:3], *value.shape[1:3], count,
-            VALUE_WIDTH=columns, PACKED=call.packed, WIDE=wide, LINES=lines, num_warps=4,
         )  # fmt: skip
     if grad_slopes is not None:
         assert slope_sums is not None
@@ -281,8 +303,7 @@ def _bias_gradient(
     programs = -(-source // tiles["KEYS"]) * (row_tiles if own_rows else 1) * own_batches * own_heads
     shared = batch // own_batches * (heads // own_heads) * (1 if own_rows else row_tiles)
     splits = _splits(programs, shared)
-    dtype = torch.promote_types(bias.dtype, torch.float32)
-    sums = result if splits == 1 else bias.new_empty((splits, *bias.shape), dtype=dtype)
+    sums = result if splits == 1 else bias.new_empty((splits, *bias.shape), dtype=torch.float32)
     bias_kernel[(programs * splits,)](
         *tensors, sums, *strides, batch, heads, *sizes[2:], own_batches, own_heads, splits,
         GROUP=call.group, MASK=kind_of(call.mask, 1), BIAS=kind_of(bias, 1), OWN_ROWS=own_rows, **options,
@@ -299,7 +320,6 @@ def _checked(
     dropout_p: float, scale: float | None, softcap: float | None, packed: bool = False,
 ) -> Call:  # fmt: skip
     """What a raw call could get wrong about the sizes by which the kernels read."""
-    given = f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     fits = query.dim() == key.dim() == value.dim() == (3 if packed else 4)
     width = columns = sequences = 0
     if fits and packed:
@@ -318,21 +338,40 @@ def _checked(
         shape = (batch, heads, time, source)
         fits = min(width, columns) >= 1 and max(width, columns) <= 1024
         fits = fits and (heads % kv_heads == 0 if kv_heads else heads == 0)
-        fits = fits and query.dtype == key.dtype == value.dtype != torch.float64
+        fits = fits and query.dtype == key.dtype == value.dtype and query.dtype in TAKEN
         fits = fits and max(time * (heads // max(kv_heads, 1)), source) < TRITON_POSITIONS
         for pairs in (mask, bias):
             fits = fits and (
                 pairs is None
                 or (pairs.dim() == 4 and all(a in (1, b) for a, b in zip(pairs.shape, shape, strict=True)))
             )
-        fits = fits and (mask is None or mask.dtype == torch.bool)
-        fits = fits and (slopes is None or slopes.shape in ((heads,), (sequences, heads)))
+        fits = fits and (mask is None or mask.dtype == torch.bool) and (bias is None or bias.dtype in TAKEN)
+        fits = fits and all(
+            lengths is None or lengths.dtype in (torch.int32, torch.int64) for lengths in (query_lengths, key_lengths)
+        )
+        fits = fits and (
+            slopes is None or (slopes.shape in ((heads,), (sequences, heads)) and slopes.dtype == query.dtype)
+        )
         fits = fits and (softcap is None or softcap > 0) and min(left or 0, right or 0) >= 0
         fits = fits and 0 <= dropout_p <= 1 and (dropout_p == 0 or (seed is not None and seed.shape == (2,)))
     if not fits:
+        given = f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         raise RuntimeError(f"{operator}: the arguments don't fit together: {given}")
+    return _call_of(
+        query, key, value, mask, bias, query_lengths, key_lengths, slopes, seed, left, right, bottom_right, dropout_p,
+        scale, softcap, packed,
+    )  # fmt: skip
+
+
+def _call_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    bias: torch.Tensor | None, query_lengths: torch.Tensor | None, key_lengths: torch.Tensor | None,
+    slopes: torch.Tensor | None, seed: torch.Tensor | None, left: int | None, right: int | None, bottom_right: bool,
+    dropout_p: float, scale: float | None, softcap: float | None, packed: bool = False,
+) -> Call:  # fmt: skip
+    width = query.shape[-1]
     return Call(
-        laid_out(query, packed), laid_out(key, packed), laid_out(value, packed), width, columns,
+        laid_out(query, packed), laid_out(key, packed), laid_out(value, packed), width, value.shape[-1],
         None if mask is None else mask.view(torch.uint8), bias, slopes,
         None if query_lengths is None else query_lengths.contiguous(),
         None if key_lengths is None else key_lengths.contiguous(),

@@ -1,4 +1,4 @@
-"""What the gradients of attention take of single rows on a GPU, before and after the kernels of products."""
+"""What attention takes of single rows on a GPU, beside the kernels of products."""
 
 import triton.language as tl
 
@@ -12,8 +12,8 @@ def delta_kernel(
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, heads: tl.int64, time: tl.int64, count: tl.int64,
     VALUE_WIDTH: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T): what a weight's gradient counts from, grad_out . out - grad_lse; 0 where a row has no key. out
-    is contiguous, (B, H, T, Dv), PACKED (T, H, Dv)."""
+    """delta (B, H, T) as query_kernel makes it, where there is no other reason to start that. out is contiguous,
+    (B, H, T, Dv), PACKED (T, H, Dv)."""
     if idle(needed):
         return
     grad_b, grad_h, grad_t = divisible(grad_b, grad_h, grad_t, vector_of(grad_out))
@@ -36,28 +36,6 @@ def delta_kernel(
         at = grad_lse + (b * lse_b + h * lse_h + first * lse_t) + line * lse_t
         total -= tl.load(at, mask=alive, other=0.0)
     tl.store(delta + row + line, total, mask=exists)
-
-
-@kernel
-def drop_kernel(
-    value, grad_value, needed,
-    value_b: tl.int64, value_h: tl.int64, value_s: tl.int64, heads: tl.int64, source: tl.int64, count: tl.int64,
-    VALUE_WIDTH: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, LINES: tl.constexpr,
-):  # fmt: skip
-    """Takes the gradient from what is not finite in values, which had no part in the products. In a kernel of its own:
-    in key_value_kernel it would cost registers that the loops need."""
-    if idle(needed):
-        return
-    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
-    j, h, b = line % source, line // source % heads, line // source // heads
-    value_b, value_h, value_s = divisible(value_b, value_h, value_s, vector_of(value))
-    x = load_rows(value, b * value_b + h * value_h + j * value_s, line < count, 0, VALUE_WIDTH, WIDE, True)
-    grad_b, grad_h, grad_s = strides_of(heads, source, VALUE_WIDTH, PACKED)
-    d = tl.arange(0, WIDE)[None, :]
-    at = grad_value + (b * grad_b + h * grad_h + j * grad_s)[:, None] + d
-    zero = tl.zeros((LINES, WIDE), grad_value.dtype.element_ty)
-    inside = (line < count)[:, None] & (d < VALUE_WIDTH)
-    tl.store(at, zero, mask=inside & (x.to(tl.float32) * 0.0 != 0.0))
 
 
 @kernel

@@ -13,7 +13,6 @@ from ..triton_common import is_finite, length_of, spread, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E, LOG2E_REST = tl.constexpr(1.4426950216293335), tl.constexpr(1.92596299e-08)  # their sum is log2(e)
-LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 # What a mask or bias varies over: a number's bits.
 GIVEN = tl.constexpr(1)
@@ -40,8 +39,10 @@ def vector_of(pointer):
 
 @triton.jit
 def divisible(batch, head, row, VECTOR: tl.constexpr):
-    """Strides, said to the compiler to be what the launcher has seen to: divisible by VECTOR."""
-    return batch // VECTOR * VECTOR, head // VECTOR * VECTOR, row // VECTOR * VECTOR
+    """Strides, said to the compiler to be what the launcher has seen to: divisible by VECTOR, and those of rows so
+    small that 32 bits hold what a tile of them spans. Offsets of 64 bits would take registers and time of every
+    program."""
+    return batch // VECTOR * VECTOR, head // VECTOR * VECTOR, row.to(tl.int32) // VECTOR * VECTOR
 
 
 @triton.jit
@@ -56,17 +57,22 @@ def between(starts, sequence, length):
 def tile_of(
     batches, kv_heads, splits, length, starts, GROUP: tl.constexpr, SIZE: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """Of a program: its tile of SIZE rows, GROUP to a position; its share of what is split, its head, and its batch
-    element. PACKED: the element is the only one, and the last result the sequence that lies in it.
+    """Of a program: its tile of SIZE rows, GROUP to a position; its share of what is split, if anything is, its head,
+    and its batch element. PACKED: the element is the only one, and the last result the sequence that lies in it.
 
     How many tiles a packed sequence has is known on the device alone. It is given those from that of its first row plus
     its own number on: as many as it may need, with at most one too many, whatever the others' lengths.
     """
-    program = tl.program_id(0).to(tl.int64)
-    tiles = length * GROUP // SIZE + batches if PACKED else tl.cdiv(length * GROUP, SIZE)
+    # There are fewer than 2^31 programs, and divisions of 64 bits are long: a program of a few blocks feels them.
+    program = tl.program_id(0)
+    tiles = tl.cast(length * GROUP // SIZE + batches if PACKED else tl.cdiv(length * GROUP, SIZE), tl.int32)
     tile, rest = program % tiles, program // tiles
-    split, rest = rest % splits, rest // splits
-    head, batch = rest % kv_heads, rest // kv_heads
+    split = 0
+    if splits is not None:
+        count = splits.to(tl.int32)
+        split, rest = rest % count, rest // count
+    count = kv_heads.to(tl.int32)
+    head, batch = (rest % count).to(tl.int64), (rest // count).to(tl.int64)
     sequence = batch
     if PACKED:
         last = batches - 1
@@ -74,8 +80,8 @@ def tile_of(
             middle = (sequence + last + 1) // 2
             reached = tl.load(starts + middle) * GROUP // SIZE + middle <= tile
             sequence, last = tl.where(reached, middle, sequence), tl.where(reached, last, middle - 1)
-        tile = tl.maximum(tile - tl.load(starts + sequence) * GROUP // SIZE - sequence, 0)
-    return tile.to(tl.int32), split.to(tl.int32), head, batch, sequence
+        tile = tl.maximum(tile - tl.load(starts + sequence) * GROUP // SIZE - sequence, 0).to(tl.int32)
+    return tile, split, head, batch, sequence
 
 
 @triton.jit
@@ -124,11 +130,13 @@ def strides_of(heads, length, WIDTH: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def rows_of(base, first, i, member, batch, head, b, h, t, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """A pointer to a tensor and what each row adds to it."""
+    """A pointer to a tensor and what each row adds to it, in 32 bits if t has those and there is no group."""
     if GROUP == 1:
-        return base + batch * b + head * h + first * t, tl.arange(0, ROWS) * t
+        return base + batch * b + head * h + tl.cast(first, tl.int64) * t, tl.arange(0, ROWS) * t
     else:
-        return base + batch * b + head * GROUP * h, member * h + i * t
+        begin = first // GROUP
+        base += batch * b + head * GROUP * h + tl.cast(begin, tl.int64) * t
+        return base, tl.cast(member, tl.int64) * h + (i - begin) * t
 
 
 @triton.jit
@@ -192,6 +200,21 @@ def load_rows(
 
 
 @triton.jit
+def add_product(sums, factor, a, b, PRECISION: tl.constexpr):
+    """sums * factor + a b, without a factor if that is None. In float32 multiplied whole, the terms of a product are
+    summed by themselves first: one chain of all terms rounds more than the definition's own products."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        if factor is None:  # as a sum, the compiler would take it for where the product's chain begins
+            return tl.fma(sums, tl.full(sums.shape, 1.0, tl.float32), tl.dot(a, b, input_precision=PRECISION))
+        else:
+            return tl.fma(sums, tl.broadcast_to(factor, sums.shape), tl.dot(a, b, input_precision=PRECISION))
+    elif factor is None:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, sums * factor, input_precision=PRECISION)
+
+
+@triton.jit
 def wide_product(
     a, a_offset, a_present, b, b_offset, b_present, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr,
@@ -201,7 +224,7 @@ def wide_product(
     for first in range(0, SIZE, CHUNK):
         left = load_rows(a, a_offset, a_present, first, SIZE, CHUNK, True)
         right = load_rows(b, b_offset, b_present, first, SIZE, CHUNK, True)
-        sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+        sums = add_product(sums, None, left, tl.trans(right), PRECISION)
     return sums
 
 
@@ -215,7 +238,7 @@ def finite(x):
 def pairs_of(base, i, member, batch, head, b, h, t, KIND: tl.constexpr, GROUP: tl.constexpr):
     """A pointer to a mask or bias and what each row adds to it."""
     STEP: tl.constexpr = 16 if VECTORS & KIND else 1
-    b, h, t = divisible(b, h, t, STEP)
+    b, h, t = b // STEP * STEP, h // STEP * STEP, t // STEP * STEP
     if GROUP == 1:
         return base + batch * b + head * h, i * t
     else:
@@ -272,8 +295,6 @@ def score(
             seen = seen & (_load_pairs(mask, mask_row, j, mask_s, row_exists, source, MASK) != 0)
         if BIAS:
             b = _load_pairs(bias, bias_row, j, bias_s, row_exists, source, BIAS)
-            if b.dtype == tl.float64:
-                b = tl.where((b < LEAST) & (b > float("-inf")), LEAST, b)  # must not become an infinity, which hides
             seen = seen & (b != float("-inf"))
             s += b.to(tl.float32)
         s = tl.where(seen, s, float("-inf"))

@@ -1,11 +1,10 @@
 """The sizes of what a program of the Triton kernels of attention works on at a time.
 
 HOPPER holds what was measured on an H100 (torch 2.11, triton 3.6, 2026-11-27), in bfloat16: the fastest of those tried
-with which the compiler doesn't spill, at T = S = 2048 without a mask or bias (D 64 and 128; causal forward too), and at
-T = S = 512 under a bias (D 64; D 256: keys and values) and without (D 256: forward); at T = 256, S = 384 under a bias
-forward (D 128). Its others are those of their neighbours, or near them where the compiler spilled: queries of D 256,
-backward of D 128 under a bias and of D 256 without, and forward of D 256 under a bias. What this holds nothing of is
-reasoned, not measured: other architectures, float32, heads wider than 256, softcap, slopes, dropout and decoding.
+with which the compiler doesn't spill, but for SPILLING, at T = S = 2048 without a mask or bias (D 64 and 128; causal
+forward too), at T = S = 512 under a bias (D 64, 256 and 512) and without (D 256 and 512), and at T = 256, S = 384 under
+a bias (D 128). What this holds nothing of is reasoned, not measured: other architectures, float32, heads wider than
+512, softcap, slopes, dropout and decoding.
 """
 
 import torch
@@ -35,25 +34,40 @@ HOPPER = {
     ("forward", False, 64): (64, 64, 32, 128, 4, 3),
     ("forward", False, 128): (64, 64, 64, 128, 4, 3),
     ("forward", False, 256): (128, 64, 16, 256, 8, 2),
+    ("forward", False, 512): (64, 32, 32, 512, 8, 2),
     ("forward", True, 64): (128, 32, 32, 128, 8, 3),
-    ("forward", True, 128): (64, 64, 32, 128, 4, 2),
-    ("forward", True, 256): (64, 64, 32, 64, 8, 2),
+    ("forward", True, 128): (64, 64, 64, 128, 4, 2),
+    ("forward", True, 256): (128, 32, 32, 256, 8, 2),
+    ("forward", True, 512): (64, 32, 32, 512, 8, 2),
     ("query", False, 64): (64, 64, 32, 128, 4, 3),
     ("query", False, 128): (128, 64, 32, 128, 8, 3),
-    ("query", False, 256): (64, 64, 32, 64, 8, 2),
-    ("query", True, 64): (64, 32, 32, 128, 4, 3),
-    ("query", True, 128): (64, 32, 32, 128, 4, 2),
+    ("query", False, 256): (64, 32, 32, 256, 4, 2),
+    ("query", False, 512): (64, 64, 64, 128, 8, 1),
+    ("query", True, 64): (64, 64, 64, 128, 4, 3),
+    ("query", True, 128): (64, 32, 32, 128, 4, 3),
     ("query", True, 256): (64, 32, 32, 64, 8, 2),
+    ("query", True, 512): (64, 64, 64, 128, 8, 1),
     ("key", False, 64): (64, 64, 16, 128, 4, 3),
     ("key", False, 128): (32, 128, 16, 128, 8, 3),
-    ("key", False, 256): (64, 64, 32, 64, 8, 3),
+    ("key", False, 256): (32, 64, 32, 256, 4, 2),
+    ("key", False, 512): (64, 64, 64, 128, 8, 1),
     ("key", True, 64): (64, 64, 32, 128, 4, 3),
     ("key", True, 128): (32, 128, 16, 128, 8, 3),
     ("key", True, 256): (64, 64, 32, 128, 8, 2),
-    ("bias", True, 64): (64, 64, 16, 64, 4, 3),
+    ("key", True, 512): (32, 64, 32, 128, 8, 2),
+    ("bias", True, 64): (64, 64, 16, 64, 8, 3),
     ("bias", True, 128): (64, 64, 16, 64, 4, 3),
     ("bias", True, 256): (64, 64, 16, 64, 8, 3),
+    ("bias", True, 512): (64, 64, 16, 64, 8, 2),
 }
+# In the place of one, for heads that share keys: offsets of their rows take the registers that it would need.
+GROUPED = {("key", False, 128): (64, 64, 32, 128, 8, 3)}
+# Of these, those that the compiler spills registers of: all the same they were measured to take a half to a quarter of
+# the time of those that it doesn't.
+SPILLING = frozenset({
+    ("forward", False, 512), ("forward", True, 512), ("query", False, 256), ("query", False, 512),
+    ("query", True, 512), ("key", False, 256), ("key", False, 512), ("key", True, 512),
+})  # fmt: skip
 
 
 def widths(call: Call) -> tuple[int, int]:
@@ -62,10 +76,21 @@ def widths(call: Call) -> tuple[int, int]:
 
 
 def _hopper(call: Call, direction: str, most: int) -> dict[str, int] | None:
-    if generation(call.query) != 9 or call.query.dtype == torch.float32 or call.busy:
+    both = call.mask is not None and call.bias is not None
+    if generation(call.query) != 9 or call.query.dtype == torch.float32 or call.busy or both:
         return None
-    sizes = HOPPER.get((direction, call.hides, max(most, 64)))
+    of = (direction, call.hides, max(most, 64))
+    sizes = (GROUPED.get(of) if call.group > 1 else None) or HOPPER.get(of)
     return None if sizes is None else _tiles(*sizes)
+
+
+def _whole(tiles: dict[str, int], call: Call, *names: str) -> dict[str, int]:
+    """At least 32 terms in the products of weights, whose number in tiles has these names, below a mask and dropout.
+    The compiler lays the weights out by the narrowest load that they come of, the mask's of 8 bits, and by half of that
+    where numbers are joined, as dropout's are: so that a product of 16 terms takes half of them twice."""
+    if call.mask is None or call.seed is None:
+        return tiles
+    return {**tiles, **{name: max(tiles[name], 32) for name in names}}
 
 
 # Sizes with which the compiler doesn't spill, on any of the architectures.
@@ -83,7 +108,7 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
         elif most <= 512:
             tiles = _tiles(8192 // most, 32, 16, 32, 8, 2)
         else:
-            tiles = _tiles(8, 16, 16, 16, 8, 1) if call.busy or wide_out else _tiles(16, 16, 16, 32, 8, 2)
+            tiles = _tiles(8, 16, 16, 16, 8, 1) if call.busy or wide_out else _tiles(8, 16, 16, 32, 8, 2)
     elif most > 256:
         tiles = _tiles(32 if most <= 512 else 8 if call.busy else 16, 32, 16, 64, 8, 2)
     elif most > 128:
@@ -106,6 +131,7 @@ def forward_tiles(call: Call, wide_out: bool) -> dict[str, int]:
     elif rows <= 64 and tiles["ROWS"] > 64:
         tiles |= {"ROWS": 64}
     many = call.busy or call.query.dtype == torch.float32 or (call.packed and rows <= 16)
+    tiles = _whole(tiles, call, "KEYS", "EDGE")
     return {**tiles, **_registers(many), "CHUNK": min(width, tiles["CHUNK"]), "COLUMNS": columns}
 
 
@@ -123,7 +149,8 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
             tiles = _tiles(rows, max(rows, 16), 16, 16 if most <= 64 else 32, 8, 2 if most <= 256 else 1)
         else:
             keys = 32 if most <= 128 else 16 if most <= 512 else 8
-            tiles = _tiles(32 if most <= 64 else 16, keys, 16, 32, 8, 2 if most <= 256 else 1)
+            rows = 32 if most <= 64 else 16
+            tiles = _tiles(rows, keys, 16, 32, 8, 1 if 256 < most <= 512 else 2)
     elif direction == "bias":
         tiles = _tiles(64, 64 if major >= 9 else 32, 16, 64, 8, 2)
     elif most > 128:
@@ -139,9 +166,11 @@ def backward_tiles(call: Call, direction: str) -> dict[str, int]:
         else:
             tiles = _tiles(128 if major >= 9 else 64, 64, 32 if call.hides and most <= 64 else 16, 128, 8, 2)
     elif call.busy:  # packed sequences leave no registers for whole heads
-        tiles = _tiles(32, 64, 16, 64 if major == 9 and most > 64 and call.packed else 128, 8, 2)
+        keys = 64 if call.mask is None else 32
+        tiles = _tiles(32, keys, 16, 64 if major == 9 and most > 64 and call.packed else 128, 8, 2)
     else:
         tiles = _tiles(64 if most <= 64 and major < 10 else 32, 128 if most <= 64 or major >= 9 else 64, 16, 128, 8, 2)
+    tiles = _whole(tiles, call, "EDGE", "ROWS" if direction == "key" else "KEYS")
     chunks = {"CHUNK": min(width, tiles["CHUNK"]), "VALUE_CHUNK": min(columns, tiles["CHUNK"])}
     many = call.busy or direction == "bias" or call.query.dtype == torch.float32
     return {**tiles, **_registers(many), **chunks}
