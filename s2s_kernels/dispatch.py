@@ -279,6 +279,30 @@ def at_rest(backend: str = "cpu") -> bool:
     )
 
 
+def untouched(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether nothing stands between a call on these tensors and its kernel: no autocast, transform, trace, mode,
+    profile or subclass. Torch's dispatcher would then do nothing but unpack the arguments and pack them again."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:  # a generator would cost as much as the rest
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return (
+        not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.autograd._profiler_enabled()
+        and extension_missing is None
+    )
+
+
+def asked() -> tuple[str | None, bool]:
+    """The backend that is forced on eager calls, and whether they are explained instead of made."""
+    return _asked.get()
+
+
 def directly(
     kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...], backend: str = "cpu"
 ) -> Any:
@@ -292,7 +316,7 @@ def directly(
             for tensor in tensors:
                 if tensor is not None and not tensor.is_cpu:
                     return None
-        elif not _beside_one_another(tensors) or checks.DEBUG:
+        elif checks.DEBUG or not untouched(tensors) or not _beside_one_another(tensors):
             return None
         return kernel(tensors, options)
     except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -300,10 +324,10 @@ def directly(
 
 
 def _beside_one_another(tensors: Sequence[Any]) -> bool:
-    """Whether these are plain tensors on one CUDA device that runs the Triton kernels."""
+    """Whether these are on one CUDA device that runs the Triton kernels."""
     device = tensors[0].device
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.device != device):
+        if tensor is not None and tensor.device != device:
             return False
     return device.type == "cuda" and _runs_triton(device)
 

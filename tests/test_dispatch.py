@@ -178,6 +178,37 @@ def test_what_surrounds_a_call_keeps_it_from_the_kernel_alone():
     assert dispatch.directly(lambda tensors, _: tensors[0], (x.to("meta"),), ()) is None
 
 
+@served
+def test_a_call_that_anything_looks_at_is_not_untouched():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, seen = torch.ones(3), []
+
+    def look(x, *_):
+        seen.append(dispatch.untouched((None, x)))
+        return x
+
+    assert dispatch.untouched((x, None, torch.nn.Parameter(x)))
+    with use_backend("reference"):
+        assert dispatch.untouched((x,))
+    with torch.autocast("cpu"):
+        look(x)
+    with torch.autograd.forward_ad.dual_level():
+        look(x)
+    with FlopCounterMode(display=False), torch.profiler.profile():
+        look(x)
+    with torch.profiler.profile():
+        look(x)
+    torch.vmap(look)(x)
+    torch.jit.trace(look, (x,), check_trace=False)
+    torch.compile(look, fullgraph=True, backend="eager")(x)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    look(fake)
+    assert seen == [False] * 8
+
+
 def test_what_a_kernel_refuses_is_left_to_the_checks():
     def refuses(tensors, options):
         raise RuntimeError("no")

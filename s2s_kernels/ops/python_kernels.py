@@ -4,7 +4,7 @@ Their fakes, derivatives and torch.compile support are those of the operators, w
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,21 @@ def register(module: str, *operators: str) -> None:
 
 
 def _deferred(module: str, name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] | None = None
+
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(module), name)
+        return found(*args)
 
     return call
+
+
+def function_of(operator: str, first: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> Callable[..., Any]:
+    """What makes a call of an operator: on CUDA tensors that nothing else looks at the kernel itself, which saves a
+    long list of arguments the way through the dispatcher and back into Python. For calls without a gradient to record,
+    as those inside a Function are."""
+    if first.is_cuda and dispatch.untouched(tensors):
+        return KERNELS[operator]
+    return getattr(torch.ops.s2s, operator)

@@ -10,6 +10,7 @@ from recurring import GPU, PLAIN, needs_extension, needs_triton, reason
 
 from benchmarks import choice as measured
 from s2s_kernels import dispatch
+from s2s_kernels.ops import recurrence
 from s2s_kernels.ops.recurrence import OPERATORS, builtin, cuda_kernels, estimates, measurements
 
 
@@ -173,6 +174,39 @@ def test_the_faster_backend_is_chosen_by_the_model(gpu):
     recording = estimates.compared(PLAIN._replace(recording=True), ("torch", "cuda", "triton"))[0]
     forward = estimates.compared(PLAIN, ("torch", "cuda", "triton"))[0]
     assert all(recording[name] > 1.9 * forward[name] for name in forward)
+
+
+@needs_extension
+@needs_triton
+def test_a_choice_is_known_from_the_call_before(gpu, monkeypatch):
+    """While nothing that it depends on has changed."""
+    rounds, asked = [], []
+    monkeypatch.setattr(builtin, "rounds_more", lambda: bool(rounds))
+    original = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *args: asked.append(1) or original(*args))
+    recurrence._known.cache_clear()
+    for _ in range(3):
+        assert recurrence.chosen(PLAIN, True) == "torch" and len(asked) == 1
+    assert recurrence.chosen(PLAIN, False) == "torch" and len(asked) == 2
+    assert recurrence.chosen(PLAIN._replace(batch=20), True) == "cuda" and len(asked) == 3
+    with dispatch.use_backend("triton"):
+        assert recurrence.chosen(PLAIN, True) == "triton"
+        with dispatch.use_backend("cpu"), pytest.raises(NotImplementedError, match="CPU tensors"):
+            recurrence.chosen(PLAIN, True)
+    torch.use_deterministic_algorithms(True)
+    assert recurrence.chosen(PLAIN, True) == "cuda"
+    torch.use_deterministic_algorithms(False)
+    with torch.backends.cudnn.flags(enabled=False):
+        assert recurrence.chosen(PLAIN, True) == "cuda"
+    told = dispatch.explain(lambda: recurrence.chosen(PLAIN, True))
+    assert told.backend == "torch"
+    assert recurrence.chosen(PLAIN, True) == "torch"
+    gpu["keeps_contract"].append("lstm float32")
+    single = PLAIN._replace(dtype=torch.float32, hidden=64, width=64, inputs=64)
+    assert recurrence.chosen(single, True) == "torch"
+    rounds.append(1)
+    assert recurrence.chosen(single, True) != "torch"
+    recurrence._known.cache_clear()
 
 
 @needs_extension

@@ -1,6 +1,7 @@
 """The recurrences on CUDA tensors without a GPU: the values of their Triton engines by Triton's interpreter."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from interpreting import emulating, interpreted, judging, needs_extension, needs
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
+from s2s_kernels.ops import recurrence
 from s2s_kernels.ops.recurrence import autograd, run
 from s2s_kernels.ops.recurrence.reference import GATES
 from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare, to_device
@@ -209,6 +211,47 @@ def test_layers(options):
     """One call for each layer and direction, as on CUDA tensors."""
     function, arguments = layered(Draw(), 3, **options)
     judge(arguments, function)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", autograd.CELLS)
+def test_one_of_a_stack_without_the_checks_of_a_call(cell, dtype, monkeypatch):
+    """Its results are those of `run`, which names what doesn't fit."""
+    draw, none, rows = Draw(dtype), None, 6 * GATES[cell]
+    weights = [draw(rows, 5, scale=0.3), draw(rows, 6, scale=0.3), draw(rows), draw(rows)]
+    x, h0, c0 = draw(3, 4, 5).requires_grad_(), draw(3, 6), draw(3, 6) if cell == "lstm" else none
+    lengths, reset = torch.tensor([4, 0, 2]), draw.mask(3, 4, p=0.4)
+    backend = ["triton"]
+    monkeypatch.setattr(recurrence, "chosen", lambda asked, untouched: backend[0])
+
+    def found(*weights):
+        tensors = (x, *weights, h0, c0, *(none,) * 6, lengths, reset, none)
+        return recurrence.one_of_a_stack(cell, tensors, True, False)
+
+    results = found(*weights)
+    expected = run(cell, x, *weights, h0, c0, lengths=lengths, reset=reset, reverse=True)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert actual is wanted is none or torch.equal(actual, wanted)
+    (grad,), (wanted,) = (torch.autograd.grad(output[0].sum(), [x]) for output in (results, expected))
+    assert torch.equal(grad, wanted)
+    assert found(*weights[:3], draw(rows - 1)) is none and found(weights[0], weights[1][0], *weights[2:]) is none
+    backend[0] = "torch"
+    assert found(*weights) is none
+
+
+@interpreted
+def test_what_nothing_looks_at_needs_no_dispatcher():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from s2s_kernels.ops import python_kernels
+
+    x, on_gpu = torch.ones(2), SimpleNamespace(is_cuda=True)
+    operator, kernel = torch.ops.s2s.recurrence_forward, python_kernels.KERNELS["recurrence_forward"]
+    assert python_kernels.function_of("recurrence_forward", on_gpu, (x, None)) is kernel
+    assert python_kernels.function_of("recurrence_forward", x, (x, None)) is operator
+    with FlopCounterMode(display=False):
+        assert python_kernels.function_of("recurrence_forward", on_gpu, (x, None)) is operator
 
 
 @interpreted

@@ -106,7 +106,7 @@ def _triton_backward(
     grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]
 ) -> Tensors:  # fmt: skip
     grad_out, grad_lse = grads
-    if grad_out is None or not dispatch.at_rest("triton"):
+    if grad_out is None or not dispatch.untouched((grad_out, grad_lse, *tensors, *saved)):
         return _backward(grads, tensors, saved, options, needs)
     return _triton().backward(grad_out, grad_lse, *saved, tensors, options, needs)  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import checks, dispatch
+from ..differentiation import Tensors
 from ..random import draw_seed
 from . import autograd, builtin, cuda_kernels, estimates, reference
 from .reference import GATES
@@ -105,6 +106,21 @@ OPERATORS = {
     )
     for name in ("lstm", "gru", "rnn")
 }
+
+
+def chosen(asked: Asked, untouched: bool) -> str:
+    """The backend that serves a call, as `dispatch.choose` says: on CUDA tensors that nothing looks at (`untouched`) it
+    is known from the call before that asked for the same under the same settings."""
+    forced, explaining = dispatch.asked() if untouched else (None, True)
+    if explaining or asked.device.type != "cuda":
+        return dispatch.choose(OPERATORS[asked.cell.partition("_")[0]], asked.device, asked)
+    return _known(asked, forced, builtin.settings(asked.dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known(asked: Asked, forced: str | None, settings: tuple[Any, ...]) -> str:
+    """settings: all that the rules read besides the call and what stays as it is in a process."""
+    return dispatch.choose(OPERATORS[asked.cell.partition("_")[0]], asked.device, asked)
 
 
 def lstm(
@@ -394,7 +410,7 @@ def run(
         cell, x.dtype, x.device, batch, time, inputs, hidden, projected, weight_hr is not None, norms[0] is not None,
         not zoned and weight_hr is recurrent_mask is norms[0] is None, beyond, recording(tensors), heads,
     )  # fmt: skip
-    backend = dispatch.choose(OPERATORS[name], x.device, asked)
+    backend = chosen(asked, dispatch.untouched(tensors))
     options = (
         cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed, backend == "cuda"
     )  # fmt: skip
@@ -406,6 +422,36 @@ def run(
     if weight_hh.dim() == 3 and (backend == "cuda" or random or weight_hr is not None or norms[0] is not None):
         tensors = (x, weight_ih, reference.block_diagonal(weight_hh, gates), *tensors[3:])
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
+
+
+def one_of_a_stack(cell: str, tensors: Tensors, reverse: bool, training: bool) -> Tensors | None:
+    """One layer and direction of a call that nothing looks at, in which nothing is random and all tensors have one
+    dtype, that of a kernel, and one device, by a kernel, if that is what serves it.
+
+    Args:
+        tensors: as `autograd.kernel`'s.
+
+    Returns:
+        output, h_n, and c_n of an LSTM, else None. None for all where `run` has to see to the call: another backend's,
+        or one that a kernel refuses, for which `run` names the argument.
+    """
+    x, _, weight_hh, *_, weight_hr, _, norm_ih, _, _, _, lengths, reset, _ = tensors
+    assert x is not None and weight_hh is not None
+    if weight_hh.dim() != 2:
+        return None
+    (batch, time, inputs), (rows, width), normed = x.shape, weight_hh.shape, norm_ih is not None
+    beyond = beyond_torch(weight_hh, normed, lengths, reset, False, False, 0)
+    asked = Asked(
+        cell, x.dtype, x.device, batch, time, inputs, rows // GATES[cell], width, weight_hr is not None, normed,
+        weight_hr is norm_ih is None, beyond, recording(tensors),
+    )  # fmt: skip
+    backend = chosen(asked, True)
+    if backend not in ("cuda", "triton"):
+        return None
+    try:
+        return autograd.kernel(tensors, (cell, reverse, 0.0, 0.0, training, 0.0, False, backend == "cuda"))
+    except autograd.Unfit:
+        return None
 
 
 def step(

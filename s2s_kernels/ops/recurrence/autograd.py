@@ -18,6 +18,10 @@ STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
 CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
 
 
+class Unfit(RuntimeError):
+    """A kernel's refusal of arguments that don't fit together, before any work."""
+
+
 def normed_row(rows: int) -> int:
     """What layer normalisation keeps of a position, in elements, as the C++ side lays it out."""
     return 2 * rows + 16
@@ -86,13 +90,14 @@ def saving(save: bool) -> int:
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     cell, *rest = options
-    results = iter(torch.ops.s2s.recurrence_forward(*tensors, CELLS.index(cell), *rest, saving(save)))
+    x, norm_ih = tensors[0], tensors[9]
+    assert x is not None
+    forward = python_kernels.function_of("recurrence_forward", x, tensors)
+    results = iter(forward(*tensors, CELLS.index(cell), *rest, saving(save)))
     output, h_n = next(results), next(results)
     c_n = next(results) if cell == "lstm" else None
     if not save:
         return (output, h_n, c_n), ()
-    x, norm_ih = tensors[0], tensors[9]
-    assert x is not None
     gates = next(results) if keeps_gates(cell, options[2]) else None
     extra = next(results) if cell in ("lstm", "gru") else None
     # As wide as the computation, the output serves backward itself.
@@ -105,9 +110,10 @@ def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options
         return (None,) * len(tensors)
     cell, *rest = options
     wanted = sum(need << place for place, need in enumerate(needs[:13]))
-    results = iter(
-        torch.ops.s2s.recurrence_backward(*grads, *tensors[:3], *tensors[5:], *saved, CELLS.index(cell), *rest, wanted)
-    )
+    given = (*grads, *tensors[:3], *tensors[5:], *saved)
+    assert tensors[0] is not None
+    backward = python_kernels.function_of("recurrence_backward", tensors[0], given)
+    results = iter(backward(*given, CELLS.index(cell), *rest, wanted))
     return tuple(next(results) if need else None for need in needs)
 
 

@@ -6,7 +6,7 @@ derivative, which cuDNN has none of, is the definition's, as every kernel's here
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,6 +67,13 @@ def _not_in_cudnn(asked: "Asked") -> str | None:
             "products, and no measurement on this device and version of it has shown that (python -m benchmarks.choice)"
         )
     return None
+
+
+def settings(dtype: torch.dtype) -> tuple[Any, ...]:
+    """The settings of torch that the choice of a backend depends on: those that `gap` reads, and the precision of
+    float32 products, which other backends' rules read too."""
+    exact = dtype != torch.float32 or (torch.get_float32_matmul_precision(), rounds_more())
+    return torch.backends.cudnn.enabled, torch.are_deterministic_algorithms_enabled(), exact
 
 
 def rounds_more() -> bool:

@@ -4,11 +4,11 @@ An engine is a module of this package with the `forward` and `backward` that dev
 call's own sizes and its device must decide, or engines that lay out alike what they save.
 """
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,7 @@ from .autograd import CELLS
 from .reference import GATES
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What the choice looks at: cell, a number of autograd.CELLS; B, T, H and P. plain: without a mask, zoneout,
     projection and layer normalisation. shared: bytes of shared memory that a program can have. cuda: whether the cuda
     backend was chosen, by its own `gap`, for the call."""
@@ -66,6 +65,7 @@ def engine_of(sizes: Sizes) -> str:
     return next(name for name, serves in ENGINES if serves(sizes))
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name}")
 

@@ -29,6 +29,7 @@ Optional = torch.Tensor | None
 Tensors = tuple[Optional, ...]
 
 
+@functools.lru_cache(maxsize=64)
 def machine_of(device: torch.device) -> tuple[int, int, bool]:
     """Multiprocessors, bytes of shared memory that a block may have, and whether there are clusters."""
     facts = torch.cuda.get_device_properties(device)
@@ -80,9 +81,10 @@ class Shape(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    source: Any, call: tuple[int, ...], operand: int, backward: bool, index: int, machine: tuple[int, ...]
+    source: Any, shape: Shape, operand: int, backward: bool, index: int, machine: tuple[int, ...]
 ) -> tuple[int, ...]:
     """How the work is laid over the device, no more of it at once than is resident; empty: it doesn't fit."""
+    call = shape._replace(batch=max(shape.batch, 1)).call()
     for clusters in (True, False) if machine[2] else (False,):
         plan = source.recurrence_persistent_plan(call, backward, [machine[0], machine[1], int(clusters)])
         if not plan:
@@ -99,8 +101,7 @@ def _plan(
 def plan_of(shape: Shape, backward: bool, device: torch.device) -> tuple[int, ...]:
     # Where there is no GPU, emulated kernels have no use for the index.
     index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
-    call = tuple(shape._replace(batch=max(shape.batch, 1)).call())
-    return _plan(kernels, call, operand(shape.dtype), backward, index, machine_of(device))
+    return _plan(kernels, shape, operand(shape.dtype), backward, index, machine_of(device))
 
 
 def gap(
@@ -128,14 +129,22 @@ def _too_large(
 
 
 def _checked(shape: Shape, device: torch.device) -> Shape:
-    reason = gap(shape.hidden, shape.width, shape.cell, shape.dtype, device, shape.projected, shape.normed)
-    if reason is not None:
-        raise NotImplementedError(reason)
+    _assure(kernels, shape, device, torch.get_float32_matmul_precision())
     return shape
 
 
+@functools.lru_cache(maxsize=256)
+def _assure(source: Any, shape: Shape, device: torch.device, precision: str) -> None:
+    """NotImplementedError where there is a gap, which is looked for again. source, precision: what it depends on
+    besides."""
+    reason = gap(shape.hidden, shape.width, shape.cell, shape.dtype, device, shape.projected, shape.normed)
+    if reason is not None:
+        raise NotImplementedError(reason)
+
+
 def _wide(tensor: Optional) -> Optional:
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    # Told the format, the conversion itself makes it contiguous, but makes nothing of what is float32.
+    return None if tensor is None else tensor.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
 def _indices(lengths: Optional) -> Optional:

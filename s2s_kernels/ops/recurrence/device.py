@@ -56,15 +56,16 @@ def recurrence_forward(
         (norm_ih, norm_hh, norm_c, norm_b),
         lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training, weight_dropout, packed, cuda,
     )  # fmt: skip
-    inputs, bias_hh = product(x.flatten(0, -2), weight_ih.t()), wide(bias_hh)
-    bias = wide(bias_ih)
+    inputs = product(x.flatten(0, -2), weight_ih.t())
     if call.norm_ih is not None:
-        inputs = F.layer_norm(inputs, inputs.shape[1:], call.norm_ih, bias, EPS)
+        inputs = F.layer_norm(inputs, inputs.shape[1:], call.norm_ih, wide(bias_ih), EPS)
     else:
-        if bias_hh is not None and CELLS[cell] != "gru":
-            bias, bias_hh = bias_hh if bias is None else bias + bias_hh, None
+        bias = bias_ih
+        if bias_hh is not None and CELLS[cell] != "gru":  # in float32, to which the sum is promoted
+            bias, bias_hh = bias_hh if bias_ih is None else bias_ih.to(torch.float32) + bias_hh, None
         if bias is not None:
             inputs += bias
+    bias_hh = wide(bias_hh)
     padded = inputs.view(*x.shape[:-1], inputs.shape[1]) if call.packing is None else call.packing.pad(inputs)
     gates = GATES[CELLS[cell]]
     if call.heads > 1:

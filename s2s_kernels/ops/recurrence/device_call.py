@@ -1,14 +1,13 @@
 """A call of a recurrence on CUDA tensors, as device.py and the engines take it."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..random import threshold
 from . import choice
-from .autograd import CELLS, STREAM_WEIGHT
+from .autograd import CELLS, STREAM_WEIGHT, Unfit
 from .device_heads import apart
 from .reference import GATES, block_diagonal, whole_shape
 from .triton_rows import dropped
@@ -16,8 +15,7 @@ from .triton_rows import dropped
 Optional = torch.Tensor | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """Where the positions of a packed sequence stand in (B, T), and the other way round."""
 
     batch: int
@@ -51,8 +49,7 @@ class Packing:
         return values.flatten(0, 1).index_select(0, self.to_packed)
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What forward and backward share: the tensors as an engine takes them, and its options. heads: of which the rows
     stand apart (`device_heads`) and weight_hh keeps three dimensions; 1 where it is one matrix, made of them or given.
     """
@@ -134,7 +131,7 @@ def call_of(
     heads = 1
     if weight_hh.dim() == 3:
         heads = weight_hh.shape[0]
-        own = dataclasses.replace(sizes, units=sizes.units // heads, width=width // heads)
+        own = sizes._replace(units=sizes.units // heads, width=width // heads)
         # A kernel for the whole sequence holds a head's weights. What takes a step at a time takes all heads' at once.
         if not packed and choice.engine_of(own) == "triton_sequence":
             sizes = own
@@ -185,12 +182,12 @@ def check(
         fits = width == units if weight_hr is None else weight_hr.shape == (width, units) and CELLS[cell] == "lstm"
         states = ((h0, (batch, width)), (c0, (batch, units)), (mask, (batch, width)))
         vectors = [(v, (rows,)) for v in (*biases, *norms[:2])] + [(v, (units,)) for v in norms[2:]]
-        for tensor, shape in (*states, *vectors, (lengths, (batch,)), (reset, tuple(x.shape[:2]))):
-            fits = fits and (tensor is None or tuple(tensor.shape) == shape)
+        for tensor, shape in (*states, *vectors, (lengths, (batch,)), (reset, x.shape[:2])):
+            fits = fits and (tensor is None or tensor.shape == shape)
         floating = (weight_ih, weight_hh, weight_hr, h0, c0, mask)
         fits = fits and all(tensor is None or tensor.dtype == x.dtype for tensor in floating)
     if not fits:
-        raise RuntimeError(
+        raise Unfit(
             f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
             f"weight_ih {tuple(weight_ih.shape)} {weight_ih.dtype}, weight_hh {tuple(weight_hh.shape)}, cell {cell}"
         )

@@ -140,6 +140,8 @@ class Gradients:
     @functools.cached_property
     def _recurrent_product(self) -> torch.Tensor:
         """Of W_hh h, a row a position, in x's dtype."""
+        if self._grad_recurrent is self._grad_inputs and self._call.norm_ih is None and self._call.packing is None:
+            return self._input_product[0]
         return self._grad_recurrent.to(self._x.dtype).flatten(0, 1)
 
     @functools.cached_property

@@ -71,14 +71,16 @@ def nearest(
     dtype = str(asked.dtype).removeprefix("torch.")
     found, least = None, math.inf
     for row in rows:
-        other = asked._replace(**{name: row[name] for name in ("batch", "time", "inputs", "hidden", "width")})
         same = (row["cell"], row["dtype"], row["layers"], row["directions"], row["recording"]) == (
             asked.cell, dtype, asked.layers, asked.directions, asked.recording,
         )  # fmt: skip
         same = same and asked.heads == 1 and (row["width"] != row["hidden"]) == asked.projected
         same = same and (asked.dtype != torch.float32 or row["precision"] == torch.get_float32_matmul_precision())
         same = same and set(backends) <= row["seconds"].keys()
-        if not same or any(algorithm(asked, machine, b) != algorithm(other, machine, b) for b in (False, True)):
+        if not same:
+            continue
+        other = asked._replace(**{name: row[name] for name in ("batch", "time", "inputs", "hidden", "width")})
+        if any(algorithm(asked, machine, b) != algorithm(other, machine, b) for b in (False, True)):
             continue
         away = [abs(math.log2(getattr(asked, name) / row[name])) for name in ("batch", "inputs", "hidden", "width")]
         away.append(abs(math.log2(asked.time / row["time"])) / 2)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ... import checks, dispatch
 from ..differentiation import Options, Tensors, differentiable
-from . import OPERATORS, Asked, autograd, beyond_torch, builtin, recording, reference, run
+from . import Asked, autograd, beyond_torch, builtin, chosen, one_of_a_stack, recording, reference, run
 from .layers import grouped, reference_of, stacked, through
 
 States = tuple[torch.Tensor | None, ...]  # h, and c of an LSTM
@@ -78,15 +78,25 @@ def stack(
         not (zoned or masked or projected or normed), beyond, recording(tensors), heads, cells // directions,
         directions,
     )  # fmt: skip
-    backend = dispatch.choose(OPERATORS[cell.partition("_")[0]], x.device, asked)
+    untouched = x.is_cuda and dispatch.untouched(tensors)
+    backend = chosen(asked, untouched)
     if whole and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
         return _at_once(kernel if backend == "cpu" else builtin.kernel, tensors, options)
 
+    # A GPU's kernels check the shapes, and each layer's call needs no other check than that all tensors are of a kind.
+    usual = untouched and not (packed or zoned or masked or weights_dropped) and _alike(x, (h0, c0, *weights))
     parts = list(grouped(weights, bias, projected, normed, lstm))
     batch = (lengths if packed and lengths is not None else x).shape[0]
 
     def one(x: torch.Tensor, index: int, reverse: bool) -> Tensors:
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = parts[index]
+        before = [state if state is None else state[index] for state in states]
+        if usual:
+            c0 = before[1] if lstm else None
+            given = (x, *parts[index][:4], before[0], c0, weight_hr, None, *norms, lengths, reset, None)
+            found = one_of_a_stack(cell, given, reverse, training)
+            if found is not None:
+                return found
         mask = None
         if training and recurrent_dropout > 0:
             mask = F.dropout(x.new_ones(batch, width), recurrent_dropout)
@@ -97,7 +107,7 @@ def stack(
             weight_hh,
             bias_ih,
             bias_hh,
-            *[state if state is None else state[index] for state in states],
+            *before,
             lengths=lengths,
             reset=reset,
             reverse=reverse,
@@ -110,7 +120,7 @@ def stack(
             packed=packed,
         )
 
-    beside = tensors if backend in ("triton", "cuda") and _has_streams(x) else None
+    beside = tensors if directions == 2 and backend in ("triton", "cuda") and _has_streams(x) else None
     output, finals = through(x, len(parts), directions, time_first, one, dropout if training else 0.0, beside)
     return output, tuple(stacked(final) for final in finals[: len(states)])
 
@@ -122,6 +132,15 @@ def _at_once(
     output, h_n, c_n = kernel(tensors, options)
     assert output is not None and h_n is not None
     return output, (h_n,) if c_n is None else (h_n, c_n)
+
+
+def _alike(x: torch.Tensor, others: Tensors) -> bool:
+    """Whether all are of one dtype, that of a GPU's kernels, and on one device."""
+    dtype, device = x.dtype, x.device
+    for tensor in others:
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            return False
+    return dtype in (torch.float16, torch.bfloat16, torch.float32) and x.layout == torch.strided
 
 
 def _has_streams(x: torch.Tensor) -> bool:
