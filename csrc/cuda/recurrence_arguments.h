@@ -48,8 +48,8 @@ struct Recurrence {
 
 struct RecurrenceForward : Recurrence {
   const float *bias_hh, *h0, *c0;
-  void* output;  // (B, T, P)
-  float *h_n, *c_n, *gates, *extra, *exact;
+  void *output, *h_n, *c_n;  // (B, T, P), (B, P), (B, H)
+  float *gates, *extra, *exact;
   float* normed;  // (B, T, normed_row)
 };
 
@@ -72,7 +72,7 @@ constexpr int call_sizes = 10;
 struct RecurrenceForwardPointers {
   const void *inputs, *weight_hh, *bias_hh, *h0, *c0, *weight_hr, *mask;  // weights: the operand's type
   const void *norm_hh, *norm_c, *norm_b, *lengths, *reset, *seed;
-  void *workspace, *output, *h_n, *c_n, *gates, *extra, *exact, *normed;  // output: the weights' type
+  void *workspace, *output, *h_n, *c_n, *gates, *extra, *exact, *normed;  // output, h_n, c_n: the weights' type
 };
 struct RecurrenceBackwardPointers {
   const void *grad_output, *grad_h, *grad_c, *weight_hh, *h0, *c0, *weight_hr, *mask, *norm_hh, *norm_c, *norm_b, *lengths, *reset, *seed;
@@ -125,8 +125,7 @@ inline RecurrenceForward forward_arguments(const RecurrencePlan& plan, const Rec
   auto a = common_arguments<RecurrenceForward>(plan, c, from, false);
   for (int g = 0; g < a.shape.gates; ++g)
     a.feeds[g] = {static_cast<const float*>(from.inputs) + g * c.hidden, a.shape.gates * c.hidden, false, false, nullptr};
-  a.bias_hh = static_cast<const float*>(from.bias_hh), a.output = from.output;
-  a.h_n = static_cast<float*>(from.h_n), a.c_n = static_cast<float*>(from.c_n);
+  a.bias_hh = static_cast<const float*>(from.bias_hh), a.output = from.output, a.h_n = from.h_n, a.c_n = from.c_n;
   a.gates = static_cast<float*>(from.gates), a.extra = static_cast<float*>(from.extra), a.exact = static_cast<float*>(from.exact);
   a.normed = static_cast<float*>(from.normed);
   choose_copies(a);

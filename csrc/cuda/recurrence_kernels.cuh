@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
       if (extended && a.normed && a.norm_hh) a.normed[position * a.normed_row + g * H + at] = from[2].at[g];
     }
     if (a.extra) a.extra[position * H + at] = extra;
-    if (a.c_n && step == block.lengths[row] - 1) a.c_n[(block.first_row + row) * H + at] = extra;
+    if (a.c_n && step == block.lengths[row] - 1)
+      static_cast<Element*>(a.c_n)[(block.first_row + row) * H + at] = device::rounded<Element>(extra);
   };
   const auto write_output = [&](int row, int unit, int step) {
     const int64_t position = block.position(row, step);
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
     const float h = block.written(row, unit)[1].at[1];
     static_cast<Element*>(a.output)[position * P + at] = device::rounded<Element>(h);
     if (a.exact) a.exact[position * P + at] = h;
-    if (step == block.lengths[row] - 1) a.h_n[(block.first_row + row) * P + at] = h;
+    if (step == block.lengths[row] - 1) static_cast<Element*>(a.h_n)[(block.first_row + row) * P + at] = device::rounded<Element>(h);
   };
   const auto write = [&](int step) {
     block.each_unit(own_h, 0, block.rows, step, [&](int row, int unit) {
@@ -153,13 +154,13 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
         if (unit < own_h.count) {
           const int64_t at = (begin + row) * P + own_h.first + unit;
           const float h = a.h0 ? a.h0[at] : 0.f;
-          if (block.lengths[row] == 0) a.h_n[at] = h;
+          if (block.lengths[row] == 0) static_cast<Element*>(a.h_n)[at] = device::rounded<Element>(h);
           hand_on(row, unit, 0, starts, h);
         }
         if (unit < own.count) {
           const int64_t at = (begin + row) * H + own.first + unit;
           const float c = a.c0 ? a.c0[at] : 0.f;
-          if (block.lengths[row] == 0 && a.c_n) a.c_n[at] = c;
+          if (block.lengths[row] == 0 && a.c_n) static_cast<Element*>(a.c_n)[at] = device::rounded<Element>(c);
           *block.state(1, row, unit) = starts ? 0.f : c;
         }
       }

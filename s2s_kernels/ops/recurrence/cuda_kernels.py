@@ -178,8 +178,8 @@ def forward(
         return fresh(batch, time, width, dtype=kind, device=inputs.device) if wanted else None
 
     output = over(shape.width, kind=dtype)
-    h_n = inputs.new_empty(batch, shape.width)
-    c_n = inputs.new_empty(batch, shape.hidden) if name == "lstm" else None
+    h_n = weight_hh.new_empty(batch, shape.width)
+    c_n = weight_hh.new_empty(batch, shape.hidden) if name == "lstm" else None
     gates = over(rows, save and keeps_gates(name, zoneout_h), finite=elsewhere)
     extra = over(shape.hidden, save and name in ("lstm", "gru"), finite=elsewhere)
     exact = over(shape.width, save and dtype != torch.float32)
@@ -191,7 +191,7 @@ def forward(
             norm_b, _indices(lengths), _whole(reset), _whole(seed), _workspace(plan, inputs), output, h_n, c_n, gates,
             extra, exact, normed, shape.call(time, reverse, training), zoneout_h, zoneout_c, plan,
         )  # fmt: skip
-    return output, h_n.to(dtype), None if c_n is None else c_n.to(dtype), gates, extra, exact, normed
+    return output, h_n, c_n, gates, extra, exact, normed
 
 
 def backward(
