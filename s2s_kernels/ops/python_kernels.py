@@ -5,6 +5,7 @@ Their fakes, derivatives and torch.compile support are those of the operators, w
 
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,13 +31,13 @@ def register(module: str, *operators: str) -> None:
 
 
 def _deferred(module: str, name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] | None = None
+    home: ModuleType | None = None
 
     def call(*args: Any) -> Any:
-        nonlocal found
-        if found is None:
-            found = getattr(importlib.import_module(module), name)
-        return found(*args)
+        nonlocal home
+        if home is None:
+            home = importlib.import_module(module)
+        return getattr(home, name)(*args)
 
     return call
 

@@ -424,12 +424,15 @@ def run(
     return autograd.kernel(tensors, options)  # type: ignore[return-value]
 
 
-def one_of_a_stack(cell: str, tensors: Tensors, reverse: bool, training: bool) -> Tensors | None:
+def one_of_a_stack(
+    cell: str, tensors: Tensors, reverse: bool, training: bool, backend: str | None = None
+) -> Tensors | None:
     """One layer and direction of a call that nothing looks at, in which nothing is random and all tensors have one
     dtype, that of a kernel, and one device, by a kernel, if that is what serves it.
 
     Args:
         tensors: as `autograd.kernel`'s.
+        backend: where it is known already.
 
     Returns:
         output, h_n, and c_n of an LSTM, else None. None for all where `run` has to see to the call: another backend's,
@@ -439,13 +442,14 @@ def one_of_a_stack(cell: str, tensors: Tensors, reverse: bool, training: bool) -
     assert x is not None and weight_hh is not None
     if weight_hh.dim() != 2:
         return None
-    (batch, time, inputs), (rows, width), normed = x.shape, weight_hh.shape, norm_ih is not None
-    beyond = beyond_torch(weight_hh, normed, lengths, reset, False, False, 0)
-    asked = Asked(
-        cell, x.dtype, x.device, batch, time, inputs, rows // GATES[cell], width, weight_hr is not None, normed,
-        weight_hr is norm_ih is None, beyond, recording(tensors),
-    )  # fmt: skip
-    backend = chosen(asked, True)
+    if backend is None:
+        (batch, time, inputs), (rows, width), normed = x.shape, weight_hh.shape, norm_ih is not None
+        beyond = beyond_torch(weight_hh, normed, lengths, reset, False, False, 0)
+        asked = Asked(
+            cell, x.dtype, x.device, batch, time, inputs, rows // GATES[cell], width, weight_hr is not None, normed,
+            weight_hr is norm_ih is None, beyond, recording(tensors),
+        )  # fmt: skip
+        backend = chosen(asked, True)
     if backend not in ("cuda", "triton"):
         return None
     try:

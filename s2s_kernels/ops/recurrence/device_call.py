@@ -180,12 +180,14 @@ def check(
         rows, width = whole_shape(weight_hh)
         units = rows // gates
         fits = width == units if weight_hr is None else weight_hr.shape == (width, units) and CELLS[cell] == "lstm"
-        states = ((h0, (batch, width)), (c0, (batch, units)), (mask, (batch, width)))
-        vectors = [(v, (rows,)) for v in (*biases, *norms[:2])] + [(v, (units,)) for v in norms[2:]]
-        for tensor, shape in (*states, *vectors, (lengths, (batch,)), (reset, x.shape[:2])):
-            fits = fits and (tensor is None or tensor.shape == shape)
-        floating = (weight_ih, weight_hh, weight_hr, h0, c0, mask)
-        fits = fits and all(tensor is None or tensor.dtype == x.dtype for tensor in floating)
+        for tensors, shape in (
+            ((h0, mask), (batch, width)), ((c0,), (batch, units)), ((*biases, *norms[:2]), (rows,)),
+            (norms[2:], (units,)), ((lengths,), (batch,)), ((reset,), x.shape[:2]),
+        ):  # fmt: skip
+            for tensor in tensors:
+                fits = fits and (tensor is None or tensor.shape == shape)
+        for tensor in (weight_ih, weight_hh, weight_hr, h0, c0, mask):
+            fits = fits and (tensor is None or tensor.dtype == x.dtype)
     if not fits:
         raise Unfit(
             f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "

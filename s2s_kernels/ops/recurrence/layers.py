@@ -84,10 +84,11 @@ def grouped(flat: Sequence[Any], bias: bool, projected: bool, normed: bool, lstm
     """Of each direction weight_ih, weight_hh, bias_ih, bias_hh, weight_hr and the four of layer_norm, None where there
     is none."""
     norms = (4 if lstm else 2) if normed else 0
-    given = iter(flat)
-    for _ in range(len(flat) // (2 + 2 * bias + projected + norms)):
-        kinds = (True, True, bias, bias, projected, *(place < norms for place in range(4)))
-        yield tuple(next(given) if kind else None for kind in kinds)
+    size = 2 + 2 * bias + projected + norms
+    for first in range(0, len(flat), size):
+        part = flat[first : first + size]
+        biases, weight_hr = part[2:4] if bias else (None, None), part[2 + 2 * bias] if projected else None
+        yield (*part[:2], *biases, weight_hr, *part[size - norms :], *(None,) * (4 - norms))
 
 
 def joined(outputs: Sequence[Any], time_first: bool) -> torch.Tensor:

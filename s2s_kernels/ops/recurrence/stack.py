@@ -65,7 +65,9 @@ def stack(
     h0, c0 = states if lstm else (states[0], None)
     if whole and x.is_cpu and dispatch.at_rest():
         return _at_once(kernel, (x, h0, c0, lengths, reset, *weights), options)
-    x, h0, c0, *weights = checks.autocast(x, h0, c0, *weights)  # type: ignore[assignment]
+    untouched = x.is_cuda and dispatch.untouched((x, h0, c0, lengths, reset, *weights))
+    if not untouched:
+        x, h0, c0, *weights = checks.autocast(x, h0, c0, *weights)  # type: ignore[assignment]
     states = (h0, c0) if lstm else (h0,)
     tensors = (x, h0, c0, lengths, reset, *weights)
     cells = len(weights) // (2 + 2 * bias + projected + normed * (4 if lstm else 2))
@@ -78,7 +80,6 @@ def stack(
         not (zoned or masked or projected or normed), beyond, recording(tensors), heads, cells // directions,
         directions,
     )  # fmt: skip
-    untouched = x.is_cuda and dispatch.untouched(tensors)
     backend = chosen(asked, untouched)
     if whole and backend in ("cpu", "torch") and not dispatch.transformed(*tensors):
         return _at_once(kernel if backend == "cpu" else builtin.kernel, tensors, options)
@@ -94,7 +95,7 @@ def stack(
         if usual:
             c0 = before[1] if lstm else None
             given = (x, *parts[index][:4], before[0], c0, weight_hr, None, *norms, lengths, reset, None)
-            found = one_of_a_stack(cell, given, reverse, training)
+            found = one_of_a_stack(cell, given, reverse, training, backend if len(parts) == 1 else None)
             if found is not None:
                 return found
         mask = None
