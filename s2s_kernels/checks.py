@@ -113,7 +113,9 @@ def lengths(
         smallest, largest = (int(v) for v in torch.aminmax(value))
         if smallest < 0 or largest > maximum:
             wrong_value(operator, name, f"in [0, {limit}] = [0, {maximum}]", f"values in [{smallest}, {largest}]")
-    return value.to(device=reference.device, dtype=torch.int64)
+    # Out of pageable memory they are taken before the call returns: nothing has to wait for what the GPU still does.
+    taken = reference.is_cuda and readable(value) and not value.is_pinned()
+    return value.to(device=reference.device, dtype=torch.int64, non_blocking=taken)
 
 
 def are_read(lengths: Any) -> bool:

@@ -88,6 +88,8 @@ def stack(
     usual = untouched and not (packed or zoned or masked or weights_dropped) and _alike(x, (h0, c0, *weights))
     parts = list(grouped(weights, bias, projected, normed, lstm))
     batch = (lengths if packed and lengths is not None else x).shape[0]
+    if packed and x.is_cuda:  # from a PackedSequence, which has them on the CPU: once for all layers
+        lengths = checks.lengths(cell.partition("_")[0], "lengths", lengths, x, batch, time)
 
     def one(x: torch.Tensor, index: int, reverse: bool) -> Tensors:
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = parts[index]
