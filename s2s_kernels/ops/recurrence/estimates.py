@@ -68,23 +68,23 @@ def nearest(
 ) -> dict[str, Any] | None:
     """The row of sizes nearest to a call: of the same kind (float32 products as exact), by the same algorithms of
     cuDNN, all sizes within a factor of 2 and T within 4, with a time for each backend."""
+    if asked.heads != 1:
+        return None
+    precision = torch.get_float32_matmul_precision() if asked.dtype == torch.float32 else None
     dtype = str(asked.dtype).removeprefix("torch.")
+    kind = (asked.cell, dtype, asked.layers, asked.directions, asked.recording)
     found, least = None, math.inf
     for row in rows:
-        same = (row["cell"], row["dtype"], row["layers"], row["directions"], row["recording"]) == (
-            asked.cell, dtype, asked.layers, asked.directions, asked.recording,
-        )  # fmt: skip
-        same = same and asked.heads == 1 and (row["width"] != row["hidden"]) == asked.projected
-        same = same and (asked.dtype != torch.float32 or row["precision"] == torch.get_float32_matmul_precision())
-        same = same and set(backends) <= row["seconds"].keys()
-        if not same:
+        if (row["cell"], row["dtype"], row["layers"], row["directions"], row["recording"]) != kind:
             continue
-        other = asked._replace(**{name: row[name] for name in ("batch", "time", "inputs", "hidden", "width")})
-        if any(algorithm(asked, machine, b) != algorithm(other, machine, b) for b in (False, True)):
+        if (row["width"] != row["hidden"]) != asked.projected or precision not in (None, row["precision"]):
             continue
         away = [abs(math.log2(getattr(asked, name) / row[name])) for name in ("batch", "inputs", "hidden", "width")]
         away.append(abs(math.log2(asked.time / row["time"])) / 2)
-        if max(away) <= 1 and sum(away) < least:
+        if max(away) > 1 or sum(away) >= least or not set(backends) <= row["seconds"].keys():
+            continue
+        other = asked._replace(**{name: row[name] for name in ("batch", "time", "inputs", "hidden", "width")})
+        if all(algorithm(asked, machine, b) == algorithm(other, machine, b) for b in (False, True)):
             found, least = row, sum(away)
     return found
 

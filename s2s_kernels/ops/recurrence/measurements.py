@@ -23,7 +23,12 @@ def known_of(device: torch.device) -> dict[str, Any] | None:
     """What is known of a device; None where nothing is, as where it isn't there at all."""
     if not devices() or not torch.cuda.is_available():
         return None
-    return devices().get(torch.cuda.get_device_name(device))
+    return devices().get(_name(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def kind(cell: str, dtype: torch.dtype) -> str:
