@@ -191,6 +191,11 @@ def _not_on(device: torch.device) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=64)
+def _runs_triton(device: torch.device) -> bool:
+    return _not_on(device) is None
+
+
 def _exporting_onnx() -> bool:
     # The question itself imports modules, 2 us a call: it is asked only where something is being traced.
     return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
@@ -329,12 +334,7 @@ def _beside_one_another(tensors: Sequence[Any]) -> bool:
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return False
-    return device.type == "cuda" and _runs_triton(device)
-
-
-@functools.cache
-def _runs_triton(device: torch.device) -> bool:
-    return triton_missing is None and _not_on(device) is None
+    return device.type == "cuda" and triton_missing is None and _runs_triton(device)
 
 
 def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
@@ -350,7 +350,7 @@ def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:
     return (
         not torch.is_grad_enabled()
         and at_rest("cpu" if device is None else "triton")
-        and (device is None or _runs_triton(device))
+        and (device is None or (triton_missing is None and _runs_triton(device)))
     )
 
 

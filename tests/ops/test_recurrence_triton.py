@@ -498,6 +498,19 @@ def test_each_engine_on_a_gpu(cell, hidden, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_layer_on_a_gpu_waits_for_nothing(kind):
+    layer = getattr(s2s.nn, kind)(16, 256, num_layers=2, device="cuda", dtype=torch.float16)
+    x, lengths = torch.randn(5, 3, 16, device="cuda", dtype=torch.float16, requires_grad=True), torch.tensor([5, 0, 2])
+    try:
+        for mode in ("default", "error"):  # the first call compiles, and makes plans
+            torch.cuda.set_sync_debug_mode(mode)
+            layer(x, lengths=lengths)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_a_gpu_compiles_once_for_all_lengths_and_repeats_its_bits():
     from s2s_kernels.ops.recurrence import triton_sequence_kernels, triton_step_forward
 

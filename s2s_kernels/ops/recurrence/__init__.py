@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import checks, dispatch
+from .. import python_kernels
 from ..differentiation import Tensors
 from ..random import draw_seed
 from . import autograd, builtin, cuda_kernels, estimates, reference
@@ -472,7 +473,9 @@ def step(
     if not dispatch.is_plain(x, *weights, *states, triton=True):
         return None
     h, c = states if len(states) == 2 else (states[0], None)
-    return torch.ops.s2s.recurrence_step.default(x, *weights, h, c, autograd.CELLS.index(cell))
+    tensors = (x, *weights, h, c)
+    on_gpu = x.is_cuda and python_kernels.function_of("recurrence_step", x, tensors)
+    return (on_gpu or torch.ops.s2s.recurrence_step.default)(*tensors, autograd.CELLS.index(cell))
 
 
 def _layer_norm(name: str, layer_norm: Any) -> tuple[torch.Tensor | None, ...]:
