@@ -213,24 +213,32 @@ def suite(dtype: str, quick: bool, *options: str) -> list[str]:
     return [*words, f"--dtype={dtype}", "--any-load", *(["--quick"] if quick else []), *options]
 
 
-def compilation(limit: float, quick: bool) -> dict[str, dict[str, Any]]:
+def shares_of(dtypes: Sequence[str]) -> dict[str, float]:
+    """Of all the time of the grid."""
+    whole = sum(SHARES[dtype] for dtype in dtypes)
+    return {dtype: SHARES[dtype] / whole for dtype in dtypes}
+
+
+def compilation(limit: float, quick: bool, shares: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """Calls everything that compiles once, in many processes, so that the grid's finds it in the caches on disk."""
     from .harness import ENVIRONMENT
 
     cores = min(14, os.cpu_count() or 1)
 
     def run(dtype: str) -> dict[str, Any]:
-        processes = str(max(1, round(cores * SHARES[dtype])))
+        processes = str(max(1, round(cores * shares[dtype])))
         return command(suite(dtype, quick, "--compile", "-n", processes), limit, environment=ENVIRONMENT)
 
-    return dict(zip(SHARES, side_by_side([functools.partial(run, dtype) for dtype in SHARES]), strict=True))
+    return dict(zip(shares, side_by_side([functools.partial(run, dtype) for dtype in shares]), strict=True))
 
 
-def grid(folder: Path, seconds: float, budget: float, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def grid(
+    folder: Path, seconds: float, budget: float, quick: bool, shares: Mapping[str, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
     """pytest-benchmark's JSON in each dtype, measured in so many seconds in all."""
     from .harness import ENVIRONMENT
 
-    for dtype, share in SHARES.items():
+    for dtype, share in shares.items():
         target = folder / f"gpu-{dtype}.json"
         options = [f"--budget={budget}", f"--deadline={share * seconds:.0f}", f"--benchmark-json={target}"]
         words = suite(dtype, quick, *options, "--benchmark-quiet")
@@ -302,10 +310,11 @@ def measure(chosen: argparse.Namespace, known: dict[str, Any], folder: Path) -> 
         outcome["keeps_contract"] = outcome["contract"].pop("kept")
     yield outcome
     if benchmarks:
-        outcome["compilation"] = compilation(min(COMPILATION, left() / 2), chosen.quick)
+        shares = shares_of(chosen.dtypes)
+        outcome["compilation"] = compilation(min(COMPILATION, left() / 2), chosen.quick, shares)
         outcome["benchmarks"] = {}
-        seconds = max(0.0, min(chosen.seconds, left() - BEGINNING * len(SHARES)))
-        for dtype, measured in grid(folder, seconds, chosen.budget, chosen.quick):
+        seconds = max(0.0, min(chosen.seconds, left() - BEGINNING * len(shares)))
+        for dtype, measured in grid(folder, seconds, chosen.budget, chosen.quick, shares):
             outcome["benchmarks"][dtype] = measured
             yield outcome
 
@@ -320,6 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=200.0, help="of measuring, in all (default 200)")
     parser.add_argument("--budget", type=float, default=0.15, help="seconds of rounds for each case (default 0.15)")
     parser.add_argument("--quick", action="store_true", help="the small grid: some cases of each bar")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=SHARES, default=list(SHARES), help="of the grid", metavar="DTYPE"
+    )
     parser.add_argument("--within", type=float, default=510.0, help="seconds for everything (default 510)")
     parser.add_argument("--since", type=float, help="from when they count, in seconds of the epoch (default: now)")
     chosen = parser.parse_args(arguments)

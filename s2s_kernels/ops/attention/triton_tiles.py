@@ -61,7 +61,7 @@ HOPPER = {
     ("bias", True, 512): (64, 64, 16, 64, 8, 2),
 }
 # In the place of one, for heads that share keys: offsets of their rows take the registers that it would need.
-GROUPED = {("key", False, 128): (64, 64, 32, 128, 8, 3)}
+GROUPED = {("key", False, 128): (64, 64, 16, 128, 8, 2)}
 # Of these, those that the compiler spills registers of: all the same they were measured to take a half to a quarter of
 # the time of those that it doesn't.
 SPILLING = frozenset({
