@@ -96,7 +96,7 @@ def lengths(
     passes); where they can't, they are asserted under S2S_DEBUG=1.
 
     Returns:
-        them as int64 on the device of `reference`.
+        them as int64 on the device of `reference`, contiguous.
     """
     if value is None:
         return None
@@ -115,7 +115,7 @@ def lengths(
             wrong_value(operator, name, f"in [0, {limit}] = [0, {maximum}]", f"values in [{smallest}, {largest}]")
     # Out of pageable memory they are taken before the call returns: nothing has to wait for what the GPU still does.
     taken = reference.is_cuda and readable(value) and not value.is_pinned()
-    return value.to(device=reference.device, dtype=torch.int64, non_blocking=taken)
+    return value.to(device=reference.device, dtype=torch.int64, non_blocking=taken).contiguous()
 
 
 def are_read(lengths: Any) -> bool:
