@@ -12,6 +12,7 @@ import triton.language as tl
 from .random import threshold
 from .triton_launch import kernel
 
+REDUCED = 256  # elements of a program of reduce_kernel
 # How torch names the precision of float32 products, and the way the tensor cores keep it: not at all, in three
 # products, in one.
 PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -85,14 +86,31 @@ def is_finite(x):
     return x * 0.0 == 0.0
 
 
-@kernel
-def reduce_kernel(sums, result, count: tl.int64, splits: tl.int64, BLOCK: tl.constexpr):
-    """The splits' shares added in their order: the same bits on every run."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _reduce(sums, result, count, splits, block, BLOCK: tl.constexpr):
+    element = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), sums.dtype.element_ty)
     for split in range(splits):
         total += tl.load(sums + split * count + element, mask=element < count, other=0.0)
     tl.store(result + element, total.to(result.dtype.element_ty), mask=element < count)
+
+
+@kernel
+def reduce_kernel(
+    sums, result, other, count: tl.int64, splits: tl.int64, other_count: tl.int64, other_splits: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The splits' shares added in their order: the same bits on every run. Where there is another result, its shares
+    lie behind these."""
+    block = tl.program_id(0).to(tl.int64)
+    if other is None:
+        _reduce(sums, result, count, splits, block, BLOCK)
+    else:
+        blocks = tl.cdiv(count, BLOCK)
+        if block < blocks:
+            _reduce(sums, result, count, splits, block, BLOCK)
+        else:
+            _reduce(sums + splits * count, other, other_count, other_splits, block - blocks, BLOCK)
 
 
 def power(size: int, low: int, high: int) -> int:
@@ -127,8 +145,15 @@ def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device_of(x)
 
 
-def reduce(sums: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Fills result with the sum over the first dimension of sums, which has a dtype to sum in."""
-    count = result.numel()
-    reduce_kernel[(-(-count // 256),)](sums, result, count, sums.shape[0], BLOCK=256, num_warps=4)
+def reduce(
+    sums: torch.Tensor, result: torch.Tensor, splits: int = 0, other: torch.Tensor | None = None, other_splits: int = 0
+) -> torch.Tensor:
+    """Fills result with the sum of `splits` shares in sums (0: as many as its first dimension has), which has a dtype
+    to sum in; and other, where it has any, with that of the shares behind them."""
+    count, other_count = result.numel(), 0 if other is None or not other_splits else other.numel()
+    blocks = -(-count // REDUCED) - (-other_count // REDUCED)
+    if blocks:
+        reduce_kernel[(blocks,)](
+            sums, result, other, count, splits or sums.shape[0], other_count, other_splits, BLOCK=REDUCED, num_warps=4
+        )
     return result

@@ -78,7 +78,7 @@ def test_several_tiles(monkeypatch, real_tiles):
         (0, 32, 43),
         (1, 0, 32),
     ]
-    assert triton_kernels._key_sums(parts[0], 40).shape[0] == 2
+    assert triton_kernels._shares(parts[0], 40) == 2
     options = {"mask": draw.mask(43, 34, p=0.8), "dropout_p": 0.3, "key_lengths": torch.tensor([34, 7])}
     judge(((query, key, value, weight), {**options, "return_weights": True}))
 
@@ -88,7 +88,7 @@ def test_no_buffer_of_the_size_of_the_scores(monkeypatch):
     """No allocation of B T S elements or more in either direction, let alone B T S A, but a workspace of PAIRS."""
     from s2s_kernels.ops.additive_attention import triton_kernels
 
-    batch, rows, keys = 1, 40, 40
+    batch, rows, keys = 1, 80, 40
     monkeypatch.setattr(triton_kernels, "PAIRS", 16 * keys)
     draw = Draw()
     leaves = [draw(batch, rows, 8), draw(batch, keys, 8), draw(batch, keys, 5), draw(8)]
@@ -110,6 +110,13 @@ def test_any_strides(operator, name, layout, upstream):
     sample = next(sample for sample in CASES[operator].samples if sample.name == name)
     args, kwargs = sample.build(Draw())
     judge((tuple(layout(v) for v in args), kwargs), CASES[operator].function, upstream=upstream)
+
+
+@interpreted
+def test_lengths_that_are_no_neighbours_in_memory():
+    draw, lengths = Draw(), torch.tensor([6, 7, 3, 7, 0, 7])[::2]
+    judge(((draw(3, 2, 5), draw(3, 6, 5), draw(3, 6, 4), draw(5)), {"key_lengths": lengths}))
+    judge(((draw(3, 6, 5), draw(4, 5), draw(4), draw(4)), {"lengths": lengths}), s2s.attention_pool)
 
 
 @interpreted

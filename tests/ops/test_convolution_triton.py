@@ -232,6 +232,13 @@ def test_lengths_out_of_range_are_clamped_in_the_kernel():
 
 
 @interpreted
+def test_lengths_that_are_no_neighbours_in_memory():
+    draw, lengths = Draw(), torch.tensor([9, 7, 3, 7, 0, 7])[::2]
+    judge(((draw(3, 2, 9), draw(4, 2, 2), draw(4)), {"lengths": lengths}))
+    judge(((draw(3, 4, 9), draw(4, 1, 2)), {"groups": 4, "lengths": lengths}))
+
+
+@interpreted
 def test_raw_calls_are_checked_and_keep_to_their_fakes():
     draw = Draw()
     good = (draw(2, 3, 9), draw(4, 3, 2), draw(4), None, None, draw(2, 3, 1), None, 1, 1, 1, True, True)
@@ -240,7 +247,10 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
     backward = (draw(2, 4, 9), draw(2, 3, 9), draw(4, 3, 2), saved, None, draw(2, 3, 1), 1, 1, 1, True, False)
     backward = (*backward, True, True, True, True, True)
     torch.library.opcheck(torch.ops.s2s.causal_conv1d_backward, backward, test_utils=("test_schema", "test_faketensor"))
-    for place, value in {0: draw(2, 2, 9), 1: draw(4, 3), 5: draw(2, 3, 2), 7: 0, 8: 2, 9: 7}.items():
+    wrong = {0: draw(2, 2, 9), 1: draw(4, 3), 5: draw(2, 3, 2), 7: 0, 8: 2, 9: 7}
+    wrong |= {2: draw(3), 3: draw(2, 4, 8), 4: torch.tensor([9, 0, 9])[::2], 6: draw(2, 4, 2)}
+    wrong |= {1: draw(4, 3, 2).double(), 2: draw(4).double()}
+    for place, value in wrong.items():
         with pytest.raises(RuntimeError, match="causal_conv1d_forward: "):
             torch.ops.s2s.causal_conv1d_forward(*good[:place], value, *good[place + 1 :])
 

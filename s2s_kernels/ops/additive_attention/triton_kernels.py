@@ -4,8 +4,8 @@ Imported by the first call on a CUDA tensor. A call runs some queries at a time,
 `PAIRS`.
 """
 
-import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -51,9 +51,12 @@ def aligned_rows(tensor: torch.Tensor) -> bool:
 
 
 def _context_tiles(dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Of the kernels that make a product of weights; in value_gradient_kernel the sum is over rows."""
     columns, warps = (32, 8) if dtype == torch.float32 else (64, 4)
     return {"ROWS": 16 if rows == 1 else 32, "KEYS": 32, "COLUMNS": columns, "num_warps": warps}
+
+
+def _value_tiles(dtype: torch.dtype) -> dict[str, int]:
+    return _context_tiles(dtype, LEAST)  # the sum is over rows, of which a product needs 32, whatever their number
 
 
 def _product_tiles(dtype: torch.dtype, rows: int) -> dict[str, int]:
@@ -66,8 +69,7 @@ def _row_tiles(rows: int) -> dict[str, int]:
     return {"ROWS": 1 if rows == 1 else 4, "KEYS": 128, "num_warps": 4}
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Some queries of some rows of the batch, of a call whose arguments are these; every tensor is a view of them."""
 
     query: torch.Tensor
@@ -78,10 +80,15 @@ class Part:
     batch: slice
     rows: slice
     queries: int  # T
+    whole: bool  # all there is: a view of it would only take time
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part's share of a (B, T, ...) tensor."""
-        return tensor[self.batch, self.rows]
+        return tensor if self.whole else tensor[self.batch, self.rows]
+
+    def of_batch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor that has no queries."""
+        return tensor if self.whole else tensor[self.batch]
 
     def sizes(self) -> tuple[int, int]:
         """The number of queries and of keys at hand."""
@@ -109,13 +116,16 @@ def _parts(
     rows = max(1, queries)
     if several == 1 and queries * keys > PAIRS:
         rows = max(LEAST, PAIRS // keys // LEAST * LEAST)
+    if batch and queries and several >= batch and rows >= queries:
+        yield Part(query, key, value, mask, lengths, slice(0, batch), slice(0, queries), queries, True)
+        return
     for b in range(0, batch, several):
         chosen = slice(b, min(batch, b + several))
         for first in range(0, queries, rows):
             here = slice(first, min(queries, first + rows))
             yield Part(
                 query[chosen, here], key[chosen], value[chosen], None if mask is None else mask[chosen, here],
-                None if lengths is None else lengths[chosen], chosen, here, queries,
+                None if lengths is None else lengths[chosen], chosen, here, queries, False,
             )  # fmt: skip
 
 
@@ -140,28 +150,29 @@ def additive_attention_forward(
     (batch, queries, _), keys, values = query.shape, key.shape[1], value.shape[2]
     context = query.new_empty(batch, queries, values)
     weights = query.new_empty((batch, queries, keys) if return_weights else (0,))
-    statistics = query.new_empty((batch, queries, 2), dtype=torch.float32)
+    statistics = query.new_empty((batch, queries, 2) if save else (0,), dtype=torch.float32)
     weight, dropout = weight.contiguous(), dropout_numbers(dropout_p)
     scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
     lines, products = _row_tiles(queries), _context_tiles(query.dtype, queries)
     with device_of(query):
         for part in _parts(query, key, value, mask, key_lengths):
             rows, _ = part.sizes()
-            found = part.of(statistics)
+            found = part.of(statistics) if save else None
+            of_mask = strides_of(part.mask)
             _scores(part, weight, scores)
-            if (return_weights or not values) and (programs := part.programs(lines, "r")):
+            if (return_weights or (save and not values)) and (programs := part.programs(lines, "r")):
                 statistics_kernel[(programs,)](
                     scores, part.mask, part.lengths, found, part.of(weights) if return_weights else None,
-                    *strides_of(part.mask), rows, keys, **lines,
+                    *of_mask, rows, keys, **lines,
                 )  # fmt: skip
             if programs := part.programs(products, "r") * -(-values // products["COLUMNS"]):
                 context_kernel[(programs,)](
                     scores, found, part.value, part.mask, part.lengths, seed, part.of(context),
-                    *part.value.stride(), *strides_of(part.mask), rows, keys, part.first_row(), *dropout,
+                    *part.value.stride(), *of_mask, rows, keys, part.first_row(), *dropout,
                     VALUES=values, VALUE_UNIT=dense(value), ALIGNED=aligned_rows(value), PRECISION=precision(),
                     **products,
                 )  # fmt: skip
-    return context, weights, statistics if save else statistics.new_empty(0)
+    return context, weights, statistics
 
 
 def additive_attention_backward(
@@ -179,91 +190,93 @@ def additive_attention_backward(
                 f"additive_attention_backward: expected {(batch, queries, last)}, got {tuple(given.shape)}"
             )
     statistics = statistics.contiguous()
-    nothing = query.new_empty(0)
-    grad_query = query.new_empty(query.shape) if need_query else nothing
-    grad_key = query.new_empty(key.shape) if need_key else nothing
-    grad_weight = query.new_empty(width) if need_weight else nothing
-    weight, dropout = weight.contiguous(), dropout_numbers(dropout_p)
-    scores = query.new_empty(_workspace(queries, keys, batch), dtype=torch.float32)
-    products = torch.empty_like(scores) if grad_context is not None else None
-    lines, tiles = _row_tiles(queries), _product_tiles(query.dtype, queries)
-    columns = _context_tiles(query.dtype, queries)
     need_scores = need_query or need_key or need_weight
-    of_value = nothing
-    if need_value:  # in float32 where several parts add to it
-        several = batch and queries * keys > PAIRS
-        of_value = torch.empty(value.shape, dtype=torch.float32 if several else value.dtype, device=value.device)
-    weight_sums: list[torch.Tensor] = []
-    key_sums = nothing
+    several = batch * queries * keys > PAIRS and queries * keys > PAIRS
+    # In float32 where several parts add to it.
+    to_value = torch.float32 if several else value.dtype
+    grad_query = query.new_empty(query.shape if need_query else 0)
+    grad_key = query.new_empty(key.shape if need_key else 0)
+    grad_value = query.new_empty(value.shape if need_value else 0, dtype=to_value)
+    grad_weight = query.new_empty(width if need_weight else 0)
     if not queries or grad_context is None:
-        of_value.zero_()
-    if not queries:
-        grad_key.zero_()
+        grad_value.zero_()
+    if not queries or not batch:
+        return grad_query, grad_key.zero_(), grad_value, grad_weight.zero_()
+    weight, dropout = weight.contiguous(), dropout_numbers(dropout_p)
+    pairs = _workspace(queries, keys, batch)
+    # Behind the scores is what the gradient of the context says of them.
+    scores = query.new_empty(pairs if grad_context is None else 2 * pairs, dtype=torch.float32)
+    lines, tiles, columns = _row_tiles(queries), _product_tiles(query.dtype, queries), _value_tiles(query.dtype)
+    sums, shares = scores, 1
+    of_batches: list[torch.Tensor] = []
     with device_of(query):
         for part in _parts(query, key, value, mask, key_lengths):
             rows, _ = part.sizes()
             begun, found = int(part.rows.start > 0), part.of(statistics)
-            shared = rows, keys, part.first_row(), *dropout
+            of_mask, shared = strides_of(part.mask), (rows, keys, part.first_row(), *dropout)
             _scores(part, weight, scores)
             if grad_context is not None:
                 grad = part.of(grad_context)
+                of_grad, unit, straight = grad.stride(), dense(grad), aligned_rows(grad_context)
                 if need_value and (programs := part.programs(columns, "k") * -(-values // columns["COLUMNS"])):
                     value_gradient_kernel[(programs,)](
-                        scores, found, grad, part.mask, part.lengths, seed, of_value[part.batch],
-                        *grad.stride(), *strides_of(part.mask), *shared, begun,
-                        VALUES=values, GRAD_UNIT=dense(grad), ALIGNED=aligned_rows(grad_context), PRECISION=precision(),
-                        **columns,
+                        scores, found, grad, part.mask, part.lengths, seed, part.of_batch(grad_value),
+                        *of_grad, *of_mask, *shared, begun,
+                        VALUES=values, GRAD_UNIT=unit, ALIGNED=straight, PRECISION=precision(), **columns,
                     )  # fmt: skip
                 if need_scores and (programs := part.programs(tiles, "rk")):
                     product_kernel[(programs,)](
-                        grad, part.value, part.lengths, products, *grad.stride(), *part.value.stride(), rows, keys,
-                        VALUES=values, GRAD_UNIT=dense(grad), VALUE_UNIT=dense(value),
-                        ALIGNED=aligned_rows(grad_context) and aligned_rows(value), PRECISION=precision(), **tiles,
+                        grad, part.value, part.lengths, scores, *of_grad, *part.value.stride(), rows, keys, pairs,
+                        VALUES=values, GRAD_UNIT=unit, VALUE_UNIT=dense(value),
+                        ALIGNED=straight and aligned_rows(value), PRECISION=precision(), **tiles,
                     )  # fmt: skip
             if not need_scores:
                 continue
             given = None if grad_weights is None else part.of(grad_weights)
             if programs := part.programs(lines, "r"):
                 score_gradient_kernel[(programs,)](
-                    scores, found, products, given, part.mask, part.lengths, seed, *strides_of(part.mask),
-                    *strides_of(given), *shared, **lines,
+                    scores, found, None if grad_context is None else scores, given, part.mask, part.lengths, seed,
+                    *of_mask, *strides_of(given), *shared, pairs, **lines,
                 )  # fmt: skip
             if not begun:
-                key_sums = _key_sums(part, width)
-            weight_sums.append(_gradients(part, weight, scores, grad_query if need_query else None, key_sums, begun))
-            if need_key and part.rows.stop == queries and key_sums.numel():
-                reduce(key_sums, grad_key[part.batch])
-        if need_weight:
-            if not weight_sums:
-                weight_sums = [weight.new_zeros(1, width, dtype=torch.float32)]
-            sums = weight_sums[0] if len(weight_sums) == 1 else torch.cat(weight_sums)
-            if width:
-                reduce(sums, grad_weight)
-    return grad_query, grad_key, of_value.to(value.dtype), grad_weight
+                shares = _shares(part, width)
+                sums = query.new_empty(part.query.shape[0] * shares * (keys + 1) * width, dtype=torch.float32)
+            last = part.rows.stop == queries
+            of_key = part.of_batch(grad_key) if need_key else None
+            _gradients(
+                part, weight, scores, part.of(grad_query) if need_query else None, of_key, sums, shares, begun,
+                int(last and shares == 1),
+            )  # fmt: skip
+            if last:
+                alone = part.query.shape[0] == batch and need_weight
+                of_weight = grad_weight if alone else query.new_empty(width, dtype=torch.float32)
+                # A share of the keys' that is the only one is there already.
+                reduce(sums, of_weight, part.query.shape[0] * shares, of_key, shares if shares > 1 else 0)
+                if not alone:
+                    of_batches.append(of_weight)
+        if need_weight and of_batches:
+            reduce(torch.stack(of_batches), grad_weight, len(of_batches))
+    return grad_query, grad_key, grad_value.to(value.dtype) if several else grad_value, grad_weight
 
 
-def _key_sums(part: Part, width: int) -> torch.Tensor:
-    """(parts, B, S, A), one of the parts for each share of the queries."""
-    (batch, rows, _), keys = part.query.shape, part.key.shape[1]
-    shares = max(1, min(-(-rows // LEAST), SHARES, PROGRAMS // max(1, batch * -(-width // UNITS))))
-    return part.query.new_empty((shares, batch, keys, width), dtype=torch.float32)
+def _shares(part: Part, width: int) -> int:
+    """Among how many programs the queries of a row of the batch are split."""
+    batch, rows, _ = part.query.shape
+    return max(1, min(-(-rows // LEAST), SHARES, PROGRAMS // max(1, batch * -(-width // UNITS))))
 
 
 def _gradients(
-    part: Part, weight: torch.Tensor, grads: torch.Tensor, grad_query: torch.Tensor | None, key_sums: torch.Tensor,
-    begun: int,
-) -> torch.Tensor:  # fmt: skip
-    """Starts gradient_kernel; returns each program's share of the gradient of the weight."""
-    (batch, rows, width), keys, shares = part.query.shape, part.key.shape[1], key_sums.shape[0]
-    sums = key_sums.new_empty(batch * shares, width)
-    if sums.numel():
-        gradient_kernel[(sums.shape[0] * -(-width // UNITS),)](
-            part.query, part.key, weight, grads, part.lengths, None if grad_query is None else part.of(grad_query),
-            key_sums, sums, *part.query.stride(), *part.key.stride(), batch, rows, keys, shares, begun,
+    part: Part, weight: torch.Tensor, grads: torch.Tensor, grad_query: torch.Tensor | None,
+    grad_key: torch.Tensor | None, sums: torch.Tensor, shares: int, begun: int, ended: int,
+) -> None:  # fmt: skip
+    (batch, rows, width), keys = part.query.shape, part.key.shape[1]
+    if width:
+        gradient_kernel[(batch * shares * -(-width // UNITS),)](
+            part.query, part.key, weight, grads, part.lengths, grad_query, grad_key, sums,
+            *part.query.stride(), *part.key.stride(), batch, rows, keys, shares, begun, ended,
             WIDTH=width, HARDWARE=hardware_tanh(part.query.dtype), MASKED=part.mask is not None,
             QUERY_UNIT=dense(part.query), KEY_UNIT=dense(part.key), UNITS=UNITS, **_gradient_tiles(part.query.dtype),
         )  # fmt: skip
-    return sums
 
 
 def _workspace(queries: int, keys: int, batch: int) -> int:

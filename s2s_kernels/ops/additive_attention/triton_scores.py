@@ -10,6 +10,8 @@ import triton.language as tl
 
 from ..triton_common import kernel, length_of, spread
 
+FINISHED = tl.constexpr(16)  # keys at a time of a sum that has come to its end
+
 
 @triton.jit
 def _reciprocal(x):
@@ -85,18 +87,19 @@ def scores_kernel(
 
 @kernel
 def gradient_kernel(
-    query, key, weight, grads, lengths, grad_query, key_sums, weight_sums,
+    query, key, weight, grads, lengths, grad_query, grad_key, sums,
     query_b: tl.int64, query_i: tl.int64, query_a: tl.int64, key_b: tl.int64, key_j: tl.int64, key_a: tl.int64,
-    batches: tl.int64, rows: tl.int64, keys: tl.int64, parts: tl.int64, begun: tl.int64,
+    batches: tl.int64, rows: tl.int64, keys: tl.int64, parts: tl.int64, begun: tl.int64, ended: tl.int64,
     WIDTH: tl.constexpr, HARDWARE: tl.constexpr, MASKED: tl.constexpr, QUERY_UNIT: tl.constexpr,
     KEY_UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of query, key and weight from those of the scores, grads (B, T, S). A program has UNITS units of one
     row of the batch, and one of `parts` parts of its queries.
 
-    grad_query: contiguous. key_sums (parts, B, S, A) and weight_sums (B parts, A) get each part's share; the former is
-    added to where `begun` says that earlier queries have been here. MASKED: a pair without a gradient leaves no trace,
-    though its query or key be NaN.
+    grad_query, grad_key: contiguous. sums gets each part's shares of the weight's, (B parts, A), and behind them of the
+    keys', (parts, B, S, A); added to what is there where `begun` says by 1 that earlier queries have been here. A share
+    of the keys' that is the only one and complete, which `ended` says by 1, is written to grad_key as well. MASKED: a
+    pair without a gradient leaves no trace, though its query or key be NaN.
     """
     BLOCKS: tl.constexpr = (WIDTH + UNITS - 1) // UNITS
     program = tl.program_id(0).to(tl.int64)
@@ -108,7 +111,7 @@ def gradient_kernel(
     begin, end = tiles * part // parts * ROWS, tl.minimum(tiles * (part + 1) // parts * ROWS, rows)
     queries = query + batch * query_b + spread(unit, query_a, QUERY_UNIT)[None, :]
     at_keys = key + batch * key_b + spread(unit, key_a, KEY_UNIT)[None, :]
-    sums = key_sums + (part * batches + batch) * keys * WIDTH + unit[None, :]
+    key_sums = sums + (batches * parts + (part * batches + batch) * keys) * WIDTH + unit[None, :]
     w = tl.load(weight + unit, mask=unit < WIDTH, other=0.0).to(tl.float32)
     to_weight = tl.zeros((UNITS,), tl.float32)
     for top in range(begin, end, ROWS):
@@ -130,7 +133,7 @@ def gradient_kernel(
                 to_sum, along = tl.where(g == 0.0, 0.0, to_sum), tl.where(g == 0.0, 0.0, along)
             to_query += tl.sum(to_sum, 0)
             of_tile += tl.sum(tl.sum(along, 0), 0)
-            place = sums + column[:, None] * WIDTH
+            place = key_sums + column[:, None] * WIDTH
             earlier = tl.load(place, mask=(column < added_to)[:, None] & exists, other=0.0)
             tl.store(place, earlier + w[None, :] * tl.sum(to_sum, 1), mask=present & exists)
             tl.debug_barrier()  # the next tile of queries reads what this one has written, perhaps by another lane
@@ -142,5 +145,15 @@ def gradient_kernel(
         for start in range(length, keys, KEYS):
             column = start + tl.arange(0, KEYS)
             nothing = tl.zeros((KEYS, UNITS), tl.float32)
-            tl.store(sums + column[:, None] * WIDTH, nothing, mask=(column < keys)[:, None] & exists)
-    tl.store(weight_sums + (batch * parts + part) * WIDTH + unit, to_weight, mask=unit < WIDTH)
+            tl.store(key_sums + column[:, None] * WIDTH, nothing, mask=(column < keys)[:, None] & exists)
+    if grad_key is not None:
+        tl.debug_barrier()  # as above
+        for start in range(0, keys * ended, FINISHED):
+            column = start + tl.arange(0, FINISHED)
+            here = (column < keys)[:, None] & exists
+            total = tl.load(key_sums + column[:, None] * WIDTH, mask=here, other=0.0)
+            to = grad_key + (batch * keys + column[:, None]) * WIDTH + unit[None, :]
+            tl.store(to, total.to(grad_key.dtype.element_ty), mask=here)
+    at = sums + (batch * parts + part) * WIDTH + unit
+    earlier = tl.load(at, mask=unit < begun * WIDTH, other=0.0)
+    tl.store(at, earlier + to_weight, mask=unit < WIDTH)

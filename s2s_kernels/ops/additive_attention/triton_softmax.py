@@ -63,17 +63,18 @@ def statistics_kernel(
     mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, rows: tl.int64, keys: tl.int64,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The largest visible score and the sum of exponentials of each row, (B, T, 2), 0 and 0 where nothing is visible;
-    also the weights before dropout, where given."""
+    """The largest visible score and the sum of exponentials of each row, (B, T, 2), 0 and 0 where nothing is visible,
+    and the weights before dropout; each where given."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
     batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
     length = length_of(lengths, batch, keys)
     offset = tl.arange(0, KEYS)[None, :]
     most, total = _statistics(scores, mask, batch, row, offset, mask_b, mask_i, mask_j, rows, keys, length, ROWS, KEYS)
-    at = statistics + (batch * rows + row) * 2
-    tl.store(at, most, mask=row < rows)
-    tl.store(at + 1, total, mask=row < rows)
+    if statistics is not None:
+        at = statistics + (batch * rows + row) * 2
+        tl.store(at, most, mask=row < rows)
+        tl.store(at + 1, total, mask=row < rows)
     if weights is not None:
         for start in range(0, keys, KEYS):
             column = start + offset
@@ -106,8 +107,12 @@ def context_kernel(
     VALUES: tl.constexpr, VALUE_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Weights after dropout times values, and what statistics_kernel gives: each program finds the statistics of its
-    rows. The rows at hand are those from `first_row` on of all B T of a call, by which dropout counts."""
+    """Weights after dropout times values, and the statistics that statistics_kernel finds, where given: each program
+    finds those of its rows. The rows at hand are those from `first_row` on of all B T of a call, by which dropout
+    counts."""
+    # Bytes that decide about an operand, a mask's or dropout's, have the compiler lay out as many of it side by side as
+    # it would of bytes: a product over 16 of 16 bits is then wrong.
+    tl.static_assert(KEYS >= 32)
     BLOCKS: tl.constexpr = (VALUES + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
@@ -122,10 +127,10 @@ def context_kernel(
     most, sum_of_row = _statistics(
         scores, mask, batch, row, line, mask_b, mask_i, mask_j, rows, keys, length, ROWS, KEYS
     )
-    if program % BLOCKS == 0:
+    if statistics is not None:
         at = statistics + (batch * rows + row) * 2
-        tl.store(at, most, mask=row < rows)
-        tl.store(at + 1, sum_of_row, mask=row < rows)
+        tl.store(at, most, mask=row < tl.where(program % BLOCKS == 0, rows, 0))
+        tl.store(at + 1, sum_of_row, mask=row < tl.where(program % BLOCKS == 0, rows, 0))
     scale = 1.0 / sum_of_row
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, length, KEYS):
@@ -152,12 +157,12 @@ def context_kernel(
 def product_kernel(
     grad, value, lengths, products,
     grad_b: tl.int64, grad_i: tl.int64, grad_v: tl.int64, value_b: tl.int64, value_j: tl.int64, value_v: tl.int64,
-    rows: tl.int64, keys: tl.int64,
+    rows: tl.int64, keys: tl.int64, behind: tl.int64,
     VALUES: tl.constexpr, GRAD_UNIT: tl.constexpr, VALUE_UNIT: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """products (B, T, S): what the gradient of the context says of each pair's weight after dropout. A NaN stays with
-    its row or key."""
+    """products (B, T, S), `behind` elements further on: what the gradient of the context says of each pair's weight
+    after dropout. A NaN stays with its row or key."""
     program = tl.program_id(0).to(tl.int64)
     key_tiles, row_tiles = tl.cdiv(keys, KEYS), tl.cdiv(rows, ROWS)
     batch = program // (key_tiles * row_tiles)
@@ -184,7 +189,7 @@ def product_kernel(
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    to = products + (batch * rows + row[:, None]) * keys + column[None, :]
+    to = products + behind + (batch * rows + row[:, None]) * keys + column[None, :]
     tl.store(to, total, mask=(row < rows)[:, None] & (column < length)[None, :])
 
 
@@ -210,16 +215,19 @@ def _weight_gradient_at(
 def score_gradient_kernel(
     scores, statistics, products, grad_weights, mask, lengths, seed,
     mask_b: tl.int64, mask_i: tl.int64, mask_j: tl.int64, grad_b: tl.int64, grad_i: tl.int64, grad_j: tl.int64,
-    rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32,
+    rows: tl.int64, keys: tl.int64, first_row: tl.int64, threshold: tl.int64, kept: tl.float32, behind: tl.int64,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Puts the gradients of the present keys' scores in their place, 0 where a key is hidden."""
+    """Puts the gradients of the present keys' scores in their place, 0 where a key is hidden. products: as of
+    product_kernel."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
     batch, row = program // tiles, (program % tiles * ROWS + tl.arange(0, ROWS))[:, None]
     counted = first_row + batch * rows + program % tiles * ROWS + tl.arange(0, ROWS)
     length = length_of(lengths, batch, keys)
     offset = tl.arange(0, KEYS)[None, :]
+    if products is not None:
+        products += behind
     mean = tl.zeros((ROWS,), tl.float32)
     for start in range(0, length, KEYS):
         column = start + offset
@@ -253,6 +261,7 @@ def value_gradient_kernel(
 ):  # fmt: skip
     """result (B, S, Dv): weights after dropout, transposed, times the gradient of the context; added to what earlier
     queries have left there if `begun`. Absent keys get 0."""
+    tl.static_assert(ROWS >= 32)  # as in context_kernel
     BLOCKS: tl.constexpr = (VALUES + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(keys, KEYS)

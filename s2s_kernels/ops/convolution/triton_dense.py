@@ -20,12 +20,13 @@ def dense_kernel(
     time: tl.int64, begin: tl.int64, end: tl.int64, origin: tl.int64, step: tl.int64, low: tl.int64,
     first_tile: tl.int64, tiles: tl.int64,
     INPUTS: tl.constexpr, RESULTS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    CLIP: tl.constexpr, X_UNIT: tl.constexpr, CONDITION_UNIT: tl.constexpr, RESIDUAL_UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    TURNED: tl.constexpr, CLIP: tl.constexpr, X_UNIT: tl.constexpr, CONDITION_UNIT: tl.constexpr,
+    RESIDUAL_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, REDUCED: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """Results at positions begin..end of T inputs: position t sees the inputs at t + origin + k step that are at least
-    `low` (below 0 they are the state's) and below the length. CLIP: positions at or past the length give 0.
+    `low` (below 0 they are the state's) and below the length. TURNED: the taps of the weight run backwards. CLIP:
+    positions at or past the length give 0.
 
     x: (B, GROUPS INPUTS, T); weight: (GROUPS, RESULTS or twice that, TAPS, INPUTS rounded up to REDUCED), contiguous;
     y: (B, GROUPS RESULTS, end - begin), contiguous. A gate has one group.
@@ -79,6 +80,8 @@ def dense_kernel(
         if GATE:
             b += tl.load(bias + RESULTS + column, mask=column < RESULTS, other=0.0).to(tl.float32)[None, :]
     if EDGE == 0:
+        if TURNED:  # from the other end: the weight's taps as they lie
+            origin, step = origin + (TAPS - 1) * step, -step
         reduced = tl.arange(0, REDUCED)
         tile = spread(offset, x_t, X_UNIT == TIME)[:, None] + spread(reduced, x_c, X_UNIT == CHANNEL)[None, :]
         x += (start + origin) * spread(1, x_t, X_UNIT == TIME)
@@ -122,7 +125,7 @@ def dense_kernel(
                 inputs = tl.load(
                     place[:, None] + some[None, :] * stride, mask=counts[:, None] & (some < INPUTS)[None, :], other=0.0
                 )
-                at = rows[None, :] + (tap * PARTS * REDUCED + some)[:, None]
+                at = rows[None, :] + ((TAPS - 1 - tap if TURNED else tap) * PARTS * REDUCED + some)[:, None]
                 tap_a = tl.dot(inputs, tl.load(at, mask=exists, other=0.0), tap_a, input_precision=PRECISION)
                 if GATE:
                     tap_b = tl.dot(
@@ -164,22 +167,66 @@ def _weight_products(
     return products
 
 
+@triton.jit
+def bias_share(
+    grad, lengths, sums, program, grad_b, grad_c, grad_t, batches, time, chunk, rows,
+    OUTPUTS: tl.constexpr, GRAD_UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """One split's share of the gradient of the bias; sums: (splits, OUTPUTS)."""
+    BLOCKS: tl.constexpr = (OUTPUTS + CHANNELS - 1) // CHANNELS
+    output = program % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
+    split = (program // BLOCKS).to(tl.int64)
+    first = split // rows * chunk
+    offset = tl.arange(0, POSITIONS)
+    exists = (output < OUTPUTS)[:, None]
+    grads = grad + spread(output, grad_c, GRAD_UNIT == CHANNEL)[:, None]
+    grads += spread(offset, grad_t, GRAD_UNIT == TIME)[None, :]
+    total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    for batch in range(split % rows, batches, rows):
+        stop = tl.minimum(first + chunk, length_of(lengths, batch, time))
+        for start in range(first, stop, POSITIONS):
+            source = grads + batch * grad_b + start * grad_t
+            total += tl.load(source, mask=exists & (offset < stop - start)[None, :], other=0.0).to(tl.float32)
+    tl.store(sums + split * OUTPUTS + output, tl.sum(total, 1), mask=output < OUTPUTS)
+
+
+@kernel
+def bias_kernel(
+    grad, lengths, sums, grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64,
+    batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64,
+    OUTPUTS: tl.constexpr, GRAD_UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    bias_share(
+        grad, lengths, sums, tl.program_id(0), grad_b, grad_c, grad_t, batches, time, chunk, rows,
+        OUTPUTS, GRAD_UNIT, CHANNELS, POSITIONS,
+    )  # fmt: skip
+
+
 @kernel
 def dense_weight_kernel(
     grad, x, state, lengths, sums,
     grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64, x_b: tl.int64, x_c: tl.int64, x_t: tl.int64,
     state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
     batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64, origin: tl.int64, step: tl.int64,
-    low: tl.int64,
+    low: tl.int64, splits: tl.int64, bias_chunk: tl.int64, bias_rows: tl.int64,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
     GRAD_UNIT: tl.constexpr, X_UNIT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
+    BIAS_CHANNELS: tl.constexpr, BIAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """One split's share of the gradient of the weight: rows split % rows, + rows, ... of the batch, and one chunk of
-    the time. sums: (splits, GROUPS OUTPUTS, INPUTS, TAPS). A tap is summed over the positions that have it."""
+    the time. sums: (splits, GROUPS OUTPUTS, INPUTS, TAPS). A tap is summed over the positions that have it. Programs
+    beyond those of all splits make bias_kernel's shares, behind these: each reads the gradient in its own way."""
     ROW_BLOCKS: tl.constexpr = (OUTPUTS + ROWS - 1) // ROWS
     COLUMN_BLOCKS: tl.constexpr = (INPUTS + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
+    beyond = program - splits * (COLUMN_BLOCKS * TAPS * ROW_BLOCKS * GROUPS)
+    if beyond >= 0:
+        bias_share(
+            grad, lengths, sums + splits * (GROUPS * OUTPUTS * INPUTS * TAPS), beyond, grad_b, grad_c, grad_t,
+            batches, time, bias_chunk, bias_rows, GROUPS * OUTPUTS, GRAD_UNIT, BIAS_CHANNELS, BIAS_POSITIONS,
+        )  # fmt: skip
+        return
     column_block, tap = program % COLUMN_BLOCKS, program // COLUMN_BLOCKS % TAPS
     program = program // (COLUMN_BLOCKS * TAPS)
     row_block, group = program % ROW_BLOCKS, program // ROW_BLOCKS % GROUPS
@@ -216,28 +263,3 @@ def dense_weight_kernel(
     row = (split * GROUPS + group) * OUTPUTS + output
     place = (row[:, None] * INPUTS + channel[None, :]) * TAPS + tap
     tl.store(sums + place, products, mask=(output < OUTPUTS)[:, None] & (channel < INPUTS)[None, :])
-
-
-@kernel
-def bias_kernel(
-    grad, lengths, sums, grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64,
-    batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64,
-    OUTPUTS: tl.constexpr, GRAD_UNIT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """One split's share of the gradient of the bias; sums: (splits, OUTPUTS)."""
-    BLOCKS: tl.constexpr = (OUTPUTS + CHANNELS - 1) // CHANNELS
-    program = tl.program_id(0)
-    output = program % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
-    split = (program // BLOCKS).to(tl.int64)
-    first = split // rows * chunk
-    offset = tl.arange(0, POSITIONS)
-    exists = (output < OUTPUTS)[:, None]
-    grads = grad + spread(output, grad_c, GRAD_UNIT == CHANNEL)[:, None]
-    grads += spread(offset, grad_t, GRAD_UNIT == TIME)[None, :]
-    total = tl.zeros((CHANNELS, POSITIONS), tl.float32)
-    for batch in range(split % rows, batches, rows):
-        stop = tl.minimum(first + chunk, length_of(lengths, batch, time))
-        for start in range(first, stop, POSITIONS):
-            source = grads + batch * grad_b + start * grad_t
-            total += tl.load(source, mask=exists & (offset < stop - start)[None, :], other=0.0).to(tl.float32)
-    tl.store(sums + split * OUTPUTS + output, tl.sum(total, 1), mask=output < OUTPUTS)

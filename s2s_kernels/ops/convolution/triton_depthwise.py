@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import kernel, length_of, spread
+from .triton_dense import bias_share
 from .triton_epilogue import CHANNEL, GLU, TIME, finish
 
 
@@ -149,14 +150,23 @@ def depthwise_weight_kernel(
     grad_b: tl.int64, grad_c: tl.int64, grad_t: tl.int64, x_b: tl.int64, x_c: tl.int64, x_t: tl.int64,
     state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
     batches: tl.int64, time: tl.int64, chunk: tl.int64, rows: tl.int64, origin: tl.int64, step: tl.int64,
-    low: tl.int64,
+    low: tl.int64, splits: tl.int64, bias_chunk: tl.int64, bias_rows: tl.int64,
     OUTPUTS: tl.constexpr, MULTIPLE: tl.constexpr, TAPS: tl.constexpr, GRAD_UNIT: tl.constexpr, X_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr, SEVERAL: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    BIAS_CHANNELS: tl.constexpr, BIAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of the gradient of SEVERAL taps of the weight; sums: (splits, OUTPUTS, TAPS)."""
+    """One split's share of the gradient of SEVERAL taps of the weight; sums: (splits, OUTPUTS, TAPS). The bias: as in
+    dense_weight_kernel."""
     BLOCKS: tl.constexpr = (OUTPUTS + CHANNELS - 1) // CHANNELS
     TAP_BLOCKS: tl.constexpr = (TAPS + SEVERAL - 1) // SEVERAL
     program = tl.program_id(0)
+    beyond = program - splits * (TAP_BLOCKS * BLOCKS)
+    if beyond >= 0:
+        bias_share(
+            grad, lengths, sums + splits * (OUTPUTS * TAPS), beyond.to(tl.int32), grad_b, grad_c, grad_t,
+            batches, time, bias_chunk, bias_rows, OUTPUTS, GRAD_UNIT, BIAS_CHANNELS, BIAS_POSITIONS,
+        )  # fmt: skip
+        return
     taps = program % TAP_BLOCKS * SEVERAL + tl.arange(0, SEVERAL)
     output = (program // TAP_BLOCKS % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
     split = (program // (TAP_BLOCKS * BLOCKS)).to(tl.int64)

@@ -3,6 +3,7 @@
 Imported by the first call on a CUDA tensor.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def _reduced(size: int, most: int) -> int:
     return next(r for r in (64, 32, 16) if r == 16 or (r <= most and -(-size // r) * r <= 1.25 * least))
 
 
+@functools.lru_cache(256)
 def _dense_tiles(
     dtype: torch.dtype, inputs: int, results: int, gate: bool, extras: bool, aligned: bool, products: str
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -99,14 +101,18 @@ def _aligned(x: torch.Tensor) -> bool:
 
 def _packed(weight: torch.Tensor, groups: int, reduced: int, turned: bool) -> torch.Tensor:
     """(groups, results, taps, inputs), the inputs rounded up to `reduced` with zeros. Turned: the outputs are the
-    inputs, and the taps run backwards."""
-    outputs, channels, taps = weight.shape
-    weight = weight.reshape(groups, outputs // groups, channels, taps)
-    weight = weight.flip(3).permute(0, 2, 3, 1) if turned else weight.permute(0, 1, 3, 2)
-    inputs = weight.shape[3]
+    inputs."""
+    outputs = weight.shape[0]
+    if not turned:
+        weight = weight.transpose(1, 2)
+    elif groups == 1:
+        weight = weight.permute(1, 2, 0)
+    else:
+        weight = weight.unflatten(0, (groups, outputs // groups)).permute(0, 2, 3, 1)
+    inputs = weight.shape[-1]
     if inputs % reduced == 0 and inputs:
         return weight.contiguous()
-    packed = weight.new_zeros(*weight.shape[:3], max(1, -(-inputs // reduced)) * reduced)
+    packed = weight.new_zeros(*weight.shape[:-1], max(1, -(-inputs // reduced)) * reduced)
     packed[..., :inputs] = weight
     return packed
 
@@ -125,35 +131,38 @@ def _dense(
     products = precision()
     if _heavy(x, inputs, results, taps):
         x = _channels_last(x)
-    extras = condition is not None or residual is not None
-    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, _aligned(x), products)
+    extras, aligned = condition is not None or residual is not None, _aligned(x)
+    whole, edge = _dense_tiles(x.dtype, inputs, results, activation in GATES, extras, aligned, products)
     packed = _packed(weight, groups, whole["REDUCED"], turned)
-    time, count, size = x.shape[2], y.shape[2], whole["POSITIONS"]
+    (batch, _, time), count, size = x.shape, y.shape[2], whole["POSITIONS"]
     # Tiles at the start that reach before x, and at the end that reach past it; all may, where only a tensor says how
     # long a row is.
     tiles, reach = -(-count // size), origin + (taps - 1) * dilation
     before = min(tiles, max(0, -(-(-origin - begin) // size)))
     last_whole = max(before, tiles if begin + count + reach <= time else max(0, time - reach - begin) // size)
-    blocks = -(-results // whole["CHANNELS"])
-    flags = None if state is not None else x.new_empty(y.shape[0] * tiles * groups * blocks, dtype=torch.int32)
+    flags = None
+    if state is None and taps > 1:
+        blocks = -(-results // whole["CHANNELS"])
+        flags = x.new_empty(batch * tiles * groups * blocks, dtype=torch.int32)
     edges = [(edge, 0, before), (edge, last_whole, tiles)]
     if lengths is not None and reach > 0:
         last_whole, edges = tiles, [(edge, 0, tiles)]
     spans = [(whole, before, last_whole) if flags is None else (whole, 0, tiles), *edges]
+    shared = (
+        x, state, packed, bias, condition, residual, lengths, saved, y, flags,
+        *x.stride(), *strides_of(state), *strides_of(condition), *strides_of(residual),
+        time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
+    )  # fmt: skip
+    constants = {
+        "INPUTS": inputs, "RESULTS": results, "GROUPS": groups, "TAPS": taps, "ACTIVATION": activation,
+        "TURNED": turned, "CLIP": clip, "X_UNIT": _unit(x), "CONDITION_UNIT": _unit(condition),
+        "RESIDUAL_UNIT": _unit(residual), "ALIGNED": aligned, "PRECISION": products, "FLAGGED": whole["CHANNELS"],
+    }  # fmt: skip
     with device_of(x):
         for chosen, first, stop in spans:
-            programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * y.shape[0]
-            if not programs:
-                continue
-            dense_kernel[(programs,)](
-                x, state, packed, bias, condition, residual, lengths, saved, y, flags,
-                *strides_of(x), *strides_of(state), *strides_of(condition), *strides_of(residual),
-                time, begin, begin + count, origin, dilation, 0 if state is None else -state.shape[2],
-                first, stop - first,
-                INPUTS=inputs, RESULTS=results, GROUPS=groups, TAPS=taps, ACTIVATION=activation, CLIP=clip,
-                X_UNIT=_unit(x), CONDITION_UNIT=_unit(condition), RESIDUAL_UNIT=_unit(residual), ALIGNED=_aligned(x),
-                PRECISION=products, FLAGGED=whole["CHANNELS"], **chosen,
-            )  # fmt: skip
+            if stop > first:
+                programs = -(-results // chosen["CHANNELS"]) * groups * (stop - first) * batch
+                dense_kernel[(programs,)](*shared, first, stop - first, **constants, **chosen)
 
 
 def _depthwise(
@@ -224,10 +233,10 @@ def _line_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Those of the weight and of the bias; head: what `_line` says."""
     (batch, channels, time), taps = x.shape, weight.shape[2]
-    results = weight.new_empty(weight.shape), weight.new_empty(channels)
+    grad_weight, grad_bias = weight.new_empty(weight.shape), weight.new_empty(channels)
     if not batch:
-        return results[0].zero_(), results[1].zero_()
-    chosen: dict[str, Any] = {**LINE_WEIGHT}
+        return grad_weight.zero_(), grad_bias.zero_()
+    chosen: dict[str, Any] = LINE_WEIGHT
     gradients_of, size, wanted = line_weight_kernel, LINE_WEIGHT["POSITIONS"], max(1, 8 * PROGRAMS // channels)
     if head:
         chosen = {**TOEPLITZ_WEIGHT, "LAGS": power(taps, 2, 128), "HEAD": head}
@@ -236,18 +245,20 @@ def _line_gradients(
         gradients_of, size = toeplitz_weight_kernel, TOEPLITZ_WEIGHT["ROWS"] * TOEPLITZ_WEIGHT["BLOCK"]
         wanted = max(1, 2 * PROGRAMS // channels)
     splits = min(wanted, batch * -(-time // size))
-    sums: tuple[torch.Tensor, ...] = results
+    sums, behind = (grad_weight, grad_bias), 0
     if wanted > 1:  # not by the splits, which depend on the time: a dtype is compiled for
-        sums = tuple(x.new_empty((splits, *result.shape), dtype=torch.float32) for result in results)
+        behind = splits * channels * taps
+        shares = x.new_empty(behind + splits * channels, dtype=torch.float32)
+        sums = shares, shares
     with device_of(x):
         gradients_of[(channels * splits,)](
             grad, x, state, lengths, *sums, *grad.stride()[:2], *x.stride()[:2], *strides_of(state),
-            batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits,
+            batch, time, origin, dilation, 0 if state is None else -state.shape[2], splits, behind,
             OUTPUTS=channels, TAPS=taps, **chosen,
         )  # fmt: skip
-        if wanted > 1:
-            return reduce(sums[0], results[0]), reduce(sums[1], results[1])
-    return results
+        if behind:
+            reduce(sums[0], grad_weight, splits, grad_bias, splits)
+    return grad_weight, grad_bias
 
 
 def causal_conv1d_forward(
@@ -256,6 +267,7 @@ def causal_conv1d_forward(
     dilation: int, groups: int, activation: int, causal: bool, save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check("causal_conv1d_forward", x, weight, lengths, initial_state, dilation, groups, activation)
+    _check_added(x, weight, bias, residual, condition, activation)
     batch, _, time = x.shape
     outputs, channels, taps = weight.shape
     left, _ = padding(taps, dilation, causal)
@@ -289,7 +301,7 @@ def causal_conv1d_forward(
                     sums, residual, lengths, y, *strides_of(residual), time, RESULTS=y.shape[1], ACTIVATION=activation,
                     RESIDUAL_UNIT=_unit(residual), **tiles,
                 )  # fmt: skip
-    return y, sums if save else x.new_empty(0, dtype=torch.float32)
+    return y, sums if save or not apart else x.new_empty(0, dtype=torch.float32)
 
 
 def causal_conv1d_backward(
@@ -322,7 +334,6 @@ def causal_conv1d_backward(
             _depthwise(grad, weight, result, begin, -right, dilation, backward=True, clip=clip, lengths=lengths)
         elif result.dim() == 3:
             _dense(grad, weight, groups, result, begin, -right, dilation, turned=True, clip=clip, lengths=lengths)
-    grad_weight = nothing
     state = initial_state if taps > 1 else None
     if depthwise and need_weight and time >= LONG and _unit(x) == CHANNEL and grad.stride(2) == 1:
         x = _activation_gradient(x, None, None, x, inputs, 0, False, False, False)  # turned: cheaper than to read so
@@ -330,9 +341,9 @@ def causal_conv1d_backward(
     if need_weight and head is not None:
         grad_weight, grad_bias = _line_gradients(grad, x, weight, lengths, state, -left, dilation, head)
         return grad_x, grad_weight, grad_bias if need_bias else nothing, grad_state, into if need_condition else nothing
-    if need_weight:
-        grad_weight = _weight_gradient(grad, x, weight, lengths, state, groups, -left, dilation, heavy)
-    grad_bias = _bias_gradient(grad, lengths, outputs, x) if need_bias else nothing
+    grad_weight, grad_bias = _weight_gradients(
+        grad, x, weight, lengths, state, groups, -left, dilation, heavy, need_weight, need_bias
+    )
     return grad_x, grad_weight, grad_bias, grad_state, into if need_condition else nothing
 
 
@@ -369,60 +380,63 @@ def _splits(batch: int, time: int, tiles: int, positions: int) -> tuple[int, int
     return rows, -(-time // chunk), chunk
 
 
-def _weight_gradient(
+def _weight_gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lengths: torch.Tensor | None,
-    state: torch.Tensor | None, groups: int, origin: int, dilation: int, heavy: bool,
-) -> torch.Tensor:  # fmt: skip
+    state: torch.Tensor | None, groups: int, origin: int, dilation: int, heavy: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Those of the weight and of the bias that are needed; the others are empty."""
     (batch, _, time), (outputs, channels, taps) = x.shape, weight.shape
-    if not (batch and time and weight.numel()):
-        return weight.new_zeros(weight.shape)
-    result = weight.new_empty(weight.shape)
-    tensors, low = (grad, x, state, lengths), 0 if state is None else -state.shape[2]
+    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
+    grad_bias = weight.new_empty(outputs if need_bias else 0)
+    if not (batch and time):
+        return grad_weight.zero_(), grad_bias.zero_()
+    need_weight, need_bias = grad_weight.numel() > 0, grad_bias.numel() > 0
+    if need_weight and heavy:
+        x = _channels_last(x)
+    unit, of_grad, low = _unit(grad), grad.stride(), 0 if state is None else -state.shape[2]
+    bias_splits = bias_programs = bias_rows = bias_chunk = 0
+    of_bias = _line_tiles(outputs, unit)
+    if need_bias:
+        tiles = -(-outputs // of_bias["CHANNELS"])
+        bias_rows, chunks, bias_chunk = _splits(batch, time, tiles, of_bias["POSITIONS"])
+        bias_splits = bias_rows * chunks
+        bias_programs = tiles * bias_splits
     with device_of(x):
-        if channels == 1:
-            several = power(taps, 1, 4)
-            lines = {**_line_tiles(outputs, _unit(x)), "SEVERAL": several}
-            lines["POSITIONS"] //= 2
-            tiles = -(-outputs // lines["CHANNELS"]) * -(-taps // several)
-            rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
-            sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
-            depthwise_weight_kernel[(tiles * rows * chunks,)](
-                *tensors, sums, *strides_of(grad), *strides_of(x), *strides_of(state),
-                batch, time, chunk, rows, origin, dilation, low,
-                OUTPUTS=outputs, MULTIPLE=outputs // groups, TAPS=taps, GRAD_UNIT=_unit(grad), X_UNIT=_unit(x),
-                ALIGNED=_aligned(x) and _aligned(grad), **lines,
-            )  # fmt: skip
-            return reduce(sums, result)
-        if heavy:
-            x = _channels_last(x)
+        if not need_weight:
+            if need_bias:
+                sums = x.new_empty(bias_splits * outputs, dtype=torch.float32)
+                bias_kernel[(bias_programs,)](
+                    grad, lengths, sums, *of_grad, batch, time, bias_chunk, bias_rows, OUTPUTS=outputs, GRAD_UNIT=unit,
+                    **of_bias,
+                )  # fmt: skip
+                reduce(sums, grad_bias, bias_splits)
+            return grad_weight, grad_bias
         aligned = _aligned(x) and _aligned(grad)
-        blocks = _weight_tiles(x.dtype, channels, outputs // groups, aligned)
-        tiles = -(-channels // blocks["COLUMNS"]) * -(-(outputs // groups) // blocks["ROWS"]) * taps * groups
-        rows, chunks, chunk = _splits(batch, time, tiles, blocks["POSITIONS"])
-        sums = x.new_empty((rows * chunks, *weight.shape), dtype=torch.float32)
-        dense_weight_kernel[(tiles * rows * chunks,)](
-            grad, x, state, lengths, sums, *strides_of(grad), *strides_of(x), *strides_of(state),
-            batch, time, chunk, rows, origin, dilation, low,
-            INPUTS=channels, OUTPUTS=outputs // groups, GROUPS=groups, TAPS=taps, GRAD_UNIT=_unit(grad),
-            X_UNIT=_unit(x), ALIGNED=aligned, PRECISION=precision(), **blocks,
+        constants: dict[str, Any] = {
+            "TAPS": taps, "GRAD_UNIT": unit, "X_UNIT": _unit(x), "ALIGNED": aligned,
+            "BIAS_CHANNELS": of_bias["CHANNELS"], "BIAS_POSITIONS": of_bias["POSITIONS"],
+        }  # fmt: skip
+        if channels == 1:
+            several, lines = power(taps, 1, 4), _line_tiles(outputs, constants["X_UNIT"])
+            lines["POSITIONS"] //= 2
+            constants |= {"OUTPUTS": outputs, "MULTIPLE": outputs // groups, "SEVERAL": several, **lines}
+            tiles = -(-outputs // lines["CHANNELS"]) * -(-taps // several)
+        else:
+            blocks = _weight_tiles(x.dtype, channels, outputs // groups, aligned)
+            constants |= {
+                "INPUTS": channels, "OUTPUTS": outputs // groups, "GROUPS": groups, "PRECISION": precision(), **blocks
+            }  # fmt: skip
+            tiles = -(-channels // blocks["COLUMNS"]) * -(-(outputs // groups) // blocks["ROWS"]) * taps * groups
+        rows, chunks, chunk = _splits(batch, time, tiles, constants["POSITIONS"])
+        splits = rows * chunks
+        sums = x.new_empty(splits * grad_weight.numel() + bias_splits * outputs, dtype=torch.float32)
+        (depthwise_weight_kernel if channels == 1 else dense_weight_kernel)[(tiles * splits + bias_programs,)](
+            grad, x, state, lengths, sums, *of_grad, *x.stride(), *strides_of(state),
+            batch, time, chunk, rows, origin, dilation, low, splits, bias_chunk, bias_rows, **constants,
         )  # fmt: skip
-        return reduce(sums, result)
-
-
-def _bias_gradient(grad: torch.Tensor, lengths: torch.Tensor | None, outputs: int, x: torch.Tensor) -> torch.Tensor:
-    batch, _, time = grad.shape
-    if not (batch and time and outputs):
-        return x.new_zeros(outputs)
-    lines = _line_tiles(outputs, _unit(grad))
-    tiles = -(-outputs // lines["CHANNELS"])
-    rows, chunks, chunk = _splits(batch, time, tiles, lines["POSITIONS"])
-    sums = x.new_empty((rows * chunks, outputs), dtype=torch.float32)
-    with device_of(x):
-        bias_kernel[(tiles * rows * chunks,)](
-            grad, lengths, sums, *strides_of(grad), batch, time, chunk, rows, OUTPUTS=outputs, GRAD_UNIT=_unit(grad),
-            **lines,
-        )  # fmt: skip
-        return reduce(sums, x.new_empty(outputs))
+        reduce(sums, grad_weight, splits, grad_bias if need_bias else None, bias_splits)
+    return grad_weight, grad_bias
 
 
 def _check(
@@ -434,10 +448,26 @@ def _check(
     fits = fits and weight.shape[0] % groups == 0 and x.shape[1] == weight.shape[1] * groups
     fits = fits and not (activation in GATES and weight.shape[0] % 2)
     fits = fits and x.dtype == weight.dtype != torch.float64
-    fits = fits and (lengths is None or lengths.shape == x.shape[:1])
-    fits = fits and (state is None or state.shape == (*x.shape[:2], (weight.shape[2] - 1) * dilation))
+    fits = fits and (lengths is None or (lengths.shape == x.shape[:1] and lengths.is_contiguous()))
+    if fits and state is not None:
+        fits = state.shape == (*x.shape[:2], (weight.shape[2] - 1) * dilation) and state.dtype == x.dtype
     if not fits:
         raise RuntimeError(
             f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
             f"weight {tuple(weight.shape)} {weight.dtype}, groups {groups}"
         )
+
+
+def _check_added(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    condition: torch.Tensor | None, activation: int,
+) -> None:  # fmt: skip
+    (batch, _, time), outputs = x.shape, weight.shape[0]
+    results = outputs // 2 if activation in GATES else outputs
+    fits = bias is None or (bias.shape == (outputs,) and bias.dtype == x.dtype)
+    fits = fits and (residual is None or (residual.shape == (batch, results, time) and residual.dtype == x.dtype))
+    if fits and condition is not None:
+        fits = condition.shape in ((batch, outputs, time), (batch, outputs, 1)) and condition.dtype == x.dtype
+    if not fits:
+        given = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in (bias, residual, condition))
+        raise RuntimeError(f"causal_conv1d_forward: bias, residual and condition don't fit x and weight: {given}")

@@ -182,11 +182,13 @@ def line_weight_kernel(
     grad_b: tl.int64, grad_c: tl.int64, x_b: tl.int64, x_c: tl.int64,
     state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
     batches: tl.int64, time: tl.int64, origin: tl.int64, step: tl.int64, low: tl.int64, splits: tl.int64,
+    behind: tl.int64,
     OUTPUTS: tl.constexpr, TAPS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """As toeplitz_weight_kernel."""
     program = tl.program_id(0)
     channel, split = (program % OUTPUTS).to(tl.int64), (program // OUTPUTS).to(tl.int64)
+    bias_sums += behind
     tiles = tl.cdiv(time, POSITIONS)
     begin, end = (
         (batches * tiles * split // splits).to(tl.int32),

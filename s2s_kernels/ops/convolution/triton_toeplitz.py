@@ -184,11 +184,13 @@ def toeplitz_weight_kernel(
     grad_b: tl.int64, grad_c: tl.int64, x_b: tl.int64, x_c: tl.int64,
     state_b: tl.int64, state_c: tl.int64, state_t: tl.int64,
     batches: tl.int64, time: tl.int64, origin: tl.int64, step: tl.int64, low: tl.int64, splits: tl.int64,
+    behind: tl.int64,
     OUTPUTS: tl.constexpr, TAPS: tl.constexpr, LAGS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of the gradients of the weight, (splits, OUTPUTS, TAPS), and of the bias, (splits, OUTPUTS).
-    The products of a block's gradients and its inputs are summed over all blocks; a tap's lie on a diagonal."""
+    """One split's share of the gradients of the weight, (splits, OUTPUTS, TAPS), and of the bias, (splits, OUTPUTS),
+    `behind` elements further on. The products of a block's gradients and its inputs are summed over all blocks; a
+    tap's lie on a diagonal."""
     program = tl.program_id(0)
     channel, split = program % OUTPUTS, (program // OUTPUTS).to(tl.int64)
     base = _aligned_down(origin)
@@ -229,5 +231,4 @@ def toeplitz_weight_kernel(
             of_taps += tl.where(tap == one, tl.sum(total, 0), 0.0)
     to = split * OUTPUTS + channel
     tl.store(weight_sums + to * TAPS + tap, of_taps.to(weight_sums.dtype.element_ty), mask=tap < TAPS)
-    if bias_sums is not None:
-        tl.store(bias_sums + to, of_bias.to(bias_sums.dtype.element_ty))
+    tl.store(bias_sums + behind + to, of_bias.to(bias_sums.dtype.element_ty))
