@@ -183,11 +183,12 @@ def _not_on(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)  # torch.compile takes both of these for constants
-    has = f"{device} has {properties.major}.{properties.minor}"
-    if properties.major < 8:
-        return f"its kernels need compute capability 8.0, {has}"
-    if properties.major == 10 and triton_version() < TRITON_FOR_10:
-        return f"triton {'.'.join(map(str, TRITON_FOR_10))} is the first to compile its kernels where {has}"
+    major = properties.major
+    if major < 8:
+        return f"its kernels need compute capability 8.0, {device} has {major}.{properties.minor}"
+    if major == 10 and triton_version() < TRITON_FOR_10:
+        first = ".".join(map(str, TRITON_FOR_10))
+        return f"triton {first} is the first to compile its kernels where {device} has {major}.{properties.minor}"
     return None
 
 
@@ -267,6 +268,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def at_rest(backend: str = "cpu") -> bool:
@@ -308,33 +310,41 @@ def asked() -> tuple[str | None, bool]:
     return _asked.get()
 
 
+def _all_on_one_gpu(tensors: Sequence[Any]) -> bool:
+    """Whether the Triton kernels serve plain tensors of these places and dtype. Under S2S_DEBUG=1 what can't be read is
+    asserted first, which they don't do."""
+    first = tensors[0]
+    device = first.get_device()
+    for tensor in tensors:
+        if tensor is not None and tensor.get_device() != device:
+            return False
+    runs = triton_missing is None and not checks.DEBUG and first.dtype in _TRITON_DTYPES
+    return runs and _runs_triton(first.device) and untouched(tensors)
+
+
 def directly(
-    kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...], backend: str = "cpu"
+    kernel: Callable[[Any, Any], Any], tensors: Sequence[Any], options: tuple[Any, ...], triton: bool = False
 ) -> Any:
-    """What a backend's kernel, the cpu backend's or triton's, makes of a call that nobody has checked: it checks
-    everything itself, at a fraction of the cost. None where something surrounds the call, or the kernel refuses it: the
-    checks in Python say why."""
-    if not at_rest(backend):
+    """What the cpu backend's kernel makes of a call that nobody has checked: it checks everything itself, at a fraction
+    of the cost. None where something surrounds the call, or the kernel refuses it: the checks in Python say why.
+
+    Args:
+        triton: whether the operator has Triton kernels, no others for a GPU, and they check everything too.
+    """
+    on_gpu = triton and getattr(tensors[0], "is_cuda", False)
+    if not at_rest("triton" if on_gpu else "cpu"):
         return None
     try:
-        if backend == "cpu":
+        if on_gpu:
+            if not _all_on_one_gpu(tensors):
+                return None
+        else:
             for tensor in tensors:
                 if tensor is not None and not tensor.is_cpu:
                     return None
-        elif checks.DEBUG or not untouched(tensors) or not _beside_one_another(tensors):
-            return None
         return kernel(tensors, options)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
-
-
-def _beside_one_another(tensors: Sequence[Any]) -> bool:
-    """Whether these are on one CUDA device that runs the Triton kernels."""
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor is not None and tensor.device != device:
-            return False
-    return device.type == "cuda" and triton_missing is None and _runs_triton(device)
 
 
 def is_plain(*tensors: torch.Tensor | None, triton: bool = False) -> bool:

@@ -217,6 +217,39 @@ def test_what_a_kernel_refuses_is_left_to_the_checks():
     assert dispatch.directly(refuses, ("no tensor",), ()) is None
 
 
+def test_a_kernel_of_triton_gets_plain_tensors_of_one_gpu_alone(monkeypatch):
+    class OnGpu(torch.Tensor):  # as far as anyone asks
+        is_cpu, is_cuda, device, number = False, True, torch.device("cuda", 0), 0
+
+        def get_device(self):
+            return self.number
+
+    class Elsewhere(OnGpu):
+        number = 1
+
+    def call(*tensors):
+        return dispatch.directly(lambda tensors, _: "made", tensors, (), triton=True)
+
+    monkeypatch.setattr(dispatch, "extension_missing", None)
+    monkeypatch.setattr(dispatch, "triton_missing", None)
+    monkeypatch.setattr(dispatch, "_not_on", lambda device: None)
+    monkeypatch.setattr(dispatch, "_running_triton", set())
+    monkeypatch.setattr(dispatch, "_PLAIN", (torch.Tensor, OnGpu, Elsewhere))
+    x = torch.ones(3).as_subclass(OnGpu)
+    assert call(x, None, x) == "made" and dispatch._running_triton == {0}
+    assert dispatch.directly(lambda tensors, _: "made", (x,), ()) is None  # an operator with other kernels too
+    for other in (torch.ones(3), torch.ones(3).as_subclass(Elsewhere), torch.nn.Parameter(torch.ones(3))):
+        assert call(x, other) is None
+    assert call(torch.ones(3).double().as_subclass(OnGpu)) is None
+    with use_backend("triton"):
+        assert call(x) == "made"
+    with use_backend("cpu"):
+        assert call(x) is None
+    monkeypatch.setattr(dispatch, "_not_on", lambda device: "too old")
+    monkeypatch.setattr(dispatch, "_running_triton", set())
+    assert call(x) is None
+
+
 @served
 def test_fresh_memory_of_the_extension_holds_nan():
     """Of the gates that are kept for backward, those past a length are nobody's: they show what fresh memory holds."""

@@ -101,7 +101,7 @@ def additive_attention(
     Returns:
         context (B, T, Dv); (context, weights (B, T, S)) if `return_weights`. A row that may attend to nothing gives 0.
         A key that is hidden from a row never affects that row, whatever it holds. No buffer of B T S A elements
-        exists, nor one of B T S unless the weights are asked for; on a GPU workspaces of scores grow to 4 MiB each.
+        exists, nor one of B T S unless the weights are asked for; on a GPU a workspace of scores grows to 8 MiB.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -111,7 +111,7 @@ def additive_attention(
     name = "additive_attention"
     if mask is None and type(dropout_p) in (int, float) and dropout_p == 0 and checks.are_read(key_lengths):
         inputs = (query, key, value, weight, None, key_lengths, None, None, None)
-        made = dispatch.directly(autograd.kernel, inputs, (0.0, bool(return_weights)))
+        made = dispatch.directly(autograd.kernel, inputs, (0.0, bool(return_weights)), triton=True)
         if made is not None:
             return made if return_weights else made[0]
     checks.tensor(name, "query", query)
@@ -183,7 +183,8 @@ def attention_pool(
     """
     name = "attention_pool"
     if checks.are_read(lengths):
-        made = dispatch.directly(autograd.pool_kernel, (x, weight, bias, context, lengths), (bool(return_weights),))
+        inputs = (x, weight, bias, context, lengths)
+        made = dispatch.directly(autograd.pool_kernel, inputs, (bool(return_weights),), triton=True)
         if made is not None:
             return made if return_weights else made[0]
     for label, tensor in (("x", x), ("weight", weight), ("bias", bias), ("context", context)):

@@ -187,10 +187,8 @@ def _as_given(
     if not as_it_is:
         return None
     options = (None, 0 if causal else None, causal == "bottom-right", 0, scale, softcap)
-    given = (*tensors, None)
-    if on_gpu:
-        return dispatch.directly(autograd.triton_kernel, given, options, "triton")
-    return dispatch.directly(autograd.kernel, given, options)
+    kernel = autograd.triton_kernel if on_gpu else autograd.kernel
+    return dispatch.directly(kernel, (*tensors, None), options, triton=True)
 
 
 def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,7 @@ def causal_conv1d(
     name = "causal_conv1d"
     if causal is True and not return_state and type(dilation) is type(groups) is int and checks.are_read(lengths):
         given = (x, weight, bias, residual, lengths, initial_state, None)
-        made = dispatch.directly(autograd.kernel, given, (dilation, groups, activation, True))
+        made = dispatch.directly(autograd.kernel, given, (dilation, groups, activation, True), triton=True)
         if made is not None:
             return made[0]
     checks.tensor(name, "x", x)
@@ -177,7 +177,7 @@ def conditioned_conv1d(
     name = "causal_conv1d"
     if type(dilation) is int:
         given = (x, weight, bias, None, None, None, condition)
-        made = dispatch.directly(autograd.kernel, given, (dilation, 1, activation, True))
+        made = dispatch.directly(autograd.kernel, given, (dilation, 1, activation, True), triton=True)
         if made is not None:
             return made[0]
     checks.tensor(name, "x", x)
