@@ -232,11 +232,10 @@ def test_a_kernel_of_triton_gets_plain_tensors_of_one_gpu_alone(monkeypatch):
 
     monkeypatch.setattr(dispatch, "extension_missing", None)
     monkeypatch.setattr(dispatch, "triton_missing", None)
-    monkeypatch.setattr(dispatch, "_not_on", lambda device: None)
-    monkeypatch.setattr(dispatch, "_running_triton", set())
+    monkeypatch.setattr(dispatch, "_runs_triton", lambda device: True)
     monkeypatch.setattr(dispatch, "_PLAIN", (torch.Tensor, OnGpu, Elsewhere))
     x = torch.ones(3).as_subclass(OnGpu)
-    assert call(x, None, x) == "made" and dispatch._running_triton == {0}
+    assert call(x, None, x) == "made"
     assert dispatch.directly(lambda tensors, _: "made", (x,), ()) is None  # an operator with other kernels too
     for other in (torch.ones(3), torch.ones(3).as_subclass(Elsewhere), torch.nn.Parameter(torch.ones(3))):
         assert call(x, other) is None
@@ -245,8 +244,7 @@ def test_a_kernel_of_triton_gets_plain_tensors_of_one_gpu_alone(monkeypatch):
         assert call(x) == "made"
     with use_backend("cpu"):
         assert call(x) is None
-    monkeypatch.setattr(dispatch, "_not_on", lambda device: "too old")
-    monkeypatch.setattr(dispatch, "_running_triton", set())
+    monkeypatch.setattr(dispatch, "_runs_triton", lambda device: False)
     assert call(x) is None
 
 

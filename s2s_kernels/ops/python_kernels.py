@@ -42,10 +42,12 @@ def _deferred(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def function_of(operator: str, first: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> Callable[..., Any]:
+def function_of(
+    operator: str, first: torch.Tensor | None, tensors: Sequence[torch.Tensor | None]
+) -> Callable[..., Any]:
     """What makes a call of an operator: on CUDA tensors that nothing else looks at the kernel itself, which saves a
     long list of arguments the way through the dispatcher and back into Python. For calls without a gradient to record,
     as those inside a Function are."""
-    if first.is_cuda and dispatch.untouched(tensors):
+    if first is not None and first.is_cuda and dispatch.untouched(tensors):
         return KERNELS[operator]
-    return getattr(torch.ops.s2s, operator)
+    return getattr(torch.ops.s2s, operator).default  # type: ignore[no-any-return]

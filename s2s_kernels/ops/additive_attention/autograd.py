@@ -56,7 +56,8 @@ python_kernels.register(f"{__package__}.triton_pool", "attention_pool_forward", 
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    context, weights, statistics = torch.ops.s2s.additive_attention_forward.default(*tensors, *options, save)
+    run = python_kernels.function_of("additive_attention_forward", tensors[0], tensors)
+    context, weights, statistics = run(*tensors, *options, save)
     return ((context, weights) if options[1] else (context,)), ((statistics,) if save else ())
 
 
@@ -64,9 +65,8 @@ def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options
     if all(grad is None for grad in grads):
         return (None,) * len(tensors)
     grad_context, grad_weights = grads if options[1] else (grads[0], None)
-    results = torch.ops.s2s.additive_attention_backward.default(
-        grad_context, grad_weights, *tensors[:4], saved[0], *tensors[4:], options[0], *needs[:4]
-    )
+    run = python_kernels.function_of("additive_attention_backward", tensors[0], (*tensors, *grads))
+    results = run(grad_context, grad_weights, *tensors[:4], saved[0], *tensors[4:], options[0], *needs[:4])
     wanted = (result if need else None for result, need in zip(results, needs[:4], strict=True))
     return (*wanted, *([None] * (len(tensors) - 4)))
 
@@ -91,7 +91,7 @@ kernel = differentiable("additive_attention", forward=_forward, backward=_backwa
 def _pool_forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     x = tensors[0]
     assert x is not None
-    pooled, weights = torch.ops.s2s.attention_pool_forward.default(*tensors)
+    pooled, weights = python_kernels.function_of("attention_pool_forward", x, tensors)(*tensors)
     return ((pooled, weights.to(x.dtype)) if options[0] else (pooled,)), ((weights,) if save else ())
 
 
@@ -101,9 +101,8 @@ def _pool_backward(
     if all(grad is None for grad in grads):
         return (None,) * len(tensors)
     grad_pooled, grad_weights = grads if options[0] else (grads[0], None)
-    results = torch.ops.s2s.attention_pool_backward.default(
-        grad_pooled, grad_weights, *tensors[:4], saved[0], tensors[4]
-    )
+    run = python_kernels.function_of("attention_pool_backward", tensors[0], (*tensors, *grads))
+    results = run(grad_pooled, grad_weights, *tensors[:4], saved[0], tensors[4])
     return (*(result if need else None for result, need in zip(results, needs[:4], strict=True)), None)
 
 
