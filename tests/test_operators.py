@@ -495,6 +495,17 @@ def test_bad_input_is_refused_by_name(case, sample, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["attention", "additive_attention", "attention_pool", "causal_conv1d"])
+def test_calls_like_earlier_ones_on_a_gpu(name, dtype):
+    """From the third call of a kind on, what was launched before is launched again."""
+    case = CASES[name]
+    for sample in case.samples[:6]:
+        for seed in range(4):
+            judge(None, case.function, to_device(sample.build(Draw(dtype, seed=seed)), "cuda"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case, sample", SAMPLES)
 def test_values_and_gradients_on_a_gpu(case, sample, dtype):

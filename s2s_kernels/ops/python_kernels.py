@@ -3,6 +3,7 @@
 Their fakes, derivatives and torch.compile support are those of the operators, whichever device a call is on.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -43,11 +44,20 @@ def _deferred(module: str, name: str) -> Callable[..., Any]:
 
 
 def function_of(
-    operator: str, first: torch.Tensor | None, tensors: Sequence[torch.Tensor | None]
-) -> Callable[..., Any]:
+    operator: str, first: torch.Tensor | None, tensors: Sequence[torch.Tensor | None], planned: bool = False
+) -> Callable[..., Any]:  # fmt: skip
     """What makes a call of an operator: on CUDA tensors that nothing else looks at the kernel itself, which saves a
     long list of arguments the way through the dispatcher and back into Python. For calls without a gradient to record,
-    as those inside a Function are."""
+    as those inside a Function are. planned: whether a call like an earlier one is made as that was, as triton_plans.py
+    has it."""
     if first is not None and first.is_cuda and dispatch.untouched(tensors):
-        return KERNELS[operator]
+        return _planned(operator) if planned else KERNELS[operator]
     return getattr(torch.ops.s2s, operator).default  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _planned(operator: str) -> Callable[..., Any]:
+    from .triton_plans import planned
+
+    kernel = KERNELS[operator]
+    return lambda *args: planned(operator, kernel, args)

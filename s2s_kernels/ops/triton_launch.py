@@ -5,8 +5,10 @@ what a compilation would be told of each, and makes a key of text of it all. A k
 its numbers is told apart by much less, and a launch that is known by that goes to the compiled kernel at once.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import triton
@@ -28,13 +30,28 @@ def kernel(function: Callable[..., None]) -> Any:
     return Kernel(function, do_not_specialize=numbers)
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Whether anyone wants to be told of launches or has a say in compilations, which triton alone knows how to do."""
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):
             return True
     return bool(runtime.add_stages_inspection_hook) or runtime.debug
+
+
+_watched = threading.local()
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[tuple[Any, ...]]]:
+    """Gives the launches that this thread makes inside: what was started (None where triton itself launched), the grid,
+    the arguments before the constants, and the places of tensors among these."""
+    before = getattr(_watched, "launches", None)
+    _watched.launches = launches = []  # type: ignore[var-annotated]
+    try:
+        yield launches
+    finally:
+        _watched.launches = before
 
 
 class Kernel(JITFunction):
@@ -56,7 +73,10 @@ class Kernel(JITFunction):
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != self._given or self.pre_run_hooks or _observed():
+        launches = getattr(_watched, "launches", None)
+        if len(args) != self._given or self.pre_run_hooks or observed():
+            if launches is not None:
+                launches.append((None, grid, args, self._tensors))
             return self.run(*args, grid=grid, warmup=False, **kwargs)
         active = driver.active
         device = active.get_current_device()
@@ -71,7 +91,11 @@ class Kernel(JITFunction):
             compiled = self.run(*args, grid=grid, warmup=False, **kwargs)
             if self._direct and type(grid) is tuple and set(self._constants) <= kwargs.keys():
                 self._remember(key, compiled, kwargs)
+            if launches is not None:
+                launches.append((self._started.get(key), grid, args, self._tensors))
             return compiled
+        if launches is not None:
+            launches.append((known, grid, args, self._tensors))
         run, function, metadata, constants = known
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *args, *constants)

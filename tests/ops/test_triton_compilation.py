@@ -64,7 +64,8 @@ def spills(operator, kernel, arch):
         return False
     from s2s_kernels.ops.attention.triton_tiles import SPILLING
 
-    direction = {"forward_kernel": "forward", "query_kernel": "query", "key_value_kernel": "key"}.get(kernel["name"])
+    names = {"forward_kernel": "forward", "query_kernel": "query", "key_value_kernel": "key", "bias_kernel": "bias"}
+    direction = names.get(kernel["name"])
     return (direction, kernel["MASK"] + kernel["BIAS"] > 0, kernel["WIDTH"]) in SPILLING
 
 

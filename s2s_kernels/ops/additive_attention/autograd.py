@@ -56,7 +56,7 @@ python_kernels.register(f"{__package__}.triton_pool", "attention_pool_forward", 
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    run = python_kernels.function_of("additive_attention_forward", tensors[0], tensors)
+    run = python_kernels.function_of("additive_attention_forward", tensors[0], tensors, planned=True)
     context, weights, statistics = run(*tensors, *options, save)
     return ((context, weights) if options[1] else (context,)), ((statistics,) if save else ())
 
@@ -65,7 +65,7 @@ def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options
     if all(grad is None for grad in grads):
         return (None,) * len(tensors)
     grad_context, grad_weights = grads if options[1] else (grads[0], None)
-    run = python_kernels.function_of("additive_attention_backward", tensors[0], (*tensors, *grads))
+    run = python_kernels.function_of("additive_attention_backward", tensors[0], (*tensors, *grads), planned=True)
     results = run(grad_context, grad_weights, *tensors[:4], saved[0], *tensors[4:], options[0], *needs[:4])
     wanted = (result if need else None for result, need in zip(results, needs[:4], strict=True))
     return (*wanted, *([None] * (len(tensors) - 4)))
@@ -91,7 +91,7 @@ kernel = differentiable("additive_attention", forward=_forward, backward=_backwa
 def _pool_forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     x = tensors[0]
     assert x is not None
-    pooled, weights = python_kernels.function_of("attention_pool_forward", x, tensors)(*tensors)
+    pooled, weights = python_kernels.function_of("attention_pool_forward", x, tensors, planned=True)(*tensors)
     return ((pooled, weights.to(x.dtype)) if options[0] else (pooled,)), ((weights,) if save else ())
 
 

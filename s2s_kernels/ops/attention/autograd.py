@@ -75,7 +75,7 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
 
 def _triton_forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
     """The same past the dispatcher, whose way from Python to a kernel in Python takes longer than that."""
-    out, lse, softmax, wide_out = _triton().forward(tensors, options, save, _wide(tensors, save))
+    out, lse, softmax, wide_out = _triton().planned_forward(tensors, options, save, _wide(tensors, save))
     return (out, lse), (out if wide_out is None else wide_out, softmax) if save else ()
 
 
@@ -108,7 +108,7 @@ def _triton_backward(
     grad_out, grad_lse = grads
     if grad_out is None or not dispatch.untouched((grad_out, grad_lse, *tensors, *saved)):
         return _backward(grads, tensors, saved, options, needs)
-    return _triton().backward(grad_out, grad_lse, *saved, tensors, options, needs)  # type: ignore[no-any-return]
+    return _triton().planned_backward(grad_out, grad_lse, *saved, tensors, options, needs)  # type: ignore[no-any-return]
 
 
 def reference_of(tensors: Tensors, options: Options) -> Tensors:

@@ -11,6 +11,7 @@ import torch
 
 from ..differentiation import Options, Tensors
 from ..triton_common import device_of, power, reduce
+from ..triton_plans import planned
 from .arguments import TRITON_POSITIONS
 from .autograd import DIFFERENTIABLE
 from .triton_backward import bias_kernel, key_value_kernel, query_kernel
@@ -58,6 +59,34 @@ def forward(
     wide_out = query.new_empty((batch, heads, time, call.columns), dtype=torch.float32) if save_wide else None
     _forward(call, out, lse, softmax, wide_out)
     return out, lse, softmax, wide_out
+
+
+def planned_forward(
+    tensors: Tensors, options: Options, save: bool, save_wide: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`forward` of plain tensors on one GPU."""
+    count = len(tensors)
+
+    def make(*args: Any) -> Any:
+        return forward(args[:count], args[count:-2], *args[-2:])
+
+    return planned("attention forward", make, (*tensors, *options, save, save_wide))  # type: ignore[no-any-return]
+
+
+def planned_backward(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, softmax: torch.Tensor, tensors: Tensors,
+    options: Options, needs: tuple[bool, ...],
+) -> Tensors:  # fmt: skip
+    """`backward` of plain tensors on one GPU."""
+    count, numbers = len(tensors), len(options)
+
+    def make(*args: Any) -> Any:
+        grad_out, grad_lse, out, softmax, *rest = args
+        given, rest = tuple(rest[:count]), rest[count:]
+        return backward(grad_out, grad_lse, out, softmax, given, tuple(rest[:numbers]), tuple(rest[numbers:]))
+
+    args = (grad_out, grad_lse, out, softmax, *tensors, *options, *needs)
+    return planned("attention backward", make, args)  # type: ignore[no-any-return]
 
 
 def attention_packed_forward(
