@@ -154,7 +154,8 @@ def take_in(file: Path, command: str) -> Path:
 
 
 def take_in_gpu(files: Sequence[Path]) -> Path:
-    """Keeps what `make gpu` measured under its GPU's results; of a step that is in several files, the last.
+    """Keeps what `make gpu` measured under its GPU's results; of a step, or a dtype of the grid, that is in several
+    files, the last.
 
     Raises:
         ValueError: they aren't of one GPU.
@@ -166,6 +167,8 @@ def take_in_gpu(files: Sequence[Path]) -> Path:
     target = RESULTS / gpu.slug(names.pop()) / "gpu.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: value for part in parts for name, value in part.items()}
+    if "benchmarks" in whole:
+        whole["benchmarks"] = {k: run for part in parts for k, run in part.get("benchmarks", {}).items()}
     target.write_text(json.dumps(whole, separators=(",", ":")) + "\n")
     return target
 
