@@ -9,7 +9,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -39,19 +39,28 @@ def observed() -> bool:
     return bool(runtime.add_stages_inspection_hook) or runtime.debug
 
 
+class Launched(NamedTuple):
+    """A launch: what was started (None where triton itself launched), the grid, the arguments before the constants, and
+    the places of tensors among these."""
+
+    started: tuple[Any, ...] | None
+    grid: Any
+    args: tuple[Any, ...]
+    tensors: tuple[int, ...]
+
+
 _watched = threading.local()
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[list[tuple[Any, ...]]]:
-    """Gives the launches that this thread makes inside: what was started (None where triton itself launched), the grid,
-    the arguments before the constants, and the places of tensors among these."""
-    before = getattr(_watched, "launches", None)
-    _watched.launches = launches = []  # type: ignore[var-annotated]
+def watching() -> Iterator[list[Any]]:
+    """Gives a list to which the launches that this thread makes inside are added."""
+    before = getattr(_watched, "steps", None)
+    _watched.steps = steps = []  # type: ignore[var-annotated]
     try:
-        yield launches
+        yield steps
     finally:
-        _watched.launches = before
+        _watched.steps = before
 
 
 class Kernel(JITFunction):
@@ -73,10 +82,10 @@ class Kernel(JITFunction):
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: Any, /, *args: Any, **kwargs: Any) -> Any:
-        launches = getattr(_watched, "launches", None)
+        steps = getattr(_watched, "steps", None)
         if len(args) != self._given or self.pre_run_hooks or observed():
-            if launches is not None:
-                launches.append((None, grid, args, self._tensors))
+            if steps is not None:
+                steps.append(Launched(None, grid, args, self._tensors))
             return self.run(*args, grid=grid, warmup=False, **kwargs)
         active = driver.active
         device = active.get_current_device()
@@ -91,11 +100,11 @@ class Kernel(JITFunction):
             compiled = self.run(*args, grid=grid, warmup=False, **kwargs)
             if self._direct and type(grid) is tuple and set(self._constants) <= kwargs.keys():
                 self._remember(key, compiled, kwargs)
-            if launches is not None:
-                launches.append((self._started.get(key), grid, args, self._tensors))
+            if steps is not None:
+                steps.append(Launched(self._started.get(key), grid, args, self._tensors))
             return compiled
-        if launches is not None:
-            launches.append((known, grid, args, self._tensors))
+        if steps is not None:
+            steps.append(Launched(known, grid, args, self._tensors))
         run, function, metadata, constants = known
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *args, *constants)

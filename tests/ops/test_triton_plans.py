@@ -1,18 +1,40 @@
 """Calls of kernels made again as they were made before, without a GPU: what is launched, on which tensors."""
 
+import importlib
+import sys
 import types
 
 import pytest
 import torch
-from interpreting import needs_triton
+from interpreting import emulating, interpreted, judging, needs_triton
 
-pytestmark = needs_triton
+from s2s_kernels.ops import python_kernels
+from s2s_kernels.testing import CASES, Draw
+
+pytestmark = [needs_triton, *emulating()[1:]]
+judge = judging()
+
+
+def kernels_of():
+    """(module, name, kernel) of those in the launchers' modules, imported as other tests have them."""
+    for package in ("attention", "additive_attention", "convolution"):
+        importlib.import_module(f"s2s_kernels.ops.{package}.triton_kernels")
+    importlib.import_module("s2s_kernels.ops.additive_attention.triton_pool")
+    found = [module for name, module in sys.modules.items() if name.startswith("s2s_kernels.ops") and "triton" in name]
+    return [
+        (module, name, value)
+        for module in found
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "fn")
+    ]
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """What was launched, as (function, grid, arguments); kernels compile to their names and constants."""
     from s2s_kernels.ops import triton_launch, triton_plans
+
+    kernels_of()
 
     made = []
 
@@ -104,30 +126,50 @@ def test_a_call_is_repeated_on_its_own_tensors(launches, kernel):
         assert len(works) == before + 1, "one of another kind"
 
 
-def test_what_does_more_than_launch_is_not_repeated(launches, kernel):
+def test_operators_beside_the_launches_are_repeated_with_them(launches, kernel):
     from s2s_kernels.ops.triton_plans import planned
 
-    def copying(x, other):
+    works = []
+
+    def beside(x, other):
+        works.append(1)
+        both = x.new_zeros(2, *x.shape)
+        kernel[(1,)](x.contiguous(), both[1], other, 1, BLOCK=8, num_warps=4)
+        both[0].copy_(torch.cat([x[:2] * 2, x[2:]]))
+        parts = both.unbind()
+        return both, parts[0] + parts[1], None
+
+    for turn in range(5):
+        x, other = torch.randn(4, 6).T, torch.randn(3)
+        launches.clear()
+        both, total, none = planned("beside", beside, (x, other))
+        assert len(works) == min(turn + 1, 2) and none is None
+        ((_, _, (read, written, given, *_)),) = launches
+        assert torch.equal(read, x) and read.is_contiguous() and given is other
+        assert written.data_ptr() == both[1].data_ptr() and written.shape == x.shape
+        assert torch.equal(both[0], torch.cat([x[:2] * 2, x[2:]])) and both[1].eq(0).all()
+        assert torch.equal(total, both[0])
+
+
+def test_what_is_no_function_of_the_arguments_is_not_repeated(launches, kernel):
+    from s2s_kernels.ops.triton_plans import planned
+
+    constant = torch.randn(4)
+
+    def looking(x, other):
         out = x.new_empty(x.shape)
-        kernel[(1,)](x.contiguous(), out, other, 1, BLOCK=8, num_warps=4)
+        kernel[(1,)](x, out, other, int(x.sum() > 0), BLOCK=8, num_warps=4)
         return (out,)
 
-    def filling(x, other):
-        out = x.new_zeros(x.shape)
-        kernel[(1,)](x, out, other, 1, BLOCK=8, num_warps=4)
-        return (out,)
-
-    def slicing(x, other):
-        both = x.new_empty(2, *x.shape)
-        kernel[(1,)](x, both[1], other, 1, BLOCK=8, num_warps=4)
-        return (both,)
-
-    def ignoring(x, other):
+    def outside(x, other):
         out = x.new_empty(x.shape)
-        kernel[(1,)](x, out, None, 1, BLOCK=8, num_warps=4)
+        kernel[(1,)](x, out, constant, 1, BLOCK=8, num_warps=4)
         return (out,)
 
-    for function in (copying, filling, slicing, ignoring):
+    def adding(x, other):
+        return (x + constant,)
+
+    for function in (looking, outside, adding):
         works = []
 
         def counted(*args, function=function, works=works):
@@ -135,20 +177,20 @@ def test_what_does_more_than_launch_is_not_repeated(launches, kernel):
             return function(*args)
 
         for turn in range(4):
-            planned(function.__name__, counted, (torch.randn(4, 6).T, torch.randn(3)))
+            planned(function.__name__, counted, (torch.randn(4), torch.randn(3)))
             assert len(works) == turn + 1, function.__name__
-    x = torch.randn(3)
-    works = []
+    x, works = torch.randn(3), []
 
     def same(*args):
         works.append(1)
-        out = x.new_empty(3)
-        kernel[(1,)](args[0], out, args[1], 1, BLOCK=8, num_warps=4)
-        return (out,)
+        return (args[0] + args[1],)
 
-    for turn in range(4):  # two that begin at one address can't be told apart
+    for turn in range(4):  # one that is given twice can't be told from the other
         planned("same", same, (x, x))
         assert len(works) == turn + 1
+    for _ in range(4):
+        assert torch.equal(planned("same", same, (x, x.clone()))[0], 2 * x)
+    assert len(works) == 6
 
 
 @pytest.mark.parametrize("kind", ["plain", "lengths", "mask and bias", "wide heads"])
@@ -193,3 +235,73 @@ def test_attention_launches_the_same_again(launches, monkeypatch, kind):
     for grad, need in zip(grads, needs, strict=True):
         assert (grad is not None) == need
         assert grad is None or any(any(x is grad for x in args) for _, _, args in launches)
+
+
+@pytest.fixture
+def repeating(monkeypatch):
+    """Calls on CPU tensors go through the plans, whose launches are the interpreter's; yields the plans."""
+    from s2s_kernels.ops import triton_launch, triton_plans
+
+    kernels = kernels_of()
+    interpreters = {value.fn: value for _, _, value in kernels}
+
+    class Driver:
+        def get_current_device(self):
+            return -1  # as tensors on the CPU have it
+
+        def get_current_stream(self, device):
+            return 7
+
+    class Compiled:
+        packed_metadata = ()
+
+        def __init__(self, kernel):
+            self.function = kernel
+
+        @staticmethod
+        def run(x, y, z, stream, kernel, metadata, *args):
+            interpreters[kernel.fn][(x, y, z)](*args[3:])
+
+    def run(self, *args, grid, warmup, **kwargs):
+        interpreters[self.fn][grid](*args, **{name: kwargs[name] for name in self._constants})
+        return Compiled(self)
+
+    monkeypatch.setattr(triton_launch.Kernel, "run", run)
+    monkeypatch.setattr(triton_launch, "driver", types.SimpleNamespace(active=Driver()))
+    monkeypatch.setattr(triton_plans, "_plans", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_launch.knobs.runtime, "interpret", False)
+        made = {fn: triton_launch.kernel(fn) for fn in interpreters}
+    for module, name, value in kernels:
+        monkeypatch.setattr(module, name, made[value.fn])
+
+    def function_of(operator, first, tensors, planned=False):
+        assert planned
+        kernel = python_kernels.KERNELS[operator]
+        return lambda *args: triton_plans.planned(operator, kernel, args)
+
+    monkeypatch.setattr(python_kernels, "function_of", function_of)
+    return triton_plans._plans
+
+
+REPEATED = {
+    "attention": ("plain", "lse", "everything", "dropout"),
+    "attention_packed": ("plain", "everything"),
+    "additive_attention": None,
+    "attention_pool": None,
+    "causal_conv1d": None,
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_calls_compute_what_they_are_asked(name, kernels, repeating):
+    from s2s_kernels.ops.triton_plans import Plan
+
+    case, wanted = CASES[name], REPEATED[name]
+    samples = [s for s in case.samples if s.name in wanted] if wanted else case.samples[:4]
+    assert samples
+    for sample in samples:
+        for seed in range(4):
+            judge(sample.build(Draw(seed=seed)), case.function)
+    assert sum(isinstance(plan, Plan) for plan in repeating.values()) >= 2 * len(samples) - 1

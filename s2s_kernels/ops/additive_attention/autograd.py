@@ -101,7 +101,7 @@ def _pool_backward(
     if all(grad is None for grad in grads):
         return (None,) * len(tensors)
     grad_pooled, grad_weights = grads if options[0] else (grads[0], None)
-    run = python_kernels.function_of("attention_pool_backward", tensors[0], (*tensors, *grads))
+    run = python_kernels.function_of("attention_pool_backward", tensors[0], (*tensors, *grads), planned=True)
     results = run(grad_pooled, grad_weights, *tensors[:4], saved[0], tensors[4])
     return (*(result if need else None for result, need in zip(results, needs[:4], strict=True)), None)
 

@@ -69,7 +69,8 @@ def _wide(tensors: Tensors, save: bool) -> bool:
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    out, lse, softmax, wide_out = torch.ops.s2s.attention_forward(*tensors, *options, save, _wide(tensors, save))
+    run = python_kernels.function_of("attention_forward", tensors[0], tensors, planned=True)
+    out, lse, softmax, wide_out = run(*tensors, *options, save, _wide(tensors, save))
     return (out, lse), (out if wide_out.dim() == 1 else wide_out, softmax) if save else ()
 
 
@@ -91,7 +92,8 @@ def gradients(
     if grad_out is None:
         grad_out = query.new_zeros(()).expand(out.shape)
     wanted = [needs[place] for place in order]
-    found = getattr(torch.ops.s2s, operator)(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
+    run = python_kernels.function_of(operator, query, (*tensors, *grads, *saved), planned=True)
+    found = run(grad_out, grad_lse, out, softmax, *tensors, *options, *wanted)
     result: list[torch.Tensor | None] = [None] * len(tensors)
     for place, need, grad in zip(order, wanted, found, strict=True):
         result[place] = grad if need else None

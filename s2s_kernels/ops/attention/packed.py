@@ -167,7 +167,8 @@ python_kernels.register(f"{__package__}.triton_kernels", "attention_packed_forwa
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    out, lse, softmax, wide_out = torch.ops.s2s.attention_packed_forward(*tensors, *options, save)
+    run = python_kernels.function_of("attention_packed_forward", tensors[0], tensors, planned=True)
+    out, lse, softmax, wide_out = run(*tensors, *options, save)
     return (out, lse), (out if wide_out.dim() == 1 else wide_out, softmax) if save else ()
 
 

@@ -55,7 +55,7 @@ def laid_out(x: torch.Tensor, packed: bool) -> torch.Tensor:
     rows = x.new_empty(*once.shape[:3], whole)
     rows[..., :width] = once
     if width < whole:
-        rows[..., width:] = 0
+        rows[..., width:].zero_()
     return rows.expand(*sizes, whole)
 
 

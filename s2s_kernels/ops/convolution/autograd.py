@@ -76,7 +76,7 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
     assert x is not None
     saved_output = _output_suffices(x.dtype, activation, residual is not None)
     keep = save and activation is not None and not saved_output
-    run = python_kernels.function_of("causal_conv1d_forward", x, tensors, planned=groups > 1)
+    run = python_kernels.function_of("causal_conv1d_forward", x, tensors, planned=True)
     y, before = run(*tensors, dilation, groups, ACTIVATIONS.index(activation), causal, keep)
     if not save or activation is None:
         return (y,), ()
@@ -98,7 +98,7 @@ def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options
     need_x, need_weight, need_bias, need_residual, _, need_state, need_condition = needs
     grad_x = grad_weight = grad_bias = grad_residual = grad_state = grad_condition = None
     if need_x or need_weight or need_bias or need_state or need_condition:
-        run = python_kernels.function_of("causal_conv1d_backward", x, (*tensors, grad), planned=groups > 1)
+        run = python_kernels.function_of("causal_conv1d_backward", x, (*tensors, grad), planned=True)
         grad_x, grad_weight, grad_bias, grad_state, grad_condition = run(
             grad, x, weight, saved[0] if saved else None, lengths, initial_state, dilation, groups,
             ACTIVATIONS.index(activation), causal, _output_suffices(x.dtype, activation, residual is not None),
