@@ -305,3 +305,27 @@ def test_repeated_calls_compute_what_they_are_asked(name, kernels, repeating):
         for seed in range(4):
             judge(sample.build(Draw(seed=seed)), case.function)
     assert sum(isinstance(plan, Plan) for plan in repeating.values()) >= 2 * len(samples) - 1
+
+
+@interpreted
+def test_what_mends_another_kernel_s_results_is_repeated(kernels, repeating):
+    """It writes into tensors that it is given."""
+    from s2s_kernels.ops.attention import triton_kernels
+    from s2s_kernels.ops.triton_plans import Plan
+
+    options = (None, 0, False, 0, None, None)
+    for seed in range(5):
+        draw = Draw(torch.float16, seed=seed)
+        query, key, value, grad = (draw(1, 2, 20, 16) for _ in range(4))
+        value[0, 1, 7, 3] = float("inf") if seed != 3 else 1.0
+        results = []
+        for plan in ("", "planned_"):
+            out, grads = torch.full_like(query, 9.0), [torch.full_like(query, 9.0) for _ in range(3)]
+            softmax, spoilt = getattr(triton_kernels, f"{plan}mend_forward")(query, key, value, options, out, True)
+            mend = getattr(triton_kernels, f"{plan}mend_backward")
+            mend(grad, out, softmax, spoilt, query, key, value, options, grads)
+            assert bool(out.eq(9.0).all()) == bool(grads[0].eq(9.0).all()) == (seed == 3)
+            results.append([out, *grads])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    assert sum(isinstance(plan, Plan) for plan in repeating.values()) == 2

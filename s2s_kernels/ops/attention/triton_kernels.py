@@ -208,6 +208,18 @@ def _backward(
     return grads
 
 
+def planned_mend_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, out: torch.Tensor, save: bool
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`mend_forward` of plain tensors on one GPU."""
+
+    def make(*args: Any) -> Any:
+        query, key, value, out, save, *options = args
+        return mend_forward(query, key, value, tuple(options), out, save)
+
+    return planned("attention mend", make, (query, key, value, out, save, *options))  # type: ignore[no-any-return]
+
+
 def mend_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], out: torch.Tensor,
     save: bool,
@@ -247,6 +259,20 @@ def mend_backward(
     )  # fmt: skip
     with device_of(query):
         _fill(dataclasses.replace(call, needed=spoilt), [*grads, None, None], grad_out, None, out, softmax)
+
+
+def planned_mend_backward(
+    grad_out: torch.Tensor, out: torch.Tensor, softmax: torch.Tensor, spoilt: torch.Tensor, query: torch.Tensor,
+    key: torch.Tensor, value: torch.Tensor, options: Options, grads: list[torch.Tensor | None],
+) -> None:  # fmt: skip
+    """`mend_backward` of plain tensors on one GPU."""
+
+    def make(*args: Any) -> Any:
+        grad_out, out, softmax, spoilt, query, key, value, *rest = args
+        mend_backward(grad_out, out, softmax, spoilt, query, key, value, tuple(rest[3:]), rest[:3])
+        return ()
+
+    planned("attention mend back", make, (grad_out, out, softmax, spoilt, query, key, value, *grads, *options))
 
 
 def _fill(
