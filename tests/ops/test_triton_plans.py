@@ -195,7 +195,7 @@ def test_what_is_no_function_of_the_arguments_is_not_repeated(launches, kernel):
 
 @pytest.mark.parametrize("kind", ["plain", "lengths", "mask and bias", "wide heads"])
 def test_attention_launches_the_same_again(launches, monkeypatch, kind):
-    from s2s_kernels.ops import triton_common, triton_launch
+    from s2s_kernels.ops import triton_common, triton_launch, triton_plans
     from s2s_kernels.ops.attention import triton_kernels
 
     for module in (triton_kernels, triton_common):  # in the place of the interpreter's
@@ -212,29 +212,29 @@ def test_attention_launches_the_same_again(launches, monkeypatch, kind):
             given[6] = torch.tensor([3, 40])
         return tuple(x.bfloat16() if x is not None and x.is_floating_point() else x for x in given)
 
-    options = (None, 0, False, 0, None, None)
-    needs = (True, True, True, False, kind == "mask and bias", *[False] * 4)
+    rest = (None, 0, False, 0, None, None)
+    needs = (True, True, True, kind == "mask and bias", False)
+
+    def planned(name, *args):
+        return triton_plans.planned(name, getattr(triton_kernels, name), args)
+
     for _ in range(2):
         given = tensors()
-        out, _, softmax, _ = triton_kernels.planned_forward(given, options, True, False)
-        triton_kernels.planned_backward(torch.randn_like(out), None, out, softmax, given, options, needs)
+        out, _, softmax, _ = planned("attention_forward", *given, *rest, True, False)
+        planned("attention_backward", torch.randn_like(out), None, out, softmax, *given, *rest, *needs)
     given = tensors()
-    asked = given, options, True, False
-    (_, expected), ((out, _, softmax, _), seen) = (
-        drawn(lambda make=make: make(*asked), launches)
-        for make in (triton_kernels.forward, triton_kernels.planned_forward)
-    )
+    args = *given, *rest, True, False
+    _, expected = drawn(lambda: triton_kernels.attention_forward(*args), launches)
+    (out, _, softmax, _), seen = drawn(lambda: planned("attention_forward", *args), launches)
     assert seen == expected and launches[0][2][0] is given[0]
     assert any(x is out for x in launches[-1][2]) and any(x is softmax for x in launches[-1][2])
-    asked = torch.randn_like(out), None, out, softmax, given, options, needs
-    (_, expected), (grads, seen) = (
-        drawn(lambda make=make: make(*asked), launches)
-        for make in (triton_kernels.backward, triton_kernels.planned_backward)
-    )
-    assert seen == expected and launches[0][2][3] is asked[0]
+    args = torch.randn_like(out), None, out, softmax, *given, *rest, *needs
+    _, expected = drawn(lambda: triton_kernels.attention_backward(*args), launches)
+    grads, seen = drawn(lambda: planned("attention_backward", *args), launches)
+    assert seen == expected and launches[0][2][3] is args[0]
     for grad, need in zip(grads, needs, strict=True):
-        assert (grad is not None) == need
-        assert grad is None or any(any(x is grad for x in args) for _, _, args in launches)
+        assert (grad.numel() > 0) == need
+        assert not need or any(any(x is grad for x in args) for _, _, args in launches)
 
 
 @pytest.fixture

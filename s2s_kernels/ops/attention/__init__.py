@@ -179,16 +179,14 @@ def _as_given(
             and checks.are_read(query_lengths)
             and checks.are_read(key_lengths)
         )
-        on_gpu = query.is_cuda
-        if on_gpu and builtin.may_serve(tensors, causal):
+        if query.is_cuda and builtin.may_serve(tensors, causal):
             return None
     except (AttributeError, IndexError):
         return None
     if not as_it_is:
         return None
     options = (None, 0 if causal else None, causal == "bottom-right", 0, scale, softcap)
-    kernel = autograd.triton_kernel if on_gpu else autograd.kernel
-    return dispatch.directly(kernel, (*tensors, None), options, triton=True)
+    return dispatch.directly(autograd.kernel, (*tensors, None), options, triton=True)
 
 
 def attend(tensors: autograd.Tensors, options: autograd.Options, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Fake kernels of attention, and the functions that differentiate it."""
 
 import functools
-from typing import Any
 
 import torch
 
@@ -55,29 +54,14 @@ if dispatch.extension_missing is None:
 python_kernels.register(f"{__package__}.triton_kernels", "attention_forward", "attention_backward")
 
 
-@functools.cache
-def _triton() -> Any:
-    from . import triton_kernels
-
-    return triton_kernels
-
-
-def _wide(tensors: Tensors, save: bool) -> bool:
-    """Whether backward needs out as it was before it was rounded to 16 bits: the gradient of a wider bias does."""
-    query, bias = tensors[0], tensors[4]
-    return save and bias is not None and query is not None and query.itemsize == 2 and bias.itemsize > 2
-
-
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    run = python_kernels.function_of("attention_forward", tensors[0], tensors, planned=True)
-    out, lse, softmax, wide_out = run(*tensors, *options, save, _wide(tensors, save))
+    query, bias = tensors[0], tensors[4]
+    assert query is not None
+    # The gradient of a bias wider than 16 bits needs out as it was before it was rounded to them.
+    save_wide = save and bias is not None and query.itemsize == 2 and bias.itemsize > 2
+    run = python_kernels.function_of("attention_forward", query, tensors, planned=True)
+    out, lse, softmax, wide_out = run(*tensors, *options, save, save_wide)
     return (out, lse), (out if wide_out.dim() == 1 else wide_out, softmax) if save else ()
-
-
-def _triton_forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
-    """The same past the dispatcher, whose way from Python to a kernel in Python takes longer than that."""
-    out, lse, softmax, wide_out = _triton().planned_forward(tensors, options, save, _wide(tensors, save))
-    return (out, lse), (out if wide_out is None else wide_out, softmax) if save else ()
 
 
 def gradients(
@@ -100,17 +84,7 @@ def gradients(
     return tuple(result)
 
 
-DIFFERENTIABLE = (0, 1, 2, 4, 7)
-_backward = functools.partial(gradients, "attention_backward", DIFFERENTIABLE)
-
-
-def _triton_backward(
-    grads: Tensors, tensors: Tensors, saved: Tensors, options: Options, needs: tuple[bool, ...]
-) -> Tensors:  # fmt: skip
-    grad_out, grad_lse = grads
-    if grad_out is None or not dispatch.untouched((grad_out, grad_lse, *tensors, *saved)):
-        return _backward(grads, tensors, saved, options, needs)
-    return _triton().planned_backward(grad_out, grad_lse, *saved, tensors, options, needs)  # type: ignore[no-any-return]
+_backward = functools.partial(gradients, "attention_backward", (0, 1, 2, 4, 7))
 
 
 def reference_of(tensors: Tensors, options: Options) -> Tensors:
@@ -142,4 +116,3 @@ def reference_of(tensors: Tensors, options: Options) -> Tensors:
 
 
 kernel = differentiable("attention", forward=_forward, backward=_backward, reference=reference_of)
-triton_kernel = differentiable("attention", forward=_triton_forward, backward=_triton_backward, reference=reference_of)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from ..differentiation import Options, Tensors
+from ..differentiation import Options
 from ..triton_common import device_of, power, reduce
 from ..triton_plans import planned
 from .arguments import TRITON_POSITIONS
-from .autograd import DIFFERENTIABLE
 from .triton_backward import bias_kernel, key_value_kernel, query_kernel
 from .triton_call import Call, kind_of, laid_out
 from .triton_forward import combine_kernel, forward_kernel
@@ -36,57 +35,18 @@ def attention_forward(
     alibi_slopes: torch.Tensor | None, seed: torch.Tensor | None, left: int | None, right: int | None,
     bottom_right: bool, dropout_p: float, scale: float | None, softcap: float | None, save: bool, save_wide: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed)
-    options = (left, right, bottom_right, dropout_p, scale, softcap)
-    out, lse, softmax, wide_out = forward(tensors, options, save, save_wide)
-
-    def given(x: torch.Tensor | None) -> torch.Tensor:
-        return query.new_empty((0,), dtype=torch.float32) if x is None else x
-
-    return out, lse, given(softmax), given(wide_out)
-
-
-def forward(
-    tensors: Tensors, options: Options, save: bool, save_wide: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """out, lse, and if those are wanted softmax and out before it is rounded; the arguments in autograd.py's order."""
-    call = _checked("attention_forward", *tensors, *options)  # type: ignore[arg-type]
-    query = call.query
+    call = _checked(
+        "attention_forward", query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed, left,
+        right, bottom_right, dropout_p, scale, softcap,
+    )  # fmt: skip
     batch, heads, time, _ = query.shape
-    out = query.new_empty(batch, heads, time, call.columns)
+    columns = value.shape[3]
+    out = query.new_empty(batch, heads, time, columns)
     lse = query.new_empty((batch, heads, time), dtype=torch.float32)
-    softmax = query.new_empty((2, batch, heads, time), dtype=torch.float32) if save else None
-    wide_out = query.new_empty((batch, heads, time, call.columns), dtype=torch.float32) if save_wide else None
-    _forward(call, out, lse, softmax, wide_out)
+    softmax = query.new_empty((2, batch, heads, time) if save else (0,), dtype=torch.float32)
+    wide_out = query.new_empty((batch, heads, time, columns) if save_wide else (0,), dtype=torch.float32)
+    _forward(call, out, lse, softmax if save else None, wide_out if save_wide else None)
     return out, lse, softmax, wide_out
-
-
-def planned_forward(
-    tensors: Tensors, options: Options, save: bool, save_wide: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """`forward` of plain tensors on one GPU."""
-    count = len(tensors)
-
-    def make(*args: Any) -> Any:
-        return forward(args[:count], args[count:-2], *args[-2:])
-
-    return planned("attention forward", make, (*tensors, *options, save, save_wide))  # type: ignore[no-any-return]
-
-
-def planned_backward(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, softmax: torch.Tensor, tensors: Tensors,
-    options: Options, needs: tuple[bool, ...],
-) -> Tensors:  # fmt: skip
-    """`backward` of plain tensors on one GPU."""
-    count, numbers = len(tensors), len(options)
-
-    def make(*args: Any) -> Any:
-        grad_out, grad_lse, out, softmax, *rest = args
-        given, rest = tuple(rest[:count]), rest[count:]
-        return backward(grad_out, grad_lse, out, softmax, given, tuple(rest[:numbers]), tuple(rest[numbers:]))
-
-    args = (grad_out, grad_lse, out, softmax, *tensors, *options, *needs)
-    return planned("attention backward", make, args)  # type: ignore[no-any-return]
 
 
 def attention_packed_forward(
@@ -144,21 +104,12 @@ def attention_backward(
     need_slopes: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     name = "attention_backward"
-    tensors = (query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed)
-    call = _checked(name, *tensors, left, right, bottom_right, dropout_p, scale, softcap)
+    call = _checked(
+        name, query, key, value, mask, bias, query_lengths, key_lengths, alibi_slopes, seed, left, right, bottom_right,
+        dropout_p, scale, softcap,
+    )  # fmt: skip
     pairs = ((query, need_query), (key, need_key), (value, need_value), (bias, need_bias), (alibi_slopes, need_slopes))
-    return _told(query, pairs, _backward(name, call, pairs, grad_out, grad_lse, out, softmax))
-
-
-def backward(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, softmax: torch.Tensor, tensors: Tensors,
-    options: Options, needs: tuple[bool, ...],
-) -> Tensors:  # fmt: skip
-    """The gradients of the tensors of a call that `forward` has served, those that are needed."""
-    call = _call_of(*tensors, *options)  # type: ignore[arg-type]
-    pairs = tuple((tensors[place], needs[place]) for place in DIFFERENTIABLE)
-    query, key, value, bias, slopes = _backward("attention_backward", call, pairs, grad_out, grad_lse, out, softmax)
-    return query, key, value, None, bias, None, None, slopes, None
+    return _backward(name, call, pairs, grad_out, grad_lse, out, softmax)
 
 
 def attention_packed_backward(
@@ -174,24 +125,14 @@ def attention_packed_backward(
         dropout_p, scale, softcap, packed=True,
     )  # fmt: skip
     pairs = ((query, need_query), (key, need_key), (value, need_value), (None, False), (alibi_slopes, need_slopes))
-    found = _told(query, pairs, _backward(name, call, pairs, grad_out, grad_lse, out, softmax))
-    return *found[:3], found[4]
-
-
-def _told(
-    query: torch.Tensor, pairs: tuple[tuple[torch.Tensor | None, bool], ...], grads: list[torch.Tensor | None]
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Gradients as an operator returns them: empty where there is none."""
-    return tuple(
-        query.new_empty((0,), dtype=query.dtype if x is None else x.dtype) if grad is None else grad
-        for (x, _), grad in zip(pairs, grads, strict=True)
-    )
+    grad_query, grad_key, grad_value, _, grad_slopes = _backward(name, call, pairs, grad_out, grad_lse, out, softmax)
+    return grad_query, grad_key, grad_value, grad_slopes
 
 
 def _backward(
     name: str, call: Call, pairs: tuple[tuple[torch.Tensor | None, bool], ...], grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None, out: torch.Tensor, softmax: torch.Tensor,
-) -> list[torch.Tensor | None]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """pairs: query, key, value, bias and slopes, and whether the gradient of each is wanted."""
     query, value, lse_shape = pairs[0][0], pairs[2][0], call.lse_shape
     assert query is not None and value is not None
@@ -200,12 +141,17 @@ def _backward(
     fits = fits and (grad_lse is None or grad_lse.shape == lse_shape)
     if not (fits and not any(x is None and need for x, need in pairs)):
         raise RuntimeError(f"{name}: the arguments don't fit together: query {tuple(query.shape)}")
+    grads: list[torch.Tensor | None]
     if not (softmax.numel() and call.key.numel() and call.value.numel()):
-        return [x.new_zeros(x.shape) if x is not None and need else None for x, need in pairs]
-    grads = [x.new_empty(x.shape) if x is not None and need else None for x, need in pairs]
-    with device_of(query):
-        _fill(call, grads, grad_out, grad_lse, out.contiguous(), softmax.contiguous())
-    return grads
+        grads = [x.new_zeros(x.shape) if x is not None and need else None for x, need in pairs]
+    else:
+        grads = [x.new_empty(x.shape) if x is not None and need else None for x, need in pairs]
+        with device_of(query):
+            _fill(call, grads, grad_out, grad_lse, out.contiguous(), softmax.contiguous())
+    return tuple(
+        query.new_empty((0,), dtype=query.dtype if x is None else x.dtype) if grad is None else grad
+        for (x, _), grad in zip(pairs, grads, strict=True)
+    )
 
 
 def planned_mend_forward(
@@ -412,19 +358,6 @@ def _checked(
     if not fits:
         given = f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         raise RuntimeError(f"{operator}: the arguments don't fit together: {given}")
-    return _call_of(
-        query, key, value, mask, bias, query_lengths, key_lengths, slopes, seed, left, right, bottom_right, dropout_p,
-        scale, softcap, packed,
-    )  # fmt: skip
-
-
-def _call_of(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-    bias: torch.Tensor | None, query_lengths: torch.Tensor | None, key_lengths: torch.Tensor | None,
-    slopes: torch.Tensor | None, seed: torch.Tensor | None, left: int | None, right: int | None, bottom_right: bool,
-    dropout_p: float, scale: float | None, softcap: float | None, packed: bool = False,
-) -> Call:  # fmt: skip
-    width = query.shape[-1]
     return Call(
         laid_out(query, packed), laid_out(key, packed), laid_out(value, packed), width, value.shape[-1],
         None if mask is None else mask.view(torch.uint8), bias, slopes,
