@@ -65,7 +65,8 @@ class Plan:
         count = len(inputs) + 1
         for step in steps:
             if isinstance(step, triton_launch.Launched):
-                if step.started is None or step.tensors != tuple(range(len(step.tensors))):
+                first = tuple(range(len(step.tensors)))  # tensors come before numbers
+                if step.started is None or step.tensors != first or len(first) < 2:
                     raise _Unknown
                 run, function, metadata, constants = step.started
                 given = [0 if x is None else _placed(x, places).number for x in step.args[: len(step.tensors)]]
@@ -73,17 +74,19 @@ class Plan:
                 grid = (*step.grid, 1, 1)[:3]
                 self.steps.append((None, run, grid, function, metadata, operator.itemgetter(*given), rest))
                 continue
-            made = step.result if isinstance(step.result, (tuple, list)) else (step.result,)
-            if not all(type(x) is torch.Tensor for x in made):
+            several = isinstance(step.result, (tuple, list))
+            made: Sequence[Any] = step.result if several else () if step.result is None else (step.result,)
+            # What isn't a tensor beside the arguments has been read: another call would have another.
+            if not all(type(x) is torch.Tensor and x.device == inputs[0].device for x in made):
                 raise _Unknown
             fresh = [x for x in made if id(x) not in places]
             if fresh and len(fresh) < len(made):
                 raise _Unknown
-            if step.function in ALLOCATIONS and made[0].is_contiguous() and made[0].device == inputs[0].device:
+            if step.function in ALLOCATIONS and made[0].is_contiguous():
                 self.steps.append((tuple(made[0].shape), made[0].dtype))
             else:
                 args, kwargs = _placed(step.args, places), _placed(step.kwargs, places)
-                self.steps.append((step.function, args, kwargs, bool(fresh), isinstance(step.result, (tuple, list))))
+                self.steps.append((step.function, args, kwargs, bool(fresh), several))
             for x in fresh:
                 places[id(x)] = Place(count)
                 count += 1

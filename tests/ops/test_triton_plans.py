@@ -15,6 +15,14 @@ pytestmark = [needs_triton, *emulating()[1:]]
 judge = judging()
 
 
+class Driver:
+    def get_current_device(self):
+        return -1  # as tensors on the CPU have it
+
+    def get_current_stream(self, device):
+        return 7
+
+
 def kernels_of():
     """(module, name, kernel) of those in the launchers' modules, imported as other tests have them."""
     for package in ("attention", "additive_attention", "convolution"):
@@ -37,13 +45,6 @@ def launches(monkeypatch):
     kernels_of()
 
     made = []
-
-    class Driver:
-        def get_current_device(self):
-            return -1  # as tensors on the CPU have it
-
-        def get_current_stream(self, device):
-            return 7
 
     class Compiled:
         packed_metadata = ()
@@ -244,13 +245,6 @@ def repeating(monkeypatch):
 
     kernels = kernels_of()
     interpreters = {value.fn: value for _, _, value in kernels}
-
-    class Driver:
-        def get_current_device(self):
-            return -1  # as tensors on the CPU have it
-
-        def get_current_stream(self, device):
-            return 7
 
     class Compiled:
         packed_metadata = ()
