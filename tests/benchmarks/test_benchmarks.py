@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from benchmarks import (
     run,
     tables,
     text,
+    tiles,
     work,
 )  # fmt: skip
 from benchmarks.harness import FORWARD, TRAINING, Case, Entrant, Grid
@@ -280,6 +282,34 @@ def test_without_a_gpu_nothing_is_done(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "command", lambda *a, **k: pytest.fail("something was run"))
     assert gpu.main([]) == 1 and gpu.main(["--present"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+    assert tiles.main([]) == 1 and "nothing was done" in capsys.readouterr().err
+
+
+def test_tiles_are_told_by_their_times(monkeypatch, capsys):
+    def took(name, direction, sizes, measure=True):
+        if sizes[0] == 128:
+            return "OutOfResources: shared memory"
+        return float(sizes[1] + sizes[2]) if measure else 0.0
+
+    monkeypatch.setattr(gpu, "devices", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tiles, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(2))
+    monkeypatch.setattr(tiles, "microseconds", took)
+    assert tiles.main(["bias64"]) == 0
+    told = capsys.readouterr().out
+    assert "bias64, query: now (" in told and "64.0 us (64, 32, 32, 128, 4, 3)" in told
+    queries = told[told.index("bias64, query") : told.index("bias64, key")]
+    assert queries.index(" 64.0 us") < queries.index(" 96.0 us") and "not compiled, (128," in queries
+    with pytest.raises(SystemExit):
+        tiles.main(["nothing"])
+
+
+@pytest.mark.parametrize("kind", tiles.KINDS.values(), ids=tiles.KINDS)
+def test_candidates_for_tiles_are_made_of_whole_edges(kind):
+    for direction, candidates in kind.candidates.items():
+        assert len(set(candidates)) == len(candidates)
+        for rows, keys, edge, *_ in candidates:
+            assert (rows if direction == "key" else keys) % edge == 0
 
 
 FORKING = """

@@ -1,10 +1,10 @@
 """The sizes of what a program of the Triton kernels of attention works on at a time.
 
-HOPPER holds what was measured on an H100 (torch 2.11, triton 3.6, 2026-11-27), in bfloat16: the fastest of those tried
-with which the compiler doesn't spill, but for SPILLING, at T = S = 2048 without a mask or bias (D 64 and 128; causal
-forward too), at T = S = 512 under a bias (D 64, 256 and 512) and without (D 256 and 512), and at T = 256, S = 384 under
-a bias (D 128). What this holds nothing of is reasoned, not measured: other architectures, float32, heads wider than
-512, softcap, slopes, dropout and decoding.
+HOPPER holds what was measured on an H100 (torch 2.11, triton 3.6, 2026-11-27; benchmarks/tiles.py does it), in
+bfloat16: the fastest of those tried with which the compiler doesn't spill, but for SPILLING, at T = S = 2048 without
+a mask or bias (D 64 and 128; causal forward too), at T = S = 512 under a bias (D 64, 256 and 512) and without (D 256
+and 512), and at T = 256, S = 384 under a bias (D 128). What this holds nothing of is reasoned, not measured: other
+architectures, float32, heads wider than 512, softcap, slopes, dropout and decoding.
 """
 
 import torch
