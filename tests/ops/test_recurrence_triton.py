@@ -247,7 +247,7 @@ def test_what_nothing_looks_at_needs_no_dispatcher():
     from s2s_kernels.ops import python_kernels
 
     x, on_gpu = torch.ones(2), SimpleNamespace(is_cuda=True)
-    operator, kernel = torch.ops.s2s.recurrence_forward, python_kernels.KERNELS["recurrence_forward"]
+    operator, kernel = torch.ops.s2s.recurrence_forward.default, python_kernels.KERNELS["recurrence_forward"]
     assert python_kernels.function_of("recurrence_forward", on_gpu, (x, None)) is kernel
     assert python_kernels.function_of("recurrence_forward", x, (x, None)) is operator
     with FlopCounterMode(display=False):
