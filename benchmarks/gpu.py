@@ -102,6 +102,14 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def portable(text: str) -> str:
+    """Without the places of this machine: the file may go to others."""
+    places = {sys.executable: "python", sys.prefix: "$PREFIX", os.environ.get("OUT"): "$OUT", f"{ROOT}{os.sep}": ""}
+    for place, word in places.items():
+        text = text.replace(place, word) if place else text
+    return text
+
+
 def command(
     words: Sequence[str], limit: float, show: bool = False, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
@@ -138,10 +146,10 @@ def command(
     if code == TIMED_OUT:
         print(f"timed out after {limit:.0f} s: {' '.join(words)}", file=sys.stderr, flush=True)
     return {
-        "command": " ".join(words),
+        "command": portable(" ".join(words)),
         "code": code,
         "seconds": round(time.perf_counter() - start, 1),
-        "output": kept[0].strip(),
+        "output": portable(kept[0].strip()),
         **({"timed_out": True} if code == TIMED_OUT else {}),
     }
 

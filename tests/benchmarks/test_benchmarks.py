@@ -285,6 +285,13 @@ def test_without_a_gpu_nothing_is_done(monkeypatch, capsys):
     assert tiles.main([]) == 1 and "nothing was done" in capsys.readouterr().err
 
 
+def test_what_is_kept_of_a_command_names_no_place_of_the_machine(monkeypatch):
+    monkeypatch.setenv("OUT", "/somewhere/out")
+    words = [sys.executable, "-c", f"print('{gpu.ROOT}/benchmarks/gpu.py', '/somewhere/out/file')"]
+    run = gpu.command(words, 20)
+    assert run["output"] == "benchmarks/gpu.py $OUT/file" and run["command"].startswith("python -c")
+
+
 def test_tiles_are_told_by_their_times(monkeypatch, capsys):
     def took(name, direction, sizes, measure=True):
         if sizes[0] == 128:
