@@ -268,16 +268,17 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def at_rest(backend: str = "cpu") -> bool:
+def at_rest(backend: str | None = "cpu") -> bool:
     """Whether nothing surrounds a call: eager, no autocast, no transform, no other backend forced, nothing to be
-    explained or exported. A call on CPU tensors is then the cpu backend's wherever that covers it, and need not pay for
-    what it doesn't use: with cold caches each function of Python's that a call enters takes 3 us or more."""
+    explained (neither is asked if `backend` is None) or exported. A call on CPU tensors is then the cpu backend's
+    wherever that covers it, and need not pay for what it doesn't use: with cold caches each function of Python's that a
+    call enters takes 3 us or more."""
     return (
         not torch.compiler.is_compiling()
-        and _asked.get() in ((None, False), (backend, False))
+        and (backend is None or _asked.get() in ((None, False), (backend, False)))
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -289,20 +290,12 @@ def at_rest(backend: str = "cpu") -> bool:
 def untouched(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether nothing stands between a call on these tensors and its kernel: no autocast, transform, trace, mode,
     profile or subclass. Torch's dispatcher would then do nothing but unpack the arguments and pack them again."""
-    if torch.compiler.is_compiling():
+    if not at_rest(None):
         return False
     for tensor in tensors:  # a generator would cost as much as the rest
         if tensor is not None and type(tensor) not in _PLAIN:
             return False
-    return (
-        not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.autograd._profiler_enabled()
-        and extension_missing is None
-    )
+    return not (torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled())
 
 
 def asked() -> tuple[str | None, bool]:
@@ -318,7 +311,7 @@ def _all_on_one_gpu(tensors: Sequence[Any]) -> bool:
     for tensor in tensors:
         if tensor is not None and tensor.get_device() != device:
             return False
-    runs = triton_missing is None and not checks.DEBUG and first.dtype in _TRITON_DTYPES
+    runs = triton_missing is None and not checks.DEBUG and first.dtype in TRITON_DTYPES
     return runs and _runs_triton(first.device) and untouched(tensors)
 
 

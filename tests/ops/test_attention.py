@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreting import needs_extension
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.ops.random import keep_mask
 from s2s_kernels.testing import Draw, compare
 
-needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 INF, NAN = float("inf"), float("nan")
 

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from interpreting import needs_extension
 from torch.profiler import ProfilerActivity, profile
 
 import s2s_kernels as s2s
-from s2s_kernels import dispatch
 from s2s_kernels.testing import Draw, compare
-
-needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 
 
 @needs_extension

@@ -80,6 +80,9 @@ def test_rows_are_laid_out_in_vectors(dtype, packed):
         assert spread.shape[:3] == (6, 5, 7) and spread.stride()[:2] == (0, 0)
         one = laid_out(storage.new_ones(()).expand(2, 3, 4, 5), packed)
         assert one.untyped_storage().nbytes() <= 16 * 2 and one[..., :5].eq(1).all()
+        for row, copied in ((2**24 - 8, False), (2**24, True)):  # 32 bits hold what a tile spans
+            far = torch.empty_strided((1, 1, 3, 8), (0, 0, row, 1), dtype=dtype, device="meta")
+            assert laid_out(far, packed).stride(2) == (8 if copied else row)
 
 
 @interpreted
@@ -177,6 +180,28 @@ def test_small_tiles_of_wide_heads(width, monkeypatch, real_tiles):
     draw = Draw()
     tensors = (draw(1, 2, 9, width), draw(1, 1, 43, width), draw(1, 1, 43, width))
     judge((tensors, {"dropout_p": 0.3, "alibi_slopes": draw(2).abs(), "causal": "bottom-right", "enable_gqa": True}))
+
+
+@interpreted
+@pytest.mark.parametrize("major", [8, 9, 10])
+@pytest.mark.parametrize("width", [16, 64, 128, 256, 512, 1024])
+def test_products_of_weights_under_a_mask_and_dropout_have_32_terms(width, major, real_tiles, monkeypatch):
+    """Those of 16 were wrong on a GPU: half of the terms were taken twice."""
+    from s2s_kernels.ops.attention import triton_kernels, triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "generation", lambda x: major)
+    for dtype, time, heads in itertools.product((torch.bfloat16, torch.float32), (1, 9, 300), (1, 4)):
+        draw = Draw(dtype)
+        tensors = draw(1, heads, time, width), draw(1, 1, 40, width), draw(1, 1, 40, width)
+        mask, seed = draw.mask(1, 1, time, 40), torch.tensor([1, 2])
+        rest = None, None, None, None, seed, None, None, False, 0.1, None, None
+        call = triton_kernels._checked("attention_forward", *tensors, mask, *rest)
+        for tiles in (
+            real_tiles["forward_tiles"](call, False), real_tiles["backward_tiles"](call, "query"),
+        ):  # fmt: skip
+            assert min(tiles["KEYS"], tiles["EDGE"]) >= 32 and tiles["KEYS"] % tiles["EDGE"] == 0
+        tiles = real_tiles["backward_tiles"](call, "key")
+        assert min(tiles["ROWS"], tiles["EDGE"]) >= 32 and tiles["ROWS"] % tiles["EDGE"] == 0
 
 
 @interpreted

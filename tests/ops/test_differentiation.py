@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from interpreting import needs_extension
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import s2s_kernels as s2s
-from s2s_kernels import dispatch
 from s2s_kernels.testing import Draw
-
-needs_extension = pytest.mark.skipif(dispatch.extension_missing is not None, reason=str(dispatch.extension_missing))
 
 
 @needs_extension

@@ -305,7 +305,10 @@ def test_repeated_calls_compute_what_they_are_asked(name, kernels, repeating):
 def test_what_mends_another_kernel_s_results_is_repeated(kernels, repeating):
     """It writes into tensors that it is given."""
     from s2s_kernels.ops.attention import triton_kernels
-    from s2s_kernels.ops.triton_plans import Plan
+    from s2s_kernels.ops.triton_plans import Plan, planned
+
+    def at_once(name, function, args):
+        return function(*args)
 
     options = (None, 0, False, 0, None, None)
     for seed in range(5):
@@ -313,11 +316,12 @@ def test_what_mends_another_kernel_s_results_is_repeated(kernels, repeating):
         query, key, value, grad = (draw(1, 2, 20, 16) for _ in range(4))
         value[0, 1, 7, 3] = float("inf") if seed != 3 else 1.0
         results = []
-        for plan in ("", "planned_"):
+        for call in (at_once, planned):
             out, grads = torch.full_like(query, 9.0), [torch.full_like(query, 9.0) for _ in range(3)]
-            softmax, spoilt = getattr(triton_kernels, f"{plan}mend_forward")(query, key, value, options, out, True)
-            mend = getattr(triton_kernels, f"{plan}mend_backward")
-            mend(grad, out, softmax, spoilt, query, key, value, options, grads)
+            args = query, key, value, out, True, *options
+            softmax, spoilt = call("mend_forward", triton_kernels.mend_forward, args)
+            args = grad, out, softmax, spoilt, query, key, value, *grads, *options
+            assert call("mend_backward", triton_kernels.mend_backward, args) == ()
             assert bool(out.eq(9.0).all()) == bool(grads[0].eq(9.0).all()) == (seed == 3)
             results.append([out, *grads])
         for one, other in zip(*results, strict=True):

@@ -48,24 +48,31 @@ def may_serve(tensors: Tensors, causal: bool | str) -> bool:
     query, key, *_ = tensors
     assert query is not None and key is not None
     restricted = causal == "bottom-right" or any(x is not None for x in tensors[3:])
-    return not restricted and query.numel() * key.shape[2] >= LEAST
+    return not restricted and not _small(query, key)
+
+
+def _small(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return query.numel() * key.shape[2] < LEAST
 
 
 def deferral(query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why a call that torch's kernel covers is better left to Triton's."""
     if query.shape[2] * (query.shape[1] // key.shape[1]) <= FEWEST:
         return "of a few queries torch's kernel leaves most of the GPU idle, where the Triton kernel splits the keys"
-    if query.numel() * key.shape[2] < LEAST:
+    if _small(query, key):
         return "of so few products torch's kernel saves less than it costs to see to what isn't finite"
     return None
 
 
-def _mending(name: str, tensors: list[torch.Tensor]) -> Any:
-    """The function that mends: as an earlier call of its kind did it, where nothing looks at these."""
+def _mend(name: str, *args: Any) -> Any:
+    """Calls the function that mends: as an earlier call of its kind was made, where nothing looks at this one."""
+    from .. import triton_plans
     from . import triton_kernels
 
-    plain = tensors[0].is_cuda and dispatch.untouched(tensors)
-    return getattr(triton_kernels, f"planned_{name}" if plain else name)
+    function, tensors = getattr(triton_kernels, name), [x for x in args if isinstance(x, torch.Tensor)]
+    if tensors[0].is_cuda and dispatch.untouched(tensors):
+        return triton_plans.planned(name, function, args)
+    return function(*args)
 
 
 def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, Tensors]:
@@ -79,8 +86,7 @@ def _forward(tensors: Tensors, options: Options, save: bool) -> tuple[Tensors, T
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
     out = result.detach().contiguous()
-    plain = [x.detach() for x in leaves]
-    softmax, spoilt = _mending("mend_forward", plain)(*plain, options, out, save)
+    softmax, spoilt = _mend("mend_forward", *(x.detach() for x in leaves), out, save, *options)
     return (out, None), (result, out, softmax, spoilt, *leaves) if save else ()
 
 
@@ -95,8 +101,7 @@ def _backward(grads: Tensors, tensors: Tensors, saved: Tensors, options: Options
     for place, grad in zip(wanted, results, strict=True):
         found[place] = grad.contiguous()
     inputs = [leaf.detach() for leaf in leaves]  # type: ignore[union-attr]
-    mend = _mending("mend_backward", [grad_out, *inputs])
-    mend(grad_out, out, softmax, spoilt, *inputs, options, found[:3])
+    _mend("mend_backward", grad_out, out, softmax, spoilt, *inputs, *found[:3], *options)
     return tuple(found)
 
 

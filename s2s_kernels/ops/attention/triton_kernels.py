@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from ..differentiation import Options
+from ...dispatch import TRITON_DTYPES
 from ..triton_common import device_of, power, reduce
-from ..triton_plans import planned
 from .arguments import TRITON_POSITIONS
 from .triton_backward import bias_kernel, key_value_kernel, query_kernel
 from .triton_call import Call, kind_of, laid_out
@@ -22,7 +21,6 @@ from .triton_tiles import backward_tiles, forward_tiles, widths
 # Programs among which a sum over keys, or over what shares a bias, is split. A constant: the bits must not depend on
 # the GPU.
 PROGRAMS = 128
-TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _splits(programs: int, most: int) -> int:
@@ -154,21 +152,8 @@ def _backward(
     )
 
 
-def planned_mend_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options, out: torch.Tensor, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`mend_forward` of plain tensors on one GPU."""
-
-    def make(*args: Any) -> Any:
-        query, key, value, out, save, *options = args
-        return mend_forward(query, key, value, tuple(options), out, save)
-
-    return planned("attention mend", make, (query, key, value, out, save, *options))  # type: ignore[no-any-return]
-
-
 def mend_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], out: torch.Tensor,
-    save: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, save: bool, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Makes `out`, contiguous, anew if anything in the inputs isn't finite. Returns what `mend_backward` takes:
     softmax, which nothing is in else and without `save`, and whether that is so."""
@@ -195,8 +180,9 @@ def mend_forward(
 
 def mend_backward(
     grad_out: torch.Tensor, out: torch.Tensor, softmax: torch.Tensor, spoilt: torch.Tensor, query: torch.Tensor,
-    key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], grads: list[torch.Tensor | None],
-) -> None:  # fmt: skip
+    key: torch.Tensor, value: torch.Tensor, grad_query: torch.Tensor | None, grad_key: torch.Tensor | None,
+    grad_value: torch.Tensor | None, *options: Any,
+) -> tuple[()]:  # fmt: skip
     """Makes the gradients of query, key and value, contiguous, anew if `mend_forward` has found reason to."""
     left, right, bottom_right, _, scale, softcap = options
     call = _checked(
@@ -204,21 +190,9 @@ def mend_backward(
         softcap,
     )  # fmt: skip
     with device_of(query):
-        _fill(dataclasses.replace(call, needed=spoilt), [*grads, None, None], grad_out, None, out, softmax)
-
-
-def planned_mend_backward(
-    grad_out: torch.Tensor, out: torch.Tensor, softmax: torch.Tensor, spoilt: torch.Tensor, query: torch.Tensor,
-    key: torch.Tensor, value: torch.Tensor, options: Options, grads: list[torch.Tensor | None],
-) -> None:  # fmt: skip
-    """`mend_backward` of plain tensors on one GPU."""
-
-    def make(*args: Any) -> Any:
-        grad_out, out, softmax, spoilt, query, key, value, *rest = args
-        mend_backward(grad_out, out, softmax, spoilt, query, key, value, tuple(rest[3:]), rest[:3])
-        return ()
-
-    planned("attention mend back", make, (grad_out, out, softmax, spoilt, query, key, value, *grads, *options))
+        grads = [grad_query, grad_key, grad_value, None, None]
+        _fill(dataclasses.replace(call, needed=spoilt), grads, grad_out, None, out, softmax)
+    return ()
 
 
 def _fill(
@@ -339,14 +313,14 @@ def _checked(
         shape = (batch, heads, time, source)
         fits = min(width, columns) >= 1 and max(width, columns) <= 1024
         fits = fits and (heads % kv_heads == 0 if kv_heads else heads == 0)
-        fits = fits and query.dtype == key.dtype == value.dtype and query.dtype in TAKEN
+        fits = fits and query.dtype == key.dtype == value.dtype and query.dtype in TRITON_DTYPES
         fits = fits and max(time * (heads // max(kv_heads, 1)), source) < TRITON_POSITIONS
         for pairs in (mask, bias):
             fits = fits and (
                 pairs is None
                 or (pairs.dim() == 4 and all(a in (1, b) for a, b in zip(pairs.shape, shape, strict=True)))
             )
-        fits = fits and (mask is None or mask.dtype == torch.bool) and (bias is None or bias.dtype in TAKEN)
+        fits = fits and (mask is None or mask.dtype == torch.bool) and (bias is None or bias.dtype in TRITON_DTYPES)
         fits = fits and all(
             lengths is None or lengths.dtype in (torch.int32, torch.int64) for lengths in (query_lengths, key_lengths)
         )
