@@ -14,11 +14,12 @@ endif
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CLANG_FORMATTED := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/csrc/*.cpp tests/csrc/*.h tests/csrc/*.cu)
 
-.PHONY: help build test tsan lint format bench gpu clean
+.PHONY: help build test tsan tiles lint format bench gpu clean
 help:
 	@echo "make bench   build, measure on this machine in under 10 minutes, end with a report page"
 	@echo "make test    build and run every test"
 	@echo "make tsan    run the CUDA recurrences on the host under the thread sanitizer"
+	@echo "make tiles   test the tile unit's kernels where there is none: emulated, on AVX-512 with bfloat16"
 	@echo "make build   build the extension in place"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let ruff and clang-format rewrite the files"
@@ -60,6 +61,15 @@ tsan:
 	@mkdir -p $(dir $(RACES))
 	$(CXX) -std=c++20 -O1 -g -pthread -ffp-contract=off -fsanitize=thread -Wno-tsan -Itests/csrc tests/csrc/recurrence_races.cpp -o $(RACES)
 	TSAN_OPTIONS=halt_on_error=1 $(RACES) 70 5 61 16
+
+# A copy of the tree whose kernels for the tile unit are compiled with its instructions emulated; their tests, and those of what calls them.
+TILES := build/emulated/tiles
+tiles: FROM_THERE = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+tiles: $(STAMPS)/build $(STAMPS)/test
+	@mkdir -p $(TILES)
+	cp -ru --preserve=timestamps setup.py pyproject.toml README.md csrc s2s_kernels benchmarks tests $(TILES)
+	cd $(TILES) && CFLAGS="-include $(abspath tests/csrc/emulated_tiles.h)" $(FROM_THERE) setup.py --quiet build_ext --inplace
+	cd $(TILES) && S2S_CPU_ISA=amx $(FROM_THERE) $(PYTEST) tests/ops tests/nn tests/test_operators.py -k "not triton"
 
 lint: $(STAMPS)/build $(STAMPS)/lint
 	$(PYTHON) -m ruff check .

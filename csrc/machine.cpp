@@ -24,11 +24,17 @@ double since(Clock::time_point start) { return std::chrono::duration<double>(Clo
 
 std::map<std::string, bool> cpu_features() {
 #if defined(__x86_64__)
-  return {{"sse2", __builtin_cpu_supports("sse2") != 0},         {"avx", __builtin_cpu_supports("avx") != 0},
-          {"avx2", __builtin_cpu_supports("avx2") != 0},         {"fma", __builtin_cpu_supports("fma") != 0},
-          {"f16c", __builtin_cpu_supports("f16c") != 0},         {"avx512f", __builtin_cpu_supports("avx512f") != 0},
-          {"avx512bw", __builtin_cpu_supports("avx512bw") != 0}, {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
-          {"avx512vl", __builtin_cpu_supports("avx512vl") != 0}, {"amx_bf16", s2s::has_tile_unit()}};
+  return {{"sse2", __builtin_cpu_supports("sse2") != 0},
+          {"avx", __builtin_cpu_supports("avx") != 0},
+          {"avx2", __builtin_cpu_supports("avx2") != 0},
+          {"fma", __builtin_cpu_supports("fma") != 0},
+          {"f16c", __builtin_cpu_supports("f16c") != 0},
+          {"avx512f", __builtin_cpu_supports("avx512f") != 0},
+          {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
+          {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
+          {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
+          {"avx512_bf16", s2s::has_bfloat16_products()},
+          {"amx_bf16", s2s::has_tile_unit()}};
 #else
   return {};
 #endif
@@ -41,7 +47,7 @@ std::map<std::string, std::string> build() {
   const std::string compiler = std::string("gcc ") + __VERSION__;
 #endif
 #if defined(__x86_64__)
-  const std::string sets = "baseline avx2 avx512 amx";
+  const std::string sets = "baseline avx2 avx512 avx512_bf16 amx";
 #else
   const std::string sets = "baseline";
 #endif

@@ -13,8 +13,8 @@ else:
 
 
 def active_isa() -> str:
-    """The instruction set that the CPU kernels run: "baseline", "avx2", "avx512", or "amx": AVX-512 with
-    the tile unit beside it.
+    """The instruction set that the CPU kernels run: "baseline", "avx2", "avx512", "avx512_bf16": with
+    products of bfloat16 beside it, or "amx": with the tile unit beside those.
 
     Raises:
         RuntimeError: S2S_CPU_ISA names one that doesn't exist or that this machine lacks, or `_machine` is missing.

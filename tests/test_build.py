@@ -68,7 +68,7 @@ print(torch.cuda.is_initialized(), "torch._dynamo.convert_frame" in sys.modules)
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_each_instruction_set_runs_or_is_refused(isa):
     run = python(
         """
@@ -82,7 +82,7 @@ print("served by", machine.active_isa())
 """,
         S2S_CPU_ISA=isa,
     )
-    order = ("baseline", "avx2", "avx512", "amx")
+    order = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
     if order.index(isa) <= order.index(machine._machine.widest_isa()):
         assert f"served by {isa}" in run.stdout, run.stderr
     else:
@@ -93,7 +93,7 @@ print("served by", machine.active_isa())
 @needs_extension
 def test_an_unknown_instruction_set_is_refused():
     run = python("from s2s_kernels import machine; machine.active_isa()", S2S_CPU_ISA="mmx")
-    assert "S2S_CPU_ISA must be baseline, avx2, avx512 or amx, got mmx" in run.stderr
+    assert "S2S_CPU_ISA must be baseline, avx2, avx512, avx512_bf16 or amx, got mmx" in run.stderr
 
 
 def wide_registers(disassembly, namespace):
@@ -116,8 +116,8 @@ def test_each_namespace_holds_code_of_its_own_width():
         ["objdump", "-d", "-C", "--no-show-raw-insn", library], stdout=subprocess.PIPE, text=True
     ) as run:
         lines = list(run.stdout)
-    names = ("baseline", "avx2", "avx512", "amx")
-    assert [wide_registers(lines, name) for name in names] == ["xmm", "ymm", "zmm", "tmm"]
+    names = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+    assert [wide_registers(lines, name) for name in names] == ["xmm", "ymm", "zmm", "zmm", "tmm"]
 
 
 @pytest.fixture(scope="module")

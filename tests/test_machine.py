@@ -7,7 +7,7 @@ pytestmark = pytest.mark.skipif(machine.missing is not None, reason=str(machine.
 
 def test_facts():
     features = machine._machine.cpu_features()
-    assert machine.active_isa() in ("baseline", "avx2", "avx512", "amx")
+    assert machine.active_isa() in ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
     assert features.get("avx2", False) or machine._machine.widest_isa() == "baseline"
     assert {"compiler", "standard", "instruction_sets"} == set(machine._machine.build())
     assert machine.processor()

@@ -13,6 +13,7 @@
 #include "pool.h"
 #include "tensor.h"
 
+#define S2S_BFLOAT16
 #define S2S_TILES
 #define S2S_KERNELS "attention_kernels.h"
 #include "each_isa.h"

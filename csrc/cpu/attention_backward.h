@@ -79,11 +79,14 @@ struct AttentionBackward {
       const int64_t last = kv * group + group - 1;
       ahead.add(p.query, p.query_stride, b, last, p.batch, p.heads, p.time, p.width);
       ahead.add(g.grad_out, g.grad_out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
-      if (p.out && !sole(p, span)) ahead.add(static_cast<const S*>(p.out), p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      if (p.wide_out)
+        ahead.add(p.wide_out, p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
+      else if (p.out && !sole(p, span))
+        ahead.add(static_cast<const S*>(p.out), p.out_stride, b, last, p.batch, p.heads, p.time, p.value_width);
       ahead.add(p.key, p.key_stride, b, kv, p.batch, p.kv_heads, p.source, p.width);
       ahead.add(p.value, p.value_stride, b, kv, p.batch, p.kv_heads, p.source, p.value_width);
     }
-    if (sole(p, span)) {
+    if (sole(p, span) || (tiled(p, b) && max(p.time, p.source) <= attention_block)) {
       const auto results = [&](const S* grad, const int64_t* stride, int64_t row, int64_t h, int64_t heads, int64_t rows, int64_t columns) {
         const int64_t strides[3] = {stride[0], stride[1], row};
         if (grad) ahead.add(grad, strides, b, h, p.batch, heads, rows, columns, true);
@@ -97,7 +100,7 @@ struct AttentionBackward {
                 (AttentionForward<S>::turned(p, span)
                      ? turned_steps<T>(keys, n, p.width) + turned_steps<T>(keys, n, p.value_width) + turned_steps<T>(n, p.width, keys) +
                            turned_steps<T>(keys, p.width, n) + turned_steps<T>(keys, p.value_width, n)
-                     : n / attention_rows * ((keys + attention_block - 1) / attention_block)));
+                     : (tiled(p, b) ? TiledForward<S>::steps(n) : n / attention_rows) * ((keys + attention_block - 1) / attention_block)));
     AttentionGradients<S> wanted = g;
     bool spoilt = false;
     for (bool clean : {false, true}) {
@@ -113,8 +116,8 @@ struct AttentionBackward {
         if (finite) break;
         finite = true;
       }
-      // Of few queries, the first head's products replace what is there, but for absent keys.
-      const int64_t given = AttentionForward<S>::few(p, span) ? min(count, max(int64_t{0}, span.keys - part_begin)) : 0;
+      // The first head's products replace what is there, but for absent keys.
+      const int64_t given = replaces(p, b) ? min(count, max(int64_t{0}, span.keys - part_begin)) : 0;
       std::memset(key_sums + given * width, 0, static_cast<size_t>((count - given) * width) * sizeof(T));
       std::memset(value_sums + given * value_width, 0, static_cast<size_t>((count - given) * value_width) * sizeof(T));
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
@@ -166,6 +169,8 @@ struct AttentionBackward {
   }
 
  private:
+  friend Tiled;
+
   static void write_row(int64_t width, const T* from, S* to) {
     int64_t c = 0;
     for (; c + lanes<T> <= width; c += lanes<T>) store(to + c, load(from + c));
@@ -189,15 +194,19 @@ struct AttentionBackward {
     const int64_t row_begin = p.first_row(b, h);
     const T *const peaks = p.peaks + row_begin, *const shares = p.shares + row_begin;
     uint8_t* const flags = clean ? m.flags : nullptr;
-    const Rows<T> queries = query_rows(p, m, b, h, flags);
-    const Rows<T> grads = p.wide_out ? upstream(p, g, m, b, h, part, shares, p.wide_out, spoilt)
-                                     : upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), spoilt);
+    const bool tiled = AttentionBackward::tiled(p, b);
+    Rows<T> queries{}, grads{};
+    if (tiled) {
+      Tiled::begin(p, g, m, b, h, part, shares, flags, spoilt);
+    } else {
+      queries = query_rows(p, m, b, h, flags);
+      grads = grads_of(p, g, m, b, h, part, shares, spoilt);
+    }
     T* query_sums;
     const bool in_place = place_queries(p, g, m, b, h, part, query_sums);
     if (g.query) std::memset(query_sums, 0, static_cast<size_t>(span.query_rows * width) * sizeof(T));
     const bool turned = AttentionForward<S>::turned(p, span), few = AttentionForward<S>::few(p, span);
-    const bool fresh = few && h % (p.heads / p.kv_heads) == 0;
-    if (tiled(p, b)) Tiled::pack_queries(p, m.tiled, span.queries, queries, grads);
+    const bool fresh = replaces(p, b) && h % (p.heads / p.kv_heads) == 0;
     if (turned) Turned::turn(p, m, queries, grads, span.queries);
     ScoreRow<T> row = score_row_of(p, b, h);
     for (int64_t c = 0; c < lanes<T>; ++c) m.slope_sums[c] = 0;
@@ -211,19 +220,13 @@ struct AttentionBackward {
         if (fresh) zero_rows(0, n, width, key_sums + local * width, value_width, value_sums + local * value_width);
         continue;
       }
-      const Rows<T> keys = key_rows(p, m, b, kv, at, n, flags), values = value_rows(p, m, b, kv, at, n);
       row.valid = n;
-#if defined(S2S_TILE_UNIT)
-      if constexpr (TiledForward<S>::possible) {
-        if (tiled(p, b)) {
-          Tiled::pack_keys(p, m.tiled, n, keys, values);
-          tiled_chunks<EXTRA>(p, g, m, b, h, at, begin, end, peaks, shares, row, query_sums, ahead);
-          if (g.key) Tiled::turn_back(m.tiled, n, p.width, m.tiled.key_totals, key_sums + local * width);
-          if (g.value) Tiled::turn_back(m.tiled, n, p.value_width, m.tiled.value_totals, value_sums + local * value_width);
-          continue;
-        }
+      if (tiled) {
+        Tiled::template block<EXTRA>(p, g, m, b, h, at, n, begin, end, peaks, shares, row, query_sums, key_sums + local * width,
+                                     value_sums + local * value_width, fresh, flags, ahead);
+        continue;
       }
-#endif
+      const Rows<T> keys = key_rows(p, m, b, kv, at, n, flags), values = value_rows(p, m, b, kv, at, n);
       if constexpr (!EXTRA) {
         if (turned) {
           for (int64_t i = begin / attention_block * attention_block; i < end; i += attention_block)
@@ -250,6 +253,10 @@ struct AttentionBackward {
     return all_finite(span.query_rows, width, query_sums, width);
   }
 
+  // Whether the first head's products replace what is in the sums.
+  static bool replaces(const AttentionCall<S>& p, int64_t b) {
+    return tiled(p, b) ? Tiled::replaces : AttentionForward<S>::few(p, p.spans[b]);
+  }
   // Whether all of a head is one block, turned: nothing is added to sums, and delta comes from the gradients themselves.
   static bool sole(const AttentionCall<S>& p, const AttentionSpan& span) {
     return AttentionForward<S>::turned(p, span) && span.queries && span.keys && span.queries <= attention_block &&
@@ -316,11 +323,25 @@ struct AttentionBackward {
   }
 
   // The incoming gradient, with nothing in the rows that see no key, and delta.
-  template <class O>
-  static Rows<T> upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                          const T* shares, const O* all_out, bool& spoilt) {
-    const AttentionSpan& span = p.spans[b];
+  static Rows<T> grads_of(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                          const T* shares, bool& spoilt) {
     Rows<T> grads = grad_rows(p, g, m, b, h);
+    upstream(p, g, m, b, h, part, shares, grads, m.grad_copies, spoilt);
+    return grads;
+  }
+  // The same, of rows that are there.
+  template <class R>
+  static void upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                       const T* shares, Rows<R>& grads, R* copies, bool& spoilt) {
+    if (p.wide_out)
+      upstream(p, g, m, b, h, part, shares, p.wide_out, grads, copies, spoilt);
+    else
+      upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), grads, copies, spoilt);
+  }
+  template <class O, class R>
+  static void upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
+                       const T* shares, const O* all_out, Rows<R>& grads, R* copies, bool& spoilt) {
+    const AttentionSpan& span = p.spans[b];
     const O* const out = all_out + b * p.out_stride[0] + h * p.out_stride[1] + span.query_begin * p.out_stride[2];
     bool dead = false;
     for (int64_t i = 0; i < span.queries; ++i) {
@@ -345,10 +366,9 @@ struct AttentionBackward {
     }
     if (dead) {
       for (int64_t i = 0; i < span.queries; ++i)
-        for (int64_t c = 0; c < grads.row; ++c) m.grad_copies[i * grads.row + c] = shares[i] == T(0) ? T(0) : grads.data[i * grads.row + c];
-      grads.data = m.grad_copies;
+        for (int64_t c = 0; c < grads.row; ++c) copies[i * grads.row + c] = shares[i] == T(0) ? R{} : grads.data[i * grads.row + c];
+      grads.data = copies;
     }
-    return grads;
   }
 
   static void zero_rows(int64_t begin, int64_t end, int64_t width, T* key_sums, int64_t value_width, T* value_sums) {
@@ -413,58 +433,4 @@ struct AttentionBackward {
                               queries.row, key_sums + j * width, width, !fresh});
     }
   }
-
-#if defined(S2S_TILE_UNIT)
-  // The queries [begin, end) with the block of keys from `at` on, on the tile unit.
-  template <bool EXTRA>
-  static void tiled_chunks(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t at,
-                           int64_t begin, int64_t end, const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, Ahead& ahead) {
-    using Chunk = typename Tiled::Chunk;
-    const AttentionSpan& span = p.spans[b];
-    const auto chunk_at = [&](int64_t turn, int64_t first) {
-      Chunk chunk{};
-      for (; first < end && !chunk.rows; first += Tiled::chunk_rows) {
-        chunk = {first, min(Tiled::chunk_rows, end - first), turn, {}};
-        for (int64_t q = 0; q < chunk.rows; q += tiled_rows)
-          chunk.hulls[q / tiled_rows] = hull_of<T>(span, p.left, p.right, first + q, first + min(chunk.rows, q + tiled_rows) - 1, at, 32);
-        if (chunk.begin() >= chunk.end() || chunk.hulls[chunk.begin()].empty()) chunk.rows = 0;
-      }
-      return chunk;
-    };
-    TileQueue<Tiled::plane_count> queue;
-    Chunk last{}, before{}, now = chunk_at(0, begin / Tiled::chunk_rows * Tiled::chunk_rows);
-    if (now.rows) Tiled::add_scores(p, m.tiled, now, queue);
-    queue.finish();
-    while (now.rows) {
-      const Chunk next = chunk_at(now.turn + 1, now.first + Tiled::chunk_rows);
-      if (next.rows) Tiled::add_scores(p, m.tiled, next, queue);
-      if (before.rows) Tiled::add_gradients(p, g, m.tiled, before, row.valid, queue);
-      T *const weights = Tiled::scores(m.tiled, now), *const slopes = Tiled::slopes(m.tiled, now);
-      int64_t done = 0;
-      const int64_t all = (now.end() - now.begin()) * 16;
-      for (int64_t q = now.begin(); q < now.end(); ++q) {
-        ahead.step();
-        for (int64_t r = 0; r < 16; ++r) {
-          queue.advance(queue.parts() * ++done / all);
-          for (int64_t i = q * tiled_rows + r; i <= q * tiled_rows + r + 16; i += 16) {
-            const int64_t place = i * attention_block;
-            if (i < now.rows)
-              Derivative::template differentiate_rows<EXTRA, Tiled::scaled>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks,
-                                                                            shares, row, weights + place, slopes + place);
-            else
-              for (int64_t c = 0; c < attention_block; ++c) weights[place + c] = slopes[place + c] = T(0);
-          }
-          Tiled::put_rows(m.tiled, now, q, r);
-        }
-      }
-      if (last.rows) Tiled::add_up(p, g, m.tiled, last, query_sums);
-      queue.finish();
-      last = before, before = now, now = next;
-    }
-    if (before.rows) Tiled::add_gradients(p, g, m.tiled, before, row.valid, queue);
-    if (last.rows) Tiled::add_up(p, g, m.tiled, last, query_sums);
-    queue.finish();
-    if (before.rows) Tiled::add_up(p, g, m.tiled, before, query_sums);
-  }
-#endif
 };

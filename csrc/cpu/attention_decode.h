@@ -68,7 +68,7 @@ struct AttentionDecode {
     bool spoilt = false;
     for (int64_t c = 0; c < p.value_width; ++c) spoilt = spoilt || sums[c] * T(0) != T(0);
     const int64_t row = p.spans[b].query_begin;
-    AttentionForward<S>::finish_row(p, sums, sums[width], vlog(sums[width]), sums[width + 1], spoilt,
+    AttentionForward<S>::finish_row(p, sums, sums[width], vlog(sums[width]), sums[width + 1], sums[width], spoilt,
                                     p.out + b * p.out_stride[0] + h * p.out_stride[1] + row * p.out_stride[2], p.lse + p.first_row(b, h));
   }
 

@@ -3,7 +3,7 @@
 template <class S>
 struct AttentionDots {
   using T = compute_t<S>;
-#if defined(S2S_TILE_UNIT)
+#if defined(S2S_BFLOAT16_PRODUCTS)
   static constexpr bool pairs = std::is_same_v<S, bfloat16>;
 #else
   static constexpr bool pairs = false;
@@ -30,7 +30,7 @@ struct AttentionDots {
       const S* from[together];
       for (int i = 0; i < together; ++i) next(), from[i] = keys + min(j + i, n - 1) * row;
       Vec<T> sum[HEADS][together] = {};
-#if defined(S2S_TILE_UNIT)
+#if defined(S2S_BFLOAT16_PRODUCTS)
       if constexpr (pairs) {
         // Queries are bfloat16 as keys are, so that their products, which are added in float32, are exact.
         for (int64_t c = 0; c < width; c += 32) {

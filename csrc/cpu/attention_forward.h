@@ -9,7 +9,7 @@ struct AttentionForward {
   static constexpr int64_t queries_at_once = attention_queries;
 
   struct Memory {
-    T *transposed, *value_copies, *query_copies, *key_copies, *out, *sums, *totals, *peaks, *scores, *factors;
+    T *transposed, *value_copies, *query_copies, *key_copies, *out, *sums, *totals, *divisors, *peaks, *scores, *factors;
     Rows<T>*keys, *values;
     uint8_t *bad_values, *spoilt;
     ScoreExtras<S> extras;
@@ -28,6 +28,7 @@ struct AttentionForward {
     m.out = pieces.take<T>(queries_at_once * value_width);
     m.sums = pieces.take<T>(queries_at_once * lanes<T>);
     m.totals = pieces.take<T>(queries_at_once);
+    m.divisors = pieces.take<T>(queries_at_once);
     m.peaks = pieces.take<T>(queries_at_once);
     m.scores = pieces.take<T>((may_turn(p) ? attention_block : attention_rows) * attention_block);
     m.factors = pieces.take<T>(attention_block);
@@ -79,14 +80,14 @@ struct AttentionForward {
     const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + span.key_begin * p.key_stride[2];
     for (int64_t at = block_begin * attention_block; at < min(span.keys, block_end * attention_block); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at);
+      if (tiled) {
+        Tiled::pack_keys(p, m, at / attention_block, n, key + at * p.key_stride[2]);
+        continue;
+      }
       const Rows<T> keys = prepare_rows(n, p.width, key + at * p.key_stride[2], p.key_stride[2], p.key_stride[3],
                                         m.key_copies + (as_they_are ? at * whole_vectors<T>(p.width) : 0));
       m.keys[at / attention_block] = keys;
-      if (as_they_are) continue;
-      if (tiled)
-        Tiled::pack_keys(p, m.tiled, at / attention_block, n, keys);
-      else
-        transpose_rows(n, p.width, keys, m.transposed + at * p.width);
+      if (!as_they_are) transpose_rows(n, p.width, keys, m.transposed + at * p.width);
     }
     prepare_values(p, m, b, kv, block_begin, block_end, false);
     bool cleaned = false;
@@ -99,10 +100,13 @@ struct AttentionForward {
     }
     const int64_t rows = present - query_begin, blocks = block_end - block_begin;
     const bool only = span.keys <= attention_block && blocks == 1;  // and not just for these queries: threads deal them differently
-    if (turned && only) ahead.add(p.out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
+    if ((turned || tiled) && only) {
+      ahead.add(p.out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
+      if (p.wide_out) ahead.add(p.wide_out, p.out_stride, b, kv * group + group - 1, p.batch, p.heads, p.time, p.value_width, true);
+    }
     const int64_t keys = min(span.keys, blocks * attention_block);
     ahead.begin(group * (turned ? turned_steps<T>(keys, rows, p.width) + turned_steps<T>(rows, p.value_width, keys)
-                                : rows / (tiled ? tiled_rows : attention_rows) * blocks));
+                                : (tiled ? Tiled::steps(rows) : rows / attention_rows) * blocks));
     const int64_t value_width = whole_vectors<T>(p.value_width);
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       for (int64_t i = query_begin; i < query_end; i += queries_at_once) {
@@ -136,15 +140,19 @@ struct AttentionForward {
     for (int64_t k = block_begin; k < block_end; ++k) {
       const int64_t at = k * attention_block;
       const int64_t n = min(attention_block, span.keys - at);
-      m.values[k] = prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3],
-                                 m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
-      if (Tiled::pays(p, span)) Tiled::pack_values(p, m.tiled, k, n, m.values[k]);
+      if (Tiled::pays(p, span))
+        Tiled::pack_values(p, m, k, n, value + at * p.value_stride[2], clean);
+      else
+        m.values[k] = prepare_rows(n, p.value_width, value + at * p.value_stride[2], p.value_stride[2], p.value_stride[3],
+                                   m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
     }
   }
 
+  static const S* query_at(const AttentionCall<S>& p, int64_t b, int64_t h, int64_t i) {
+    return p.query + b * p.query_stride[0] + h * p.query_stride[1] + (p.spans[b].query_begin + i) * p.query_stride[2];
+  }
   static Rows<T> query_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n) {
-    const S* const from = p.query + b * p.query_stride[0] + h * p.query_stride[1] + (p.spans[b].query_begin + first) * p.query_stride[2];
-    return prepare_rows(n, p.width, from, p.query_stride[2], p.query_stride[3], m.query_copies);
+    return prepare_rows(n, p.width, query_at(p, b, h, first), p.query_stride[2], p.query_stride[3], m.query_copies);
   }
 
   static void queries(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t h, int64_t first, int64_t n, int64_t block_begin,
@@ -156,16 +164,19 @@ struct AttentionForward {
     if constexpr (plain<S>) {
       if (turned(p, p.spans[b])) return turned_queries<false>(p, m, b, h, first, n, block_begin, block_end, m.out, value_width, ahead);
     }
-    const Rows<T> queries = query_rows(p, m, b, h, first, n);
     std::memset(m.sums, 0, static_cast<size_t>(n * lanes<T>) * sizeof(T));
     for (int64_t i = 0; i < n; ++i) m.peaks[i] = -std::numeric_limits<T>::infinity();
     const bool extra = !plain<S> || p.softcap > 0 || p.bias || p.mask || p.slopes;
-    const auto run = Tiled::pays(p, p.spans[b])
-                         ? extra ? &Tiled::template queries<true, Memory> : &Tiled::template queries<!plain<S>, Memory>
-                     : extra ? &queries_of<true>
-                             : &queries_of<!plain<S>>;
-    run(p, m, b, h, first, n, queries, block_begin, block_end, ahead);
+    if (Tiled::pays(p, p.spans[b])) {
+      const auto run = extra ? &Tiled::template queries<true, Memory> : &Tiled::template queries<!plain<S>, Memory>;
+      run(p, m, b, h, first, n, query_at(p, b, h, first), block_begin, block_end, ahead);
+    } else {
+      const auto run = extra ? &queries_of<true> : &queries_of<!plain<S>>;
+      run(p, m, b, h, first, n, query_rows(p, m, b, h, first, n), block_begin, block_end, ahead);
+    }
     for (int64_t i = 0; i < n; ++i) m.totals[i] = hsum(load(m.sums + i * lanes<T>));
+    if (Tiled::pays(p, p.spans[b]))
+      for (int64_t i = 0; i < n; ++i) m.divisors[i] = Tiled::divisor(p, m, i, m.totals[i]);
   }
 
   template <bool EXTRA>
@@ -358,32 +369,33 @@ struct AttentionForward {
     const int64_t value_width = whole_vectors<T>(p.value_width), row_begin = p.spans[b].query_begin + first;
     T* const lse = p.lse + p.first_row(b, h) + first;
     S* const out = p.out + b * p.out_stride[0] + h * p.out_stride[1] + row_begin * p.out_stride[2];
+    const T* const divisors = Tiled::pays(p, p.spans[b]) ? m.divisors : m.totals;
     for (int64_t i = 0; i < present; i += lanes<T>) store(m.sums + i, vlog(load(m.totals + i)));
     for (int64_t i = 0; i < present; ++i) {
       if constexpr (ABSENT)
         finish_lse(p, m.totals[i], m.sums[i], m.peaks[i], lse + i);
       else
-        finish_row(p, m.out + i * value_width, m.totals[i], m.sums[i], m.peaks[i], m.spoilt[i], out + i * p.out_stride[2], lse + i);
+        finish_row(p, m.out + i * value_width, m.totals[i], m.sums[i], m.peaks[i], divisors[i], m.spoilt[i], out + i * p.out_stride[2],
+                   lse + i);
     }
-    for (int64_t i = present; i < n; ++i) finish_row(p, m.out, T(0), T(0), T(0), false, out + i * p.out_stride[2], lse + i);
+    for (int64_t i = present; i < n; ++i) finish_row(p, m.out, T(0), T(0), T(0), T(0), false, out + i * p.out_stride[2], lse + i);
   }
 
  public:
-  static void finish_row(const AttentionCall<S>& p, const T* sums, T total, T logarithm, T peak, bool spoilt, S* out, T* lse) {
+  // Sums are divided by the divisor, which may differ from the total by how weights were rounded.
+  static void finish_row(const AttentionCall<S>& p, const T* sums, T total, T logarithm, T peak, T divisor, bool spoilt, S* out, T* lse) {
     const bool none = total == T(0);
-    const T share = finish_lse(p, total, logarithm, peak, lse), factor = spoilt ? std::numeric_limits<T>::quiet_NaN() : share;
+    finish_lse(p, total, logarithm, peak, lse);
+    const T factor = spoilt ? std::numeric_limits<T>::quiet_NaN() : T(1) / divisor;
     write(p.value_width, sums, none, factor, out);
     if (p.wide_out) write(p.value_width, sums, none, factor, p.wide_out + (out - p.out));
   }
 
  private:
-  // One row's share of a weight's exponential.
-  S2S_INLINE T finish_lse(const AttentionCall<S>& p, T total, T logarithm, T peak, T* lse) {
+  S2S_INLINE void finish_lse(const AttentionCall<S>& p, T total, T logarithm, T peak, T* lse) {
     const bool none = total == T(0);
     *lse = none ? -std::numeric_limits<T>::infinity() : peak + logarithm;
-    const T share = none ? T(0) : T(1) / total;
-    if (p.peaks) p.peaks[lse - p.lse] = peak, p.shares[lse - p.lse] = share;
-    return share;
+    if (p.peaks) p.peaks[lse - p.lse] = peak, p.shares[lse - p.lse] = none ? T(0) : T(1) / total;
   }
   template <class O>
   S2S_INLINE void write(int64_t width, const T* sums, bool none, T factor, O* out) {

@@ -1,15 +1,27 @@
-// Attention's products on the tile unit (split_product.h), where the instruction set has one, are made while the multipliers work on the
-// scores of other rows: the queue's products advance a little between one row and the next.
+// Attention's products of bfloat16 (split_planes.h), where the instruction set has any. On the tile unit (split_product.h) they are made
+// while the multipliers work on the scores of other rows: the queue's products advance a little between one row and the next. Without one
+// they are made on vectors (attention_paired.h).
 //
-// Factors are three planes, or one where they are bfloat16 to begin with: weights and gradients of scores are then rounded to it, as in
-// eager torch.
+// Factors are three planes, which are worth it on the tile unit alone, or one where they are bfloat16 to begin with: weights and gradients
+// of scores are then rounded to it, as in eager torch.
 //
 // What is not finite is not marked here: its products are not finite, which the kernels look for.
 
 inline constexpr int64_t attention_queries = 96;  // of one head that are looked at together
 inline constexpr int64_t tiled_rows = 32;         // a group: two row tiles
 
+// Whether S has such products.
+template <class S>
+inline constexpr bool tiled_possible =
 #if defined(S2S_TILE_UNIT)
+    std::is_same_v<compute_t<S>, float>;
+#elif defined(S2S_BFLOAT16_PRODUCTS)
+    std::is_same_v<S, bfloat16>;
+#else
+    false;
+#endif
+
+#if defined(S2S_BFLOAT16_PRODUCTS)
 // Where factors of so many planes lie, in bytes, and what they take, in floats: a step, a right factor's column, all of it, the planes of
 // tiled_rows rows.
 template <int PLANES>
@@ -20,6 +32,7 @@ struct TiledLayout {
   static constexpr int64_t planes(int64_t depth) { return 2 * split_steps(depth) * step / 4; }
 };
 
+#if defined(S2S_TILE_UNIT)
 template <int PLANES>
 class TileQueue {
   using Layout = TiledLayout<PLANES>;
@@ -82,6 +95,7 @@ class TileQueue {
   Work work_[8 + 6 * 1024 / 32];  // of backward, for the widest heads
   int64_t count_ = 0, at_ = 0, parts_ = 0, done_ = 0;
 };
+#endif
 
 // Two vectors of 16 numbers, in turns, as bfloat16.
 S2S_INLINE __m512i in_turns(__m512 low, __m512 high) { return split_beside((__m512i)_mm512_cvtne2ps_pbh(high, low)); }
@@ -103,16 +117,23 @@ S2S_INLINE void put_planes(__m512 low, __m512 high, char* to) {
   }
 }
 
-// Rounded to nearest, as the conversion does it.
-S2S_INLINE __m512 to_16_bits(__m512 x) {
-  const __m512i bits = (__m512i)x, odd = _mm512_and_epi32(_mm512_maskz_srli_epi32(-1, bits, 16), _mm512_set1_epi32(1));
-  const __m512i raised = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  return (__m512)_mm512_and_epi32(raised, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-}
-
 // 32 numbers of a row, of which `valid` are there, as bfloat16.
 S2S_INLINE __m512i in_order(const float* from, int64_t valid) {
   return (__m512i)_mm512_cvtne2ps_pbh(split_load(from + 16, valid - 16), split_load(from, valid));
+}
+S2S_INLINE __m512i in_order(const bfloat16* from, int64_t valid) {
+  return valid >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((__mmask32{1} << valid) - 1, from);
+}
+// A line of a right factor: 16 numbers of two rows in turns; a null row is 0.
+S2S_INLINE __m512i in_turns(const float* even, const float* odd, int64_t valid) {
+  return in_turns(even ? split_load(even, valid) : (__m512){}, odd ? split_load(odd, valid) : (__m512){});
+}
+S2S_INLINE __m512i in_turns(const bfloat16* even, const bfloat16* odd, int64_t valid) {
+  const __mmask16 some = static_cast<__mmask16>(valid >= 16 ? 0xffff : (1 << valid) - 1);
+  const auto words = [some](const bfloat16* from) {
+    return from ? _mm512_maskz_cvtepu16_epi32(-1, _mm256_maskz_loadu_epi16(some, from)) : __m512i{};
+  };
+  return _mm512_or_epi32(words(even), _mm512_maskz_slli_epi32(-1, words(odd), 16));
 }
 
 // to (rows, width) = from times a number.
@@ -136,8 +157,8 @@ void tiled_split(int64_t rows, int64_t depth, const float* from, int64_t from_ro
 }
 
 // n <= attention_block rows as columns of a right factor.
-template <int PLANES>
-void tiled_pack_columns(int64_t n, int64_t depth, const Rows<float>& rows, float* packed) {
+template <int PLANES, class R>
+void tiled_pack_columns(int64_t n, int64_t depth, const Rows<R>& rows, float* packed) {
   if constexpr (PLANES == 1) {
     for (int64_t j = 0; j < 16 * split_columns(n); j += 16) {
       char* to = reinterpret_cast<char*>(packed) + j / 16 * TiledLayout<1>::column(split_steps(depth)) + 64;
@@ -147,14 +168,14 @@ void tiled_pack_columns(int64_t n, int64_t depth, const Rows<float>& rows, float
         split_transpose(to);
       }
     }
-    return;
+  } else {
+    for (int64_t j = 0; j < split_columns(n); ++j)
+      split_pack_column(j, depth, n - 16 * j, S2S_LAMBDA(int64_t i) { return rows.data + (16 * j + i) * rows.row; }, packed);
   }
-  for (int64_t j = 0; j < split_columns(n); ++j)
-    split_pack_column(j, depth, n - 16 * j, S2S_LAMBDA(int64_t i) { return rows.data + (16 * j + i) * rows.row; }, packed);
 }
 // The same as its rows, of attention_block in all and in the order of put_planes.
-template <int PLANES>
-void tiled_pack_rows(int64_t n, int64_t columns, const Rows<float>& rows, float* packed) {
+template <int PLANES, class R>
+void tiled_pack_rows(int64_t n, int64_t columns, const Rows<R>& rows, float* packed) {
   using Layout = TiledLayout<PLANES>;
   constexpr int64_t steps = split_steps(attention_block);
   for (int64_t j = 0; j < split_columns(columns); ++j) {
@@ -163,10 +184,9 @@ void tiled_pack_rows(int64_t n, int64_t columns, const Rows<float>& rows, float*
     for (int64_t k = 0; k < n; k += 32)
       for (int64_t line = 0; line < 16; ++line) {
         char* const place = to + k / 32 * Layout::step + line * 64;
-        const float *const even = row(k + line), *const odd = row(k + line + 16);
+        const R *const even = row(k + line), *const odd = row(k + line + 16);
         if constexpr (PLANES == 1)
-          _mm512_store_si512(place, in_turns(even ? split_load(even, columns - 16 * j) : (__m512){},
-                                             odd ? split_load(odd, columns - 16 * j) : (__m512){}));
+          _mm512_store_si512(place, in_turns(even, odd, max(columns - 16 * j, int64_t{0})));
         else
           split_pair<true>(even, odd, columns - 16 * j, place);
       }

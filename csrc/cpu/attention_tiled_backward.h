@@ -4,16 +4,26 @@
 // Scores are those of forward to the bit: its peaks and shares belong to them. Gradients of keys and values are made transposed, so that
 // weights are the right factor, whose lines are those of two rows: element by element beside each other, as put_planes makes them.
 
-template <class S, class T = compute_t<S>>
+template <class S>
+struct AttentionBackward;
+
+template <class S, bool Possible = tiled_possible<S>>
 struct TiledBackward {
+  using T = compute_t<S>;
   struct Memory {};
   static Memory memory(const AttentionCall<S>&, Pieces&) { return {}; }
-  static void pack_queries(const AttentionCall<S>&, const Memory&, int64_t, const Rows<T>&, const Rows<T>&) {}
+  static constexpr bool replaces = false;
+  template <class M>
+  static void begin(const AttentionCall<S>&, const AttentionGradients<S>&, const M&, int64_t, int64_t, int64_t, const T*, uint8_t*, bool&) {
+  }
+  template <bool EXTRA, class M>
+  static void block(const AttentionCall<S>&, const AttentionGradients<S>&, const M&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    const T*, const T*, ScoreRow<T>&, T*, T*, T*, bool, uint8_t*, Ahead&) {}
 };
 
 #if defined(S2S_TILE_UNIT)
 template <class S>
-struct TiledBackward<S, float> {
+struct TiledBackward<S, true> {
   using T = float;
   static constexpr int plane_count = TiledForward<S>::plane_count;
   static constexpr bool scaled = TiledForward<S>::scaled;
@@ -58,6 +68,31 @@ struct TiledBackward<S, float> {
     return m;
   }
 
+  static constexpr bool replaces = false;  // what is in fresh sums
+
+  // One query head: its queries, and the gradients of their results.
+  template <class M>
+  static void begin(const AttentionCall<S>& p, const AttentionGradients<S>& g, const M& m, int64_t b, int64_t h, int64_t part,
+                    const T* shares, uint8_t* flags, bool& spoilt) {
+    using Backward = AttentionBackward<S>;
+    const Rows<T> queries = Backward::query_rows(p, m, b, h, flags), grads = Backward::grads_of(p, g, m, b, h, part, shares, spoilt);
+    pack_queries(p, m.tiled, p.spans[b].queries, queries, grads);
+  }
+
+  // The queries [begin, end) with the n keys from `at` on.
+  template <bool EXTRA, class M>
+  static void block(const AttentionCall<S>& p, const AttentionGradients<S>& g, const M& m, int64_t b, int64_t h, int64_t at, int64_t n,
+                    int64_t begin, int64_t end, const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, T* key_sums,
+                    T* value_sums, bool, uint8_t* flags, Ahead& ahead) {
+    using Backward = AttentionBackward<S>;
+    const int64_t kv = h / (p.heads / p.kv_heads);
+    pack_keys(p, m.tiled, n, Backward::key_rows(p, m, b, kv, at, n, flags), Backward::value_rows(p, m, b, kv, at, n));
+    chunks<EXTRA>(p, g, m, b, h, at, begin, end, peaks, shares, row, query_sums, ahead);
+    if (g.key) turn_back(m.tiled, n, p.width, m.tiled.key_totals, key_sums);
+    if (g.value) turn_back(m.tiled, n, p.value_width, m.tiled.value_totals, value_sums);
+  }
+
+ private:
   // All queries of a head, and the gradients of their results.
   static void pack_queries(const AttentionCall<S>& p, const Memory& m, int64_t n, const Rows<T>& queries, const Rows<T>& grads) {
     const int64_t width = whole_vectors<T>(p.width);
@@ -161,7 +196,56 @@ struct TiledBackward<S, float> {
     }
   }
 
- private:
+  // The queries [begin, end) with the block of keys from `at` on.
+  template <bool EXTRA, class M>
+  static void chunks(const AttentionCall<S>& p, const AttentionGradients<S>& g, const M& m, int64_t b, int64_t h, int64_t at, int64_t begin,
+                     int64_t end, const T* peaks, const T* shares, ScoreRow<T>& row, T* query_sums, Ahead& ahead) {
+    const AttentionSpan& span = p.spans[b];
+    const auto chunk_at = [&](int64_t turn, int64_t first) {
+      Chunk chunk{};
+      for (; first < end && !chunk.rows; first += chunk_rows) {
+        chunk = {first, min(chunk_rows, end - first), turn, {}};
+        for (int64_t q = 0; q < chunk.rows; q += tiled_rows)
+          chunk.hulls[q / tiled_rows] = hull_of<T>(span, p.left, p.right, first + q, first + min(chunk.rows, q + tiled_rows) - 1, at, 32);
+        if (chunk.begin() >= chunk.end() || chunk.hulls[chunk.begin()].empty()) chunk.rows = 0;
+      }
+      return chunk;
+    };
+    TileQueue<plane_count> queue;
+    Chunk last{}, before{}, now = chunk_at(0, begin / chunk_rows * chunk_rows);
+    if (now.rows) add_scores(p, m.tiled, now, queue);
+    queue.finish();
+    while (now.rows) {
+      const Chunk next = chunk_at(now.turn + 1, now.first + chunk_rows);
+      if (next.rows) add_scores(p, m.tiled, next, queue);
+      if (before.rows) add_gradients(p, g, m.tiled, before, row.valid, queue);
+      T *const weights = scores(m.tiled, now), *const changes = slopes(m.tiled, now);
+      int64_t done = 0;
+      const int64_t all = (now.end() - now.begin()) * 16;
+      for (int64_t q = now.begin(); q < now.end(); ++q) {
+        ahead.step();
+        for (int64_t r = 0; r < 16; ++r) {
+          queue.advance(queue.parts() * ++done / all);
+          for (int64_t i = q * tiled_rows + r; i <= q * tiled_rows + r + 16; i += 16) {
+            const int64_t place = i * attention_block;
+            if (i < now.rows)
+              AttentionDerivative<S>::template differentiate_rows<EXTRA, scaled>(p, g, m, b, h, at, now.first + i, 1, now.hulls[q], peaks,
+                                                                                 shares, row, weights + place, changes + place);
+            else
+              for (int64_t c = 0; c < attention_block; ++c) weights[place + c] = changes[place + c] = T(0);
+          }
+          put_rows(m.tiled, now, q, r);
+        }
+      }
+      if (last.rows) add_up(p, g, m.tiled, last, query_sums);
+      queue.finish();
+      last = before, before = now, now = next;
+    }
+    if (before.rows) add_gradients(p, g, m.tiled, before, row.valid, queue);
+    if (last.rows) add_up(p, g, m.tiled, last, query_sums);
+    queue.finish();
+    if (before.rows) add_up(p, g, m.tiled, before, query_sums);
+  }
   static void add(int64_t n, const T* from, T* to) {
     for (int64_t c = 0; c < n; c += lanes<T>) store(to + c, load(to + c) + load(from + c));
   }

@@ -1,25 +1,96 @@
 // Forward attention on the tile unit: a pipeline of groups of rows. While one group's scores become weights, the next one's scores and the
 // weighted values of the one before are multiplied, and the sums of the one before that are added up.
 
-template <class S, class T = compute_t<S>>
+template <class S, bool Possible = tiled_possible<S>>
 struct TiledForward {
-  static constexpr bool possible = false;
   struct Memory {};
   static bool pays(const AttentionCall<S>&, const AttentionSpan&) { return false; }
   static bool may_pay(const AttentionCall<S>&) { return false; }
   static bool always_pays(const AttentionCall<S>&) { return false; }
   static Memory memory(const AttentionCall<S>&, Pieces&) { return {}; }
-  static void pack_keys(const AttentionCall<S>&, const Memory&, int64_t, int64_t, const Rows<T>&) {}
-  static void pack_values(const AttentionCall<S>&, const Memory&, int64_t, int64_t, const Rows<T>&) {}
+  static int64_t steps(int64_t) { return 0; }
+  template <class M>
+  static compute_t<S> divisor(const AttentionCall<S>&, const M&, int64_t, compute_t<S> total) {
+    return total;
+  }
+  template <class M>
+  static void pack_keys(const AttentionCall<S>&, const M&, int64_t, int64_t, const S*) {}
+  template <class M>
+  static void pack_values(const AttentionCall<S>&, const M&, int64_t, int64_t, const S*, bool) {}
   template <bool EXTRA, class M>
-  static void queries(const AttentionCall<S>&, const M&, int64_t, int64_t, int64_t, int64_t, const Rows<T>&, int64_t, int64_t, Ahead&) {}
+  static void queries(const AttentionCall<S>&, const M&, int64_t, int64_t, int64_t, int64_t, const S*, int64_t, int64_t, Ahead&) {}
 };
+
+#if defined(S2S_BFLOAT16_PRODUCTS)
+// Row i of the queries at hand: products become scores and then weights, as planes, whose lines for 32 keys are `step` bytes apart. The
+// factor, which is returned, brings what was summed before to the new maximum.
+template <int PLANES, bool EXTRA, int PAIRS, class S, class M>
+S2S_INLINE float tiled_weights(const AttentionCall<S>& p, const M& m, const ScoreRow<float>& row, const Hull& hull, int64_t block,
+                               int64_t dropout_row, int64_t i, const float* products, char* planes, int64_t step) {
+  using T = float;
+  const T lowest = -std::numeric_limits<T>::infinity();
+  Vec<T> scores[2 * PAIRS], top = broadcast(lowest), slowed;
+#pragma GCC unroll 4
+  for (int v = 0; v < 2 * PAIRS; ++v) {
+    const int64_t c = hull.begin + v * lanes<T>;
+    scores[v] = score<T, EXTRA, (PLANES > 1)>(row, c, load(products + c), slowed);
+    top = max(scores[v], top);  // a NaN is passed over here and comes back with the weights
+  }
+  const int64_t at = block * attention_block;
+  if (m.values[block].bad) {
+    const auto seen = [&](int64_t c) { return scores[(c - hull.begin) / lanes<T>][(c - hull.begin) % lanes<T>] != lowest; };
+    for (int64_t c = hull.begin; c < min(hull.end, row.valid); ++c)
+      if (m.bad_values[at + c] && seen(c)) m.spoilt[i] = 1;
+  }
+  T& kept = m.peaks[i];
+  const T before = kept, peak = max(before, hmax(top));
+  Vec<T> sum = load(m.sums + i * lanes<T>);
+  T factor = 1;
+  if (peak > before) {
+    if (before != lowest) factor = vexp_fast(before - peak);
+    sum = sum * factor;
+    kept = peak;
+  }
+  Vec<T> rounded{};
+  if constexpr (PLANES == 1) rounded = load(m.tiled.rounded + i * lanes<T>) * factor;
+  const T level = peak == lowest ? T(0) : peak;
+  if (p.dropout)
+    dropout_factors<T>(p.seed0, p.seed1, 0, dropout_row, at + hull.begin, hull.end - hull.begin, p.threshold, static_cast<T>(p.kept),
+                       m.factors + hull.begin);
+#pragma GCC unroll 2
+  for (int pair = 0; pair < PAIRS; ++pair) {
+    Vec<T> low = vexp_weight(scores[2 * pair] - level), high = vexp_weight(scores[2 * pair + 1] - level);
+    sum = sum + low + high;
+    if (p.dropout) {
+      const T* const factors = m.factors + hull.begin + 2 * pair * lanes<T>;
+      low = low * load(factors), high = high * load(factors + lanes<T>);
+    }
+    if constexpr (PLANES == 1) {
+      const __m512i words = in_turns(low, high);
+      _mm512_store_si512(planes + pair * step, words);
+      rounded = _mm512_dpbf16_ps(rounded, (__m512bh)words, (__m512bh)_mm512_set1_epi32(0x3f803f80));  // by one
+    } else {
+      put_planes<PLANES, false>(low, high, planes + pair * step);
+    }
+  }
+  store(m.sums + i * lanes<T>, sum);
+  if constexpr (PLANES == 1) store(m.tiled.rounded + i * lanes<T>, rounded);
+  return factor;
+}
+
+// What row i of bfloat16 is divided by: the sum of its weights as they were rounded to 16 bits. What all values share would keep the
+// difference, and pass it on to the gradients.
+template <class S, class M>
+S2S_INLINE float rounded_total(const AttentionCall<S>& p, const M& m, int64_t i, float total) {
+  const float rounded = p.dropout ? 0.0f : hsum(load(m.tiled.rounded + i * lanes<float>));
+  return rounded == 0.0f ? total : rounded;
+}
+#endif
 
 #if defined(S2S_TILE_UNIT)
 template <class S>
-struct TiledForward<S, float> {
+struct TiledForward<S, true> {
   using T = float;
-  static constexpr bool possible = true;
   static constexpr int plane_count = std::is_same_v<S, bfloat16> ? 1 : 3;
   static constexpr bool scaled = plane_count > 1;  // queries are, not scores; bfloat16 must stay what they are
   using Layout = TiledLayout<plane_count>;
@@ -41,6 +112,13 @@ struct TiledForward<S, float> {
     const int64_t least = plane_count == 1 ? 64 : p.right >= p.source ? 192 : p.peaks ? 448 : 320;
     return p.width >= 32 && p.value_width >= 32 && rows >= least && keys >= 32;
   }
+  template <class M>
+  static T divisor(const AttentionCall<S>& p, const M& m, int64_t i, T total) {
+    if constexpr (plane_count == 1) return rounded_total(p, m, i, total);
+    return total;
+  }
+  // In which the next task's lines are asked for, of so many rows.
+  static int64_t steps(int64_t rows) { return rows / tiled_rows; }
   static int64_t columns(const AttentionCall<S>& p) { return split_columns(p.value_width) * 16; }
 
   static Memory memory(const AttentionCall<S>& p, Pieces& pieces) {
@@ -57,12 +135,20 @@ struct TiledForward<S, float> {
     return m;
   }
 
-  static void pack_keys(const AttentionCall<S>& p, const Memory& m, int64_t block, int64_t n, const Rows<T>& keys) {
-    tiled_pack_columns<plane_count>(n, p.width, keys, m.keys + block * Layout::packed_size(attention_block, p.width));
+  // The n keys of a block.
+  template <class M>
+  static void pack_keys(const AttentionCall<S>& p, const M& m, int64_t block, int64_t n, const S* from) {
+    const Rows<T> keys = prepare_rows(n, p.width, from, p.key_stride[2], p.key_stride[3], m.key_copies);
+    tiled_pack_columns<plane_count>(n, p.width, keys, m.tiled.keys + block * Layout::packed_size(attention_block, p.width));
   }
-  static void pack_values(const AttentionCall<S>& p, const Memory& m, int64_t block, int64_t n, const Rows<T>& values) {
-    tiled_pack_rows<plane_count>(n, whole_vectors<T>(p.value_width), values,
-                                 m.values + block * Layout::packed_size(columns(p), attention_block));
+  // Those of their values; `clean`: without what is not finite.
+  template <class M>
+  static void pack_values(const AttentionCall<S>& p, const M& m, int64_t block, int64_t n, const S* from, bool clean) {
+    const int64_t at = block * attention_block;
+    m.values[block] = prepare_rows(n, p.value_width, from, p.value_stride[2], p.value_stride[3],
+                                   m.value_copies + at * whole_vectors<T>(p.value_width), clean ? m.bad_values + at : nullptr);
+    tiled_pack_rows<plane_count>(n, whole_vectors<T>(p.value_width), m.values[block],
+                                 m.tiled.values + block * Layout::packed_size(columns(p), attention_block));
   }
 
   // The turn'th group of rows with a block of keys of which they see something; no rows: there is none.
@@ -73,12 +159,16 @@ struct TiledForward<S, float> {
     float* scores(const Memory& m) const { return m.scores + turn % 2 * tiled_rows * attention_block; }
     float* weights(const Memory& m) const { return m.weights + turn % 2 * Layout::planes(attention_block); }
     float* factors(const Memory& m) const { return m.factors + turn % 3 * tiled_rows; }
+    char* planes(const Memory& m, int64_t r) const {
+      return reinterpret_cast<char*>(weights(m)) + r / 16 * split_steps(attention_block) * Layout::step + r % 16 * 64;
+    }
   };
 
   template <bool EXTRA, class M>
-  static void queries(const AttentionCall<S>& p, const M& m, int64_t b, int64_t h, int64_t first, int64_t n, const Rows<T>& queries,
+  static void queries(const AttentionCall<S>& p, const M& m, int64_t b, int64_t h, int64_t first, int64_t n, const S* all,
                       int64_t block_begin, int64_t block_end, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
+    const Rows<T> queries = prepare_rows(n, p.width, all, p.query_stride[2], p.query_stride[3], m.query_copies);
     const int64_t steps = split_steps(p.width);
     const int64_t padded = whole_vectors<T>(p.width);
     if (scaled) tiled_scale(n, padded, queries.data, queries.row, static_cast<T>(p.scale), m.query_copies);
@@ -140,10 +230,15 @@ struct TiledForward<S, float> {
           row.distance = static_cast<T>(at - i - span.diagonal);
           m.extras.point(p, b, h, i, at, row);
         }
+        const auto weights = S2S_LAMBDA(auto pairs) {
+          now.factors(m.tiled)[r] = tiled_weights<plane_count, EXTRA, decltype(pairs)::value>(
+              p, m, row, now.hull, now.block, p.first_row(b, h) + i, now.begin + r, now.scores(m.tiled) + r * attention_block,
+              now.planes(m.tiled, r), Layout::step);
+        };
         if (now.hull.end - now.hull.begin == 64)
-          weigh<EXTRA, 2>(p, m, row, now, p.first_row(b, h) + i, r);
+          weights(std::integral_constant<int, 2>{});
         else
-          weigh<EXTRA, 1>(p, m, row, now, p.first_row(b, h) + i, r);
+          weights(std::integral_constant<int, 1>{});
       }
       for (int64_t r = now.rows; r < last.rows; ++r) add_up(last, r);
       queue.finish();
@@ -153,69 +248,6 @@ struct TiledForward<S, float> {
     for (int64_t r = 0; r < last.rows; ++r) add_up(last, r);
     queue.finish();
     for (int64_t r = 0; r < before.rows; ++r) add_up(before, r);
-    if constexpr (plane_count == 1) {
-      // Results are divided by what weights sum up to before they are rounded to 16 bits. What all values share would keep the difference,
-      // and pass it on to the gradients.
-      for (int64_t i = 0; i < n && !p.dropout; ++i) {
-        const T total = hsum(load(m.sums + i * lanes<T>)), rounded = hsum(load(m.tiled.rounded + i * lanes<T>));
-        const Vec<T> factor = broadcast(rounded == T(0) ? T(1) : total / rounded);
-        for (int64_t c = 0; c < width; c += lanes<T>) store(m.out + i * width + c, load(m.out + i * width + c) * factor);
-      }
-    }
-  }
-
-  // Row r of a group: products become scores and then weights, as planes; the factor brings what was summed before to the new maximum.
-  template <bool EXTRA, int PAIRS, class M>
-  S2S_INLINE void weigh(const AttentionCall<S>& p, const M& m, const ScoreRow<T>& row, const Group& group, int64_t dropout_row, int64_t r) {
-    const T lowest = -std::numeric_limits<T>::infinity();
-    const Hull& hull = group.hull;
-    const T* const products = group.scores(m.tiled) + r * attention_block;
-    Vec<T> scores[2 * PAIRS], top = broadcast(lowest), slowed;
-#pragma GCC unroll 4
-    for (int v = 0; v < 2 * PAIRS; ++v) {
-      const int64_t c = hull.begin + v * lanes<T>;
-      scores[v] = score<T, EXTRA, scaled>(row, c, load(products + c), slowed);
-      top = max(scores[v], top);  // a NaN is passed over here and comes back with the weights
-    }
-    const int64_t at = group.block * attention_block;
-    if (m.values[group.block].bad) {
-      const auto seen = [&](int64_t c) { return scores[(c - hull.begin) / lanes<T>][(c - hull.begin) % lanes<T>] != lowest; };
-      for (int64_t c = hull.begin; c < min(hull.end, row.valid); ++c)
-        if (m.bad_values[at + c] && seen(c)) m.spoilt[group.begin + r] = 1;
-    }
-    T& kept = m.peaks[group.begin + r];
-    const T before = kept, peak = max(before, hmax(top));
-    T* const total = m.sums + (group.begin + r) * lanes<T>;
-    Vec<T> sum = load(total);
-    T factor = 1;
-    if (peak > before) {
-      if (before != lowest) factor = vexp_fast(before - peak);
-      sum = sum * factor;
-      kept = peak;
-    }
-    group.factors(m.tiled)[r] = factor;
-    Vec<T> rounded{};
-    T* const rounded_total = m.tiled.rounded + (plane_count == 1 ? (group.begin + r) * lanes<T> : 0);
-    if constexpr (plane_count == 1) rounded = load(rounded_total) * factor;
-    const T level = peak == lowest ? T(0) : peak;
-    if (p.dropout)
-      dropout_factors<T>(p.seed0, p.seed1, 0, dropout_row, at + hull.begin, hull.end - hull.begin, p.threshold, static_cast<T>(p.kept),
-                         m.factors + hull.begin);
-    char* const planes =
-        reinterpret_cast<char*>(group.weights(m.tiled)) + r / 16 * split_steps(attention_block) * Layout::step + r % 16 * 64;
-#pragma GCC unroll 2
-    for (int pair = 0; pair < PAIRS; ++pair) {
-      Vec<T> low = vexp_weight(scores[2 * pair] - level), high = vexp_weight(scores[2 * pair + 1] - level);
-      sum = sum + low + high;
-      if constexpr (plane_count == 1) rounded = rounded + to_16_bits(low) + to_16_bits(high);
-      if (p.dropout) {
-        const T* const factors = m.factors + hull.begin + 2 * pair * lanes<T>;
-        low = low * load(factors), high = high * load(factors + lanes<T>);
-      }
-      put_planes<plane_count, false>(low, high, planes + pair * Layout::step);
-    }
-    store(total, sum);
-    if constexpr (plane_count == 1) store(rounded_total, rounded);
   }
 };
 #endif

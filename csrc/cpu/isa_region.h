@@ -4,6 +4,9 @@ namespace s2s::S2S_ISA {
 #include "simd.h"
 #include "vector_math.h"
 #include "gemm.h"
+#if defined(S2S_BFLOAT16_PRODUCTS)
+#include "split_planes.h"
+#endif
 #if defined(S2S_TILE_UNIT)
 #include "split_product.h"
 #endif
