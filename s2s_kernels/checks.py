@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -118,6 +119,21 @@ def lengths(
     return value.to(device=reference.device, dtype=torch.int64, non_blocking=taken).contiguous()
 
 
+def indices(operator: str, name: str, value: Any, reference: torch.Tensor, size: int) -> torch.Tensor:
+    """Checks indices (N,), int32 or int64, beside `reference`, in [0, size) where they can be read."""
+    tensor(operator, name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        wrong_type(operator, name, "an int32 or int64 tensor", value.dtype)
+    if value.dim() != 1:
+        wrong_value(operator, name, "of one dimension", tuple(value.shape))
+    beside(operator, name, value, reference, "the rows")
+    if readable(value) and value.numel():
+        smallest, largest = (int(v) for v in torch.aminmax(value))
+        if smallest < 0 or largest >= size:
+            wrong_value(operator, name, f"in [0, {size})", f"values in [{smallest}, {largest}]")
+    return value
+
+
 def are_read(lengths: Any) -> bool:
     """Whether a kernel reads lengths as they are, and so checks them: int64, or none."""
     return lengths is None or getattr(lengths, "dtype", None) is torch.int64
@@ -134,11 +150,22 @@ def boolean(operator: str, name: str, value: Any, reference: torch.Tensor, refer
 
 
 def probability(operator: str, name: str, value: float) -> None:
-    """ValueError unless 0 <= value <= 1."""
-    if value is None or isinstance(value, str):
-        wrong_type(operator, name, "a number", repr(value))
-    if not 0.0 <= value <= 1.0:
+    """TypeError unless `value` is a number, ValueError unless 0 <= value <= 1."""
+    try:
+        within = 0.0 <= value <= 1.0
+    except TypeError:
+        wrong_type(operator, name, "a number", type(value).__name__)
+    if not within:
         wrong_value(operator, name, "a probability in [0, 1]", value)
+
+
+def integer(operator: str, name: str, value: Any, expected: str = "an integer") -> int:
+    """`value` as an int if it is an integer of Python, numpy or torch.compile, else TypeError."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
+        wrong_type(operator, name, expected, repr(value))
+    return index(value)
 
 
 def choice(operator: str, name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -120,12 +120,15 @@ def attention_errors() -> tuple[ErrorSample, ...]:
         refused("window no pair", TypeError, "window", lambda draw: {"window": 3}),
         refused("window of floats", TypeError, "window", lambda draw: {"window": (1.0, None)}),
         refused("window below 0", ValueError, "window", lambda draw: {"window": (-1, 0)}),
+        refused("window past 64 bits", ValueError, "window", lambda draw: {"window": (2**70, 0)}),
+        refused("window of a bool", TypeError, "window", lambda draw: {"window": (0, True)}),
         refused("lengths above S", ValueError, "key_lengths", lambda draw: {"key_lengths": draw.tensor([7, 1])}),
         refused("lengths above T", ValueError, "query_lengths", lambda draw: {"query_lengths": draw.tensor([4, 1])}),
         refused("lengths below 0", ValueError, "key_lengths", lambda draw: {"key_lengths": draw.tensor([-1, 1])}),
         refused("size of lengths", ValueError, "key_lengths", lambda draw: {"key_lengths": draw.tensor([1])}),
         refused("floating lengths", TypeError, "query_lengths", lambda draw: {"query_lengths": draw(2)}),
         refused("dropout above 1", ValueError, "dropout_p", lambda draw: {"dropout_p": 1.5}),
+        refused("dropout no number", TypeError, "dropout_p", lambda draw: {"dropout_p": None}),
         refused("scale no number", TypeError, "scale", lambda draw: {"scale": "auto"}),
         refused("softcap 0", ValueError, "softcap", lambda draw: {"softcap": 0.0}),
         refused("shape of slopes", ValueError, "alibi_slopes", lambda draw: {"alibi_slopes": draw(3)}),
@@ -223,6 +226,8 @@ def sdpa_errors() -> tuple[ErrorSample, ...]:
         refused("integral mask", TypeError, "attn_mask", lambda draw: {"attn_mask": draw(3, 6).long()}),
         refused("wider mask", ValueError, "attn_mask", lambda draw: {"attn_mask": draw.mask(7, 2, 4, 3, 6)}),
         refused("dropout below 0", ValueError, "dropout_p", lambda draw: {"dropout_p": -0.5}),
+        refused("dropout no number", TypeError, "dropout_p", lambda draw: {"dropout_p": "a"}),
+        refused("is_causal no bool", TypeError, "is_causal", lambda draw: {"is_causal": "bottom-right"}),
     )
 
 

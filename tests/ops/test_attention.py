@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,8 @@ def test_windows(backend):
         assert seen(3, 4, window=(None, 0)) == seen(3, 4, causal=True)
         assert seen(3, 4, window=(1, 3), causal=True) == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]]
         assert seen(2, 4, window=(1, 0), causal="bottom-right") == [[[0, 1, 1, 0], [0, 0, 1, 1]]]
-        assert seen(2, 2, window=(2**62, 2**62)) == [[[1, 1], [1, 1]]]
+        assert seen(2, 2, window=(2**63 - 1, 2**63 - 1)) == [[[1, 1], [1, 1]]]
+        assert seen(2, 2, window=(np.int32(0), np.int64(1))) == [[[1, 1], [0, 1]]]
 
 
 @needs_extension

@@ -236,6 +236,8 @@ def scaled_dot_product_attention(
         if value_of.dim() < (3 if enable_gqa else 2):
             layout = "(..., H, T, D)" if enable_gqa else "(..., T, D)"
             checks.wrong_value(name, argument, layout, tuple(value_of.shape))
+    if not isinstance(is_causal, bool):
+        checks.wrong_type(name, "is_causal", "True or False", repr(is_causal))
     query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)  # type: ignore[assignment]
     inner = 3 if enable_gqa else 2
     leading = _broadcast_shapes(name, [x.shape[:-inner] for x in (query, key, value)])

@@ -48,17 +48,19 @@ def restrictions(name: str, causal: Any, window: Any) -> tuple[int | None, int |
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             checks.wrong_type(name, "window", "a pair (left, right)", repr(window))
-        left, right = window
-        for side in window:
-            if side is None:
-                continue
-            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-                checks.wrong_type(name, "window", "a pair of integers or None", repr(window))
-            if side < 0 or (isinstance(side, int) and side >= 2**63):
-                checks.wrong_value(name, "window", "of sides of at least 0 in 64 bits (None = unbounded)", window)
+        left, right = (_side(name, side, window) for side in window)
     if causal:
         right = 0
     return left, right, causal == "bottom-right"
+
+
+def _side(name: str, side: Any, window: Any) -> int | None:
+    if side is None:
+        return None
+    side = checks.integer(name, "window", side, "a pair of integers or None")
+    if side < 0 or side >= 2**63:
+        checks.wrong_value(name, "window", "of sides from 0 to 2^63 - 1 (None = unbounded)", window)
+    return side
 
 
 def real(name: str, argument: str, value: Any) -> None:
