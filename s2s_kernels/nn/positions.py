@@ -180,6 +180,7 @@ def _positions(name: str, x: torch.Tensor, time: int, offset: int | torch.Tensor
     if isinstance(offset, torch.Tensor):
         offset = checks.lengths(name, "offset", offset, x, x.shape[0], maximum, "L - T")  # type: ignore[assignment]
         return offset[:, None] + steps  # type: ignore[index]
+    offset = checks.integer(name, "offset", offset, "an integer, or a tensor of one a row")
     if not 0 <= offset <= maximum:
         checks.wrong_value(name, "offset", f"in [0, {maximum}]", offset)
     return offset + steps

@@ -43,10 +43,10 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         for name, size in (("batch", batch), ("max_length", max_length)):
-            if size < 0:
+            if checks.integer("KVCache", name, size) < 0:
                 checks.wrong_value("KVCache", name, "at least 0", size)
         for name, size in (("kv_heads", kv_heads), ("head_dim", head_dim)):
-            if size <= 0:
+            if checks.integer("KVCache", name, size) <= 0:
                 checks.wrong_value("KVCache", name, "at least 1", size)
         self.key = torch.zeros(batch, kv_heads, max_length, head_dim, dtype=dtype, device=device)
         self.value = torch.zeros_like(self.key)
@@ -106,20 +106,24 @@ class KVCache:
             limit = checks.lengths("KVCache.crop", "length", length, self.key, batch, capacity, "S")
             self.lengths.copy_(torch.minimum(self.lengths, limit.clamp(min=0)))  # type: ignore[union-attr]
             return
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-            checks.wrong_type("KVCache.crop", "length", "an integer or a tensor", type(length).__name__)
-        if length < 0:
+        if checks.integer("KVCache.crop", "length", length) < 0:
             checks.wrong_value("KVCache.crop", "length", "at least 0", length)
         self.lengths.clamp_(max=length)
 
     def reorder(self, index: torch.Tensor) -> "KVCache":
         """A new cache whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search)."""
+        index = checks.indices("KVCache.reorder", "index", index, self.key, self.key.shape[0])
         return self._of(*(x.index_select(0, index) for x in (self.key, self.value, self.lengths)))
 
     def to(self, *args: Any, **kwargs: Any) -> "KVCache":
         """A cache with `Tensor.to` of the keys and values, and the lengths beside them."""
         key, value = self.key.to(*args, **kwargs), self.value.to(*args, **kwargs)
         return self._of(key, value, self.lengths.to(key.device))
+
+    def __repr__(self) -> str:
+        names = ("batch", "kv_heads", "max_length", "head_dim")
+        sizes = ", ".join(f"{name}={size}" for name, size in zip(names, self.key.shape, strict=True))
+        return f"{type(self).__name__}({sizes}, dtype={self.key.dtype}, device={self.key.device})"
 
     def _check_space(self, name: str, total: torch.Tensor, batch: int) -> None:
         capacity = self.key.shape[2]

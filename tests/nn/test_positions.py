@@ -136,6 +136,8 @@ def test_compiles_whole():
         (lambda: SinusoidalPositions(4)(torch.zeros(2, 3, 4), torch.tensor([0, -1])), ValueError, "offset"),
         (lambda: SinusoidalPositions(4)(torch.zeros(2, 3, 4), torch.tensor([0])), ValueError, "offset"),
         (lambda: SinusoidalPositions(4)(torch.zeros(2, 3, 4), torch.tensor([0.0, 1.0])), TypeError, "offset"),
+        (lambda: SinusoidalPositions(4)(torch.zeros(2, 3, 4), 1.5), TypeError, "offset"),
+        (lambda: SinusoidalPositions(4)(torch.zeros(2, 3, 4), True), TypeError, "offset"),
         (lambda: LearnedPositions(5, 4)(torch.zeros(2, 6, 4)), ValueError, "x"),
         (lambda: LearnedPositions(5, 4)(torch.zeros(2, 3, 4), 3), ValueError, "offset"),
         (lambda: LearnedPositions(5, 4)(torch.zeros(2, 3, 4), torch.tensor([0, 3])), ValueError, "offset"),

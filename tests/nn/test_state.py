@@ -233,7 +233,34 @@ def test_bad_sizes_and_crops_are_refused():
             KVCache(*sizes)
     with pytest.raises(ValueError, match="head_dim"):
         KVCache(1, 2, 3, 0)
+    with pytest.raises(TypeError, match="max_length"):
+        KVCache(1, 2, 3.0, 4)
     cache = KVCache(2, 2, 5, 8)
-    for length, error in ((-1, ValueError), (torch.tensor([1, 6]), ValueError), (torch.tensor([1.0, 2.0]), TypeError)):
-        with pytest.raises(error, match="length"):
+    for length, error in (
+        (-1, ValueError), (torch.tensor([1, 6]), ValueError), (torch.tensor([1.0, 2.0]), TypeError),
+        (1.5, TypeError), (True, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match="length must"):
             cache.crop(length)
+
+
+@pytest.mark.parametrize(
+    "index, error",
+    [
+        (torch.tensor([0, 2]), ValueError),
+        (torch.tensor([-1]), ValueError),
+        (torch.tensor(0), ValueError),
+        (torch.tensor([True, False]), TypeError),
+        (torch.tensor([0.0]), TypeError),
+        ([0, 1], TypeError),
+    ],
+    ids=str,
+)
+def test_bad_rows_are_refused(index, error):
+    with pytest.raises(error, match=r"KVCache.reorder: index must"):
+        KVCache(2, 2, 5, 8).reorder(index)
+
+
+def test_shows_its_sizes():
+    shown = "KVCache(batch=2, kv_heads=1, max_length=5, head_dim=8, dtype=torch.bfloat16, device=cpu)"
+    assert repr(KVCache(2, 1, 5, 8, torch.bfloat16)) == shown
