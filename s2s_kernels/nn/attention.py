@@ -238,7 +238,7 @@ class MultiheadAttention(Layer):
         """Whether the keys have a batch dimension."""
         refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
         for name, x, size in (("key", key, self.kdim), ("value", value, self.vdim)):
-            _check_rows(name, x, size)
+            _check_rows(name, x, size, self.out_proj.weight.dtype)
         if key.shape[:-1] != value.shape[:-1]:
             refuse("value", f"of as many positions as key, {tuple(key.shape[:-1])}", tuple(value.shape[:-1]))
         batched = key.dim() == 3
@@ -254,7 +254,7 @@ class MultiheadAttention(Layer):
     ) -> None:
         """Queries and attn_mask against `source` keys of each of `batch` rows."""
         refuse = functools.partial(checks.wrong_value, "MultiheadAttention")
-        _check_rows("query", query, self.embed_dim)
+        _check_rows("query", query, self.embed_dim, self.out_proj.weight.dtype)
         if query.dim() != (3 if batched else 2):
             refuse("key", f"with {query.dim()} dimensions like query", 3 if batched else 2)
         of_batch, of_time = (0, 1) if self.batch_first and batched else (1, 0)
@@ -276,7 +276,7 @@ class MultiheadAttention(Layer):
         attn_mask: torch.Tensor | None,
     ) -> bool:
         """Whether the input has a batch dimension."""
-        _check_rows("query", query, self.embed_dim)
+        _check_rows("query", query, self.embed_dim, self.out_proj.weight.dtype)
         if query is key and key is value and key_padding_mask is attn_mask is None and self._qkv_same_embed_dim:
             return query.dim() == 3
         batched = self._check_keys(key, value, key_padding_mask)
@@ -423,7 +423,7 @@ def _seen_by_all(
     )
 
 
-def _check_rows(name: str, x: Any, size: int) -> None:
+def _check_rows(name: str, x: Any, size: int, dtype: torch.dtype) -> None:
     if not isinstance(x, torch.Tensor) or x.is_nested:
         checks.wrong_type("MultiheadAttention", name, "a tensor that isn't nested", type(x).__name__)
     if x.dim() not in (2, 3):
@@ -431,9 +431,12 @@ def _check_rows(name: str, x: Any, size: int) -> None:
         checks.wrong_value("MultiheadAttention", name, wanted, tuple(x.shape))
     if x.shape[-1] != size:
         checks.wrong_value("MultiheadAttention", name, f"of width {size}", tuple(x.shape))
+    if x.dtype != dtype and not (x.is_floating_point() and checks.autocasts(x)):
+        checks.wrong_type("MultiheadAttention", name, f"{dtype} like the parameters", x.dtype)
 
 
-def _check_mask(name: str, mask: torch.Tensor) -> None:
+def _check_mask(name: str, mask: Any) -> None:
+    checks.tensor("MultiheadAttention", name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         checks.wrong_type("MultiheadAttention", name, "boolean or floating", mask.dtype)
 
