@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import checks
 from ..ops.additive_attention import AdditiveKeys, additive_attention, attention_pool, prepare_additive_keys
 from ..ops.attention import attention
+from ..ops.random import draw_seed, keep_mask
 from .attention import attention_weights
 from .layer import Layer
 
@@ -254,16 +254,20 @@ class LuongAttention(Layer):
                 dropout_p=dropout,
                 return_weights=return_weights,
             )
+        assert mask is not None  # the window's at least
         _, weights = additive_attention(
-            q, k, value, self.weight, mask=mask, key_lengths=key_lengths, return_weights=True
+            q, k, value[..., :1], self.weight, mask=mask, key_lengths=key_lengths, return_weights=True
         )
         weights = weights * falloff.exp().to(weights.dtype)
-        value = _seen_only("LuongAttention", value, mask, key_lengths, query.shape[1])
+        value = _seen_only("LuongAttention", value, mask, key_lengths, query.shape[1]).to(weights.dtype)
+        used = weights
+        if dropout > 0:
+            kept = keep_mask(draw_seed(weights.device), tuple(weights.shape), dropout)
+            used = torch.where(kept, weights / (1 - dropout), 0) if dropout < 1 else weights * 0
         # In a product even a weight of 0 would make NaN of what isn't finite: only rows that see such a value get it.
-        assert mask is not None
-        context = F.dropout(weights, dropout) @ value.nan_to_num(0.0, 0.0, 0.0)
         spoilt = mask.to(value.dtype) @ (~value.isfinite()).to(value.dtype)
-        context = torch.where(spoilt > 0, torch.nan, context)
+        taint = torch.where(spoilt > 0, torch.nan, 0.0).to(value.dtype)
+        context = used @ value.nan_to_num(0.0, 0.0, 0.0) + weights.sum(-1, keepdim=True) * taint
         return (context, weights) if return_weights else context
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import s2s_kernels as s2s
+from s2s_kernels.ops.random import draw_seed, keep_mask
 from s2s_kernels.testing import Draw
 
 NAN = float("nan")
@@ -174,6 +175,30 @@ def test_absent_positions_leave_no_trace(score, window):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("score", s2s.nn.LuongAttention.SCORES)
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_value_hidden_from_a_row_leaves_no_trace_in_it(score, window):
+    """Another row sees it, which is NaN, gradient and all."""
+    draw = Draw()
+    layer = s2s.nn.LuongAttention(6, 6, score, window=window, max_length=8 if score == "location" else None)
+    if window is not None:
+        with torch.no_grad():
+            layer.position_weight.zero_()  # p = S / 2: the window has the position
+    query, key, value = draw(2, 3, 6).requires_grad_(), draw(2, 8, 6), draw(2, 8, 5)
+    mask = torch.ones(2, 3, 8, dtype=torch.bool)
+    mask[0, 1:, 4] = False
+    results = []
+    for content in (0.0, NAN):
+        value[0, 4, 1] = content
+        context = layer(query, key, value, mask=mask)
+        (grad,) = torch.autograd.grad(context.square().sum(), query)
+        results.append([context[0, 1:], context[1], grad[0, 1:], grad[1]])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert context[0, 0, 1].isnan()
+    assert grad[0, 0].isnan().any()
+
+
 def test_absent_keys_leave_no_trace_in_bahdanaus():
     draw = Draw()
     layer = s2s.nn.AdditiveAttention(4, 6, 5)
@@ -200,6 +225,16 @@ def test_dropout_only_in_training(build):
     expected = layer.eval()(query, key)
     assert torch.equal(layer(query, key), expected)
     assert not torch.allclose(layer.train()(query, key), expected)
+
+
+def test_dropout_of_the_falloff_draws_the_mask_of_the_operators():
+    draw, layer = Draw(), s2s.nn.LuongAttention(6, 6, "concat", window=3, dropout=0.5)
+    query, key = draw(2, 3, 6), draw(2, 8, 6)
+    torch.manual_seed(3)
+    context, weights = layer(query, key, return_weights=True)
+    torch.manual_seed(3)
+    kept = keep_mask(draw_seed(query.device), (2, 3, 8), 0.5)
+    torch.testing.assert_close(context, torch.where(kept, weights * 2, 0) @ key)
 
 
 def test_the_pool():
