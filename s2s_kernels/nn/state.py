@@ -157,7 +157,8 @@ class AttentionKeys:
     batched: bool
 
     def reorder(self, index: torch.Tensor) -> "AttentionKeys":
-        """The same for the rows `index` (int64) of the batch: beams reordered, duplicated or dropped."""
+        """The same for the rows `index` (B',) of the batch: beams reordered, duplicated or dropped."""
+        index = checks.indices("AttentionKeys.reorder", "index", index, self.key, self.key.shape[0])
         key, value = (x.index_select(0, index) for x in (self.key, self.value))
         mask = self.key_padding_mask
         return AttentionKeys(key, value, None if mask is None else mask.index_select(0, index), self.batched)
@@ -201,6 +202,7 @@ class ConvState:
 
     def reorder(self, index: torch.Tensor) -> "ConvState":
         """A new state whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search)."""
+        index = checks.indices("ConvState.reorder", "index", index, self.ring, self.ring.shape[0])
         return _like(self, self.ring.index_select(0, index), self.position.clone())
 
     def advance(self, x_t: torch.Tensor, in_place: bool) -> None:
@@ -264,6 +266,7 @@ class ConvStackState:
     def reorder(self, index: torch.Tensor) -> "ConvStackState":
         """A new state whose row i is a copy of row index[i]; index (B',) may repeat or leave out rows (beam search).
         Both hold the same packed weights."""
+        index = checks.indices("ConvStackState.reorder", "index", index, self.ring, self.ring.shape[0])
         ring = self.ring.index_select(0, index)
         return type(self)(ring, self.position.clone(), self.spans, self.channels, self.packed)
 

@@ -256,9 +256,20 @@ def test_bad_sizes_and_crops_are_refused():
     ],
     ids=str,
 )
-def test_bad_rows_are_refused(index, error):
-    with pytest.raises(error, match=r"KVCache.reorder: index must"):
-        KVCache(2, 2, 5, 8).reorder(index)
+@pytest.mark.parametrize(
+    "state",
+    [
+        KVCache(2, 2, 5, 8),
+        s2s.nn.ConvState.zeros(2, 4, 3),
+        s2s.nn.WaveNetStack(4, 4, [1, 2]).initial_state(2),
+        s2s.prepare_additive_keys(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)),
+        s2s.nn.MultiheadAttention(8, 2, batch_first=True).prepare(torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)),
+    ],
+    ids=lambda state: type(state).__name__,
+)
+def test_bad_rows_are_refused(state, index, error):
+    with pytest.raises(error, match=rf"{type(state).__name__}.reorder: index must"):
+        state.reorder(index)
 
 
 def test_shows_its_sizes():

@@ -36,7 +36,8 @@ class AdditiveKeys:
     outliers: torch.Tensor | None
 
     def reorder(self, index: torch.Tensor) -> "AdditiveKeys":
-        """The same for the rows `index` (int64) of the batch: beams reordered, duplicated or dropped."""
+        """The same for the rows `index` (B',) of the batch: beams reordered, duplicated or dropped."""
+        index = checks.indices("AdditiveKeys.reorder", "index", index, self.key, self.key.shape[0])
         fields = (self.key, self.value, self.lengths, self.table, self.outliers)
         return AdditiveKeys(*(None if t is None else t.index_select(0, index) for t in fields))  # type: ignore[arg-type]
 
