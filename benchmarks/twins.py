@@ -16,7 +16,7 @@ class TorchTCNBlock(TCNBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = x
         for conv in (self.conv1, self.conv2):
-            hidden = F.relu(padded_conv1d(hidden, conv.weight, conv.bias, conv.dilation))
+            hidden = self.dropout(F.relu(padded_conv1d(hidden, conv.weight, conv.bias, conv.dilation)))
         match = self.match
         return F.relu(hidden + (x if isinstance(match, nn.Identity) else F.conv1d(x, match.weight, match.bias)))
 
@@ -24,16 +24,14 @@ class TorchTCNBlock(TCNBlock):
 class TorchTransformerBlock(TransformerBlock):
     """The Transformer's block with torch's attention."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.projection(mixed.transpose(1, 2).flatten(2))
-        return x + self.contract(F.gelu(self.expand(self.norm2(x))))
+    @staticmethod
+    def mix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
 
 
 def from_built_ins(model: nn.Module) -> nn.Module:
     """Rebuilds a freshly made language model of `s2s_kernels.models` in place, from torch's own layers: the same
-    parameters under the same names. For dropout 0."""
+    parameters under the same names."""
     for name, module in list(model.named_modules()):
         if type(module) is TCNBlock:
             module.__class__ = TorchTCNBlock

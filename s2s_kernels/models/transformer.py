@@ -34,9 +34,14 @@ class TransformerBlock(nn.Module):
         """x (B, T, D) -> (B, T, D)."""
         # Three views (B, heads, T, head width) of one product.
         query, key, value = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = attention(query, key, value, causal=True, dropout_p=self.dropout.p if self.training else 0.0)
+        mixed = self.mix(query, key, value, self.dropout.p if self.training else 0.0)
         x = x + self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.contract(F.gelu(self.expand(self.norm2(x)))))
+
+    @staticmethod
+    def mix(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        """Causal attention (B, heads, T, head width)."""
+        return attention(query, key, value, causal=True, dropout_p=dropout_p)
 
 
 class TransformerLanguageModel(nn.Module):
