@@ -63,6 +63,7 @@ struct AttentionBackward {
     const int64_t per_part = Derivative::part_blocks(p, g.parts) * attention_block;
     const int64_t part_begin = part * per_part, part_end = min(span.key_rows, part_begin + per_part);
     const int64_t count = max(int64_t{0}, part_end - part_begin);
+    const int64_t present = min(count, max(int64_t{0}, span.keys - part_begin));
     // Sums are made where they are wanted, if they can be.
     T *key_sums = m.key_sums, *value_sums = m.value_sums;
     bool keys_in_place = false, values_in_place = false;
@@ -74,6 +75,8 @@ struct AttentionBackward {
         value_sums = g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (span.key_begin + part_begin) * g.value_row;
     }
     const int64_t group = p.heads / p.kv_heads;
+    // One head's gradients of a block of keys are written when they are made: sums of all keys would come back from far away.
+    const bool at_once = group == 1 && !keys_in_place && !values_in_place && !sole(p, span);
     Ahead ahead;
     if (p.key_stride[3] == 1 && p.value_stride[3] == 1 && p.query_stride[3] == 1 && g.grad_out_stride[3] == 1) {
       const int64_t last = kv * group + group - 1;
@@ -106,36 +109,29 @@ struct AttentionBackward {
     for (bool clean : {false, true}) {
       bool finite = true;
       if (!clean && sole(p, span)) {
-        const int64_t none = count - span.keys;
-        if (none) {
-          std::memset(key_sums + span.keys * width, 0, static_cast<size_t>(none * width) * sizeof(T));
-          std::memset(value_sums + span.keys * value_width, 0, static_cast<size_t>(none * value_width) * sizeof(T));
-        }
+        zero_rows(span.keys, count, width, key_sums, value_width, value_sums);
         for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
           finite &= sole_head(p, g, m, b, h, key_sums, value_sums, h > kv * group, ahead);
         if (finite) break;
         finite = true;
       }
       // The first head's products replace what is there, but for absent keys.
-      const int64_t given = replaces(p, b) ? min(count, max(int64_t{0}, span.keys - part_begin)) : 0;
-      std::memset(key_sums + given * width, 0, static_cast<size_t>((count - given) * width) * sizeof(T));
-      std::memset(value_sums + given * value_width, 0, static_cast<size_t>((count - given) * value_width) * sizeof(T));
+      const int64_t given = replaces(p, b) ? present : 0;
+      if (!at_once) zero_rows(given, count, width, key_sums, value_width, value_sums);
       for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         if (plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes))
-          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
+          finite &= head<!plain<S>>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, at_once, clean, spoilt, ahead);
         else
-          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, clean, spoilt, ahead);
+          finite &= head<true>(p, wanted, m, b, h, part, part_begin, part_end, key_sums, value_sums, at_once, clean, spoilt, ahead);
       }
-      if (finite && (!g.key || all_finite(count, width, key_sums, width))) break;
+      if (finite && (!g.key || at_once || all_finite(count, width, key_sums, width))) break;
       wanted.bias = nullptr, wanted.long_bias = nullptr;  // have been added to, and were right: hidden keys have no part in them
     }
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = span.key_begin + part_begin + j;
-      if (g.key && !keys_in_place)
-        write_row(p.width, key_sums + j * width, g.key + b * g.key_stride[0] + kv * g.key_stride[1] + at * g.key_row);
-      if (g.value && spoilt) drop_bad(p, b, kv, at, value_sums + j * value_width);
-      if (g.value && !values_in_place)
-        write_row(p.value_width, value_sums + j * value_width, g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
+    if (at_once) {
+      zero_rows(0, 1, width, key_sums, value_width, value_sums);
+      for (int64_t j = present; j < count; ++j) write_keys(p, g, b, kv, part_begin + j, 1, key_sums, value_sums, spoilt);
+    } else {
+      write_keys(p, g, b, kv, part_begin, count, keys_in_place ? nullptr : key_sums, value_sums, spoilt, values_in_place);
     }
   }
 
@@ -177,6 +173,19 @@ struct AttentionBackward {
     if (c < width) store_partial(to + c, load(from + c), width - c);
   }
 
+  // The gradients of n keys, from the first'th on, and of their values; where they are in place already, a value's may still be dropped.
+  static void write_keys(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t kv, int64_t first, int64_t n,
+                         const T* key_sums, T* value_sums, bool spoilt, bool values_in_place = false) {
+    const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t at = p.spans[b].key_begin + first + j;
+      if (g.key && key_sums) write_row(p.width, key_sums + j * width, g.key + b * g.key_stride[0] + kv * g.key_stride[1] + at * g.key_row);
+      if (g.value && spoilt) drop_bad(p, b, kv, at, value_sums + j * value_width);
+      if (g.value && !values_in_place)
+        write_row(p.value_width, value_sums + j * value_width, g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
+    }
+  }
+
   // What is not finite in a value was left out of the products, and has no gradient, but NaN where a weight is.
   static void drop_bad(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t at, T* sums) {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + at * p.value_stride[2];
@@ -184,11 +193,12 @@ struct AttentionBackward {
       if (to_compute(value[c * p.value_stride[3]]) * T(0) != T(0)) sums[c] *= T(0);
   }
 
-  // One query head. With `clean`, what is not finite is left out of queries and keys; else whether the gradient of queries is finite.
+  // One query head. With `clean`, what is not finite is left out of queries and keys; else whether the gradient of queries is finite, and
+  // with `at_once`, when the sums are of one block of keys and go where they are wanted, that of keys.
   // `spoilt` becomes true where a result of forward is not finite.
   template <bool EXTRA>
   static bool head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool clean, bool& spoilt, Ahead& ahead) {
+                   int64_t part_begin, int64_t part_end, T* key_sums, T* value_sums, bool at_once, bool clean, bool& spoilt, Ahead& ahead) {
     const AttentionSpan& span = p.spans[b];
     const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width), kv = h / (p.heads / p.kv_heads);
     const int64_t row_begin = p.first_row(b, h);
@@ -211,28 +221,29 @@ struct AttentionBackward {
     ScoreRow<T> row = score_row_of(p, b, h);
     for (int64_t c = 0; c < lanes<T>; ++c) m.slope_sums[c] = 0;
     if (g.slope_rows) std::memset(Derivative::slope_row(p, g, b, h, part, 0), 0, static_cast<size_t>(span.queries) * 2 * sizeof(double));
-    for (int64_t at = part_begin; at < min(part_end, span.keys); at += attention_block) {
-      const int64_t n = min(attention_block, span.keys - at), local = at - part_begin;
+    bool finite = true;
+    const auto block_of_keys = [&](int64_t at, int64_t n, T* key_sums, T* value_sums) {
+      if (at_once && !fresh) zero_rows(0, n, width, key_sums, value_width, value_sums);
       // The queries that see something of this block.
       const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
       const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
       if (begin >= end) {
-        if (fresh) zero_rows(0, n, width, key_sums + local * width, value_width, value_sums + local * value_width);
-        continue;
+        if (fresh) zero_rows(0, n, width, key_sums, value_width, value_sums);
+        return;
       }
       row.valid = n;
       if (tiled) {
-        Tiled::template block<EXTRA>(p, g, m, b, h, at, n, begin, end, peaks, shares, row, query_sums, key_sums + local * width,
-                                     value_sums + local * value_width, fresh, flags, ahead);
-        continue;
+        Tiled::template block<EXTRA>(p, g, m, b, h, at, n, begin, end, peaks, shares, row, query_sums, key_sums, value_sums, fresh, flags,
+                                     ahead);
+        return;
       }
       const Rows<T> keys = key_rows(p, m, b, kv, at, n, flags), values = value_rows(p, m, b, kv, at, n);
       if constexpr (!EXTRA) {
         if (turned) {
           for (int64_t i = begin / attention_block * attention_block; i < end; i += attention_block)
             Turned::template block<false>(p, g, m, b, h, at, n, i, min(attention_block, span.queries - i), queries, grads, keys, values,
-                                          row, query_sums, key_sums + local * width, value_sums + local * value_width, false, ahead);
-          continue;
+                                          row, query_sums, key_sums, value_sums, false, ahead);
+          return;
         }
       }
       if (!few) {
@@ -241,16 +252,23 @@ struct AttentionBackward {
       }
       for (int64_t i = begin; i < end; i += queries_at_once)
         block<EXTRA>(p, g, m, b, h, at, i, min(queries_at_once, end - i), queries, grads, keys, values, peaks, shares, row, query_sums,
-                     key_sums + local * width, value_sums + local * value_width, fresh, ahead);
+                     key_sums, value_sums, fresh, ahead);
+    };
+    for (int64_t at = part_begin; at < min(part_end, span.keys); at += attention_block) {
+      const int64_t n = min(attention_block, span.keys - at), local = at_once ? 0 : at - part_begin;
+      block_of_keys(at, n, key_sums + local * width, value_sums + local * value_width);
+      if (!at_once) continue;
+      finite &= !g.key || all_finite(n, width, key_sums, width);
+      write_keys(p, g, b, kv, at, n, key_sums, value_sums, spoilt);
     }
     if (g.slopes) {
       double& total = g.slopes[(part * p.batch + b) * p.heads + h] = 0;
       for (int64_t c = 0; c < lanes<T>; ++c) total += m.slope_sums[c];
     }
-    if (!g.query) return true;
+    if (!g.query) return finite;
     if (!g.query_parts && !in_place)
       for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query_of(p, g, b, h) + i * g.query_row);
-    return all_finite(span.query_rows, width, query_sums, width);
+    return finite && all_finite(span.query_rows, width, query_sums, width);
   }
 
   // Whether the first head's products replace what is in the sums.

@@ -3,12 +3,12 @@
 #if defined(S2S_BFLOAT16_PRODUCTS) && !defined(S2S_TILE_UNIT)
 // C (rows, whole vectors) = A B, added to C, or to C times a factor a row.
 struct PairProduct {
-  int64_t steps;  // of 32 in depth
-  // A row by row, a step after another; or turned: the lines of a right factor, whose columns are A's rows.
+  int64_t lines;  // pairs in depth
+  // A row by row, of whole tiles of lines; or turned: the lines of a right factor, whose columns are A's rows, of which there are fours.
   const char* left;
-  int64_t left_row, left_step;  // bytes; turned: from 16 rows to the next
-  const char* right;            // tile columns of lines, from the first step on
-  int64_t right_column;         // bytes from one to the next
+  int64_t left_row;      // bytes; turned: from 16 rows to the next
+  const char* right;     // tile columns of lines, from the first one on
+  int64_t right_column;  // bytes from one to the next
   float* to;
   int64_t to_row;
   bool add;
@@ -18,7 +18,7 @@ struct PairProduct {
 template <int ROWS, int VECTORS, bool TURNED>
 S2S_INLINE void pair_tile(const PairProduct& p, const char* left, const char* right, float* to, const float* factors) {
   // A pointer for every three rows, as in gemm_tile.
-  constexpr int bases = TURNED ? 1 : (ROWS + 2) / 3;
+  constexpr int bases = TURNED ? 1 : (ROWS + 2) / 3, lines = TURNED ? 4 : 16;
   const int64_t row = TURNED ? 4 : p.left_row, column = p.right_column;
   const char* base[bases];
   for (int i = 0; i < bases; ++i) base[i] = hidden(left + 3 * i * row);
@@ -33,9 +33,9 @@ S2S_INLINE void pair_tile(const PairProduct& p, const char* left, const char* ri
         if (factors) sum[i][j] *= factors[i];
       }
   }
-  for (int64_t s = 0; s < p.steps; ++s, right += split_tile) {
+  for (int64_t line = 0; line < p.lines; line += lines, right += lines * 64) {
 #pragma GCC unroll 16
-    for (int pair = 0; pair < 16; ++pair) {
+    for (int pair = 0; pair < lines; ++pair) {
       __m512bh factor[VECTORS];
 #pragma GCC unroll 2
       for (int j = 0; j < VECTORS; ++j) factor[j] = (__m512bh)_mm512_load_si512(right + j * column + pair * 64);
@@ -49,7 +49,7 @@ S2S_INLINE void pair_tile(const PairProduct& p, const char* left, const char* ri
       }
     }
 #pragma GCC unroll 3
-    for (int i = 0; i < bases; ++i) base[i] += p.left_step;
+    for (int i = 0; i < bases; ++i) base[i] += TURNED ? lines * 64 : lines * 4;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)

@@ -89,7 +89,7 @@ struct TiledBackward<S, true> {
         const auto product = [&](const Rows<S>& left, int64_t size, const float* right, T* to) {
           const int64_t steps = split_steps(size);
           pair_product<false>(count, (hull.end - hull.begin) / 16,
-                              {steps, reinterpret_cast<const char*>(left.data + i * left.row), 2 * left.row, 64,
+                              {16 * steps, reinterpret_cast<const char*>(left.data + i * left.row), 2 * left.row,
                                lines(right) + hull.begin / 16 * Layout::column(steps), Layout::column(steps),
                                to + r * attention_block + hull.begin, attention_block, false});
         };
@@ -113,14 +113,14 @@ struct TiledBackward<S, true> {
         if (!g.query) continue;
         pair_product<false>(
             count, width / 16,
-            {(hull.end - hull.begin) / 32, m.left + 2 * hull.begin, slope_row, 64, lines(m.key_pairs) + hull.begin / 32 * Layout::step,
+            {(hull.end - hull.begin) / 2, m.left + 2 * hull.begin, slope_row, lines(m.key_pairs) + hull.begin / 32 * Layout::step,
              Layout::column(depth), query_sums + i * width, width, true});
       }
       if (low >= high) continue;
       const auto add = [&](const float* turned, const float* right, int64_t size, T* to) {
         const int64_t vectors = whole_vectors<T>(size) / 16, skipped = low / tiled_rows * Layout::step;
         pair_product<true>(n, vectors,
-                           {split_steps(high - low), lines(turned) + skipped, Layout::column(depth), Layout::step,
+                           {line_count(high - low), lines(turned) + skipped, Layout::column(depth),
                             lines(right + first / chunk_rows * Layout::packed_size(size, chunk_rows)) + skipped, Layout::column(depth), to,
                             vectors * 16, !fresh});
       };
@@ -132,6 +132,8 @@ struct TiledBackward<S, true> {
   }
 
  private:
+  // Lines that so many rows come to, of which r and r + 16 share one.
+  static int64_t line_count(int64_t rows) { return rows / tiled_rows * 16 + min(int64_t{16}, rows % tiled_rows); }
   // The lines of a right factor's first column.
   static const char* lines(const float* factor) { return reinterpret_cast<const char*>(factor) + 64; }
 

@@ -21,7 +21,8 @@ struct TiledForward<S, true> {
   static bool pays(const AttentionCall<S>& p, int64_t queries, int64_t keys) {
     // A bias that is wider than 16 bits has a gradient that comes of weights that are.
     if (!p.kv_heads || (p.wide_out && p.bias && p.bias_type <= FloatType::float32)) return false;
-    return p.width >= 32 && p.value_width >= 32 && queries >= 8 && queries * (p.heads / p.kv_heads) * keys >= 24 * 24;
+    return p.width >= 32 && p.value_width >= 32 && queries >= 2 &&
+           (keys > attention_block || queries * (p.heads / p.kv_heads) * keys >= 24 * 24);
   }
   template <class M>
   static T divisor(const AttentionCall<S>& p, const M& m, int64_t i, T total) {
@@ -90,7 +91,7 @@ struct TiledForward<S, true> {
         if (hull.empty()) continue;
         pair_product<false>(
             rows, (hull.end - hull.begin) / 16,
-            {steps, reinterpret_cast<const char*>(queries.data + begin * queries.row), 2 * queries.row, 64,
+            {16 * steps, reinterpret_cast<const char*>(queries.data + begin * queries.row), 2 * queries.row,
              keys + hull.begin / 16 * Layout::column(steps), Layout::column(steps), m.tiled.scores + hull.begin, attention_block, false});
         for (int64_t r = 0; r < rows; ++r) {
           ahead.step();
@@ -112,7 +113,7 @@ struct TiledForward<S, true> {
             weights(std::integral_constant<int, 1>{});
         }
         pair_product<false>(rows, width / 16,
-                            {(hull.end - hull.begin) / 32, m.tiled.weights, weight_row, 64, values + hull.begin / 32 * Layout::step,
+                            {(hull.end - hull.begin) / 2, m.tiled.weights, weight_row, values + hull.begin / 32 * Layout::step,
                              Layout::column(depth), m.out + begin * width, width, true, m.tiled.factors});
       }
     }

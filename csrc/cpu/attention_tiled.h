@@ -163,9 +163,10 @@ void tiled_pack_columns(int64_t n, int64_t depth, const Rows<R>& rows, float* pa
     for (int64_t j = 0; j < 16 * split_columns(n); j += 16) {
       char* to = reinterpret_cast<char*>(packed) + j / 16 * TiledLayout<1>::column(split_steps(depth)) + 64;
       for (int64_t k = 0; k < depth; k += 32, to += split_tile) {
-        for (int64_t i = 0; i < 16; ++i)
-          _mm512_store_si512(to + i * 64, j + i < n ? in_order(rows.data + (j + i) * rows.row + k, depth - k) : __m512i{});
-        split_transpose(to);
+        __m512i lines[16];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i) lines[i] = j + i < n ? in_order(rows.data + (j + i) * rows.row + k, depth - k) : __m512i{};
+        split_transpose(lines, to);
       }
     }
   } else {

@@ -40,11 +40,9 @@ S2S_INLINE __m512 split_load(const float* from, int64_t n) {
   return n > 0 ? load_partial(from, n) : (__m512){};
 }
 
-// to[j] word i = from[i] word j
-S2S_INLINE void split_transpose(char* tile) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(tile + 64 * i);
+// Line j, word i of a tile = a[i], word j
+S2S_INLINE void split_transpose(__m512i (&a)[16], char* tile) {
+  __m512i b[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_maskz_unpacklo_epi32(-1, a[i], a[i + 1]);
@@ -72,6 +70,13 @@ S2S_INLINE void split_transpose(char* tile) {
     _mm512_store_si512(tile + 64 * (4 + r), _mm512_maskz_shuffle_i32x4(-1, b[4 + r], b[12 + r], 0x88));
     _mm512_store_si512(tile + 64 * (12 + r), _mm512_maskz_shuffle_i32x4(-1, b[4 + r], b[12 + r], 0xdd));
   }
+}
+
+S2S_INLINE void split_transpose(char* tile) {
+  __m512i a[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(tile + 64 * i);
+  split_transpose(a, tile);
 }
 
 // The 16 words of either half, in turns.
