@@ -344,21 +344,21 @@ struct AttentionBackward {
   static Rows<T> grads_of(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
                           const T* shares, bool& spoilt) {
     Rows<T> grads = grad_rows(p, g, m, b, h);
-    upstream(p, g, m, b, h, part, shares, grads, m.grad_copies, spoilt);
+    upstream(p, g, m, b, h, part, shares, grads, m.grad_copies, whole_vectors<T>(p.value_width), spoilt);
     return grads;
   }
-  // The same, of rows that are there.
+  // The same, of rows that are there, with copies in rows of `row`.
   template <class R>
   static void upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                       const T* shares, Rows<R>& grads, R* copies, bool& spoilt) {
+                       const T* shares, Rows<R>& grads, R* copies, int64_t row, bool& spoilt) {
     if (p.wide_out)
-      upstream(p, g, m, b, h, part, shares, p.wide_out, grads, copies, spoilt);
+      upstream(p, g, m, b, h, part, shares, p.wide_out, grads, copies, row, spoilt);
     else
-      upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), grads, copies, spoilt);
+      upstream(p, g, m, b, h, part, shares, static_cast<const S*>(p.out), grads, copies, row, spoilt);
   }
   template <class O, class R>
   static void upstream(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, int64_t part,
-                       const T* shares, const O* all_out, Rows<R>& grads, R* copies, bool& spoilt) {
+                       const T* shares, const O* all_out, Rows<R>& grads, R* copies, int64_t copies_row, bool& spoilt) {
     const AttentionSpan& span = p.spans[b];
     const O* const out = all_out + b * p.out_stride[0] + h * p.out_stride[1] + span.query_begin * p.out_stride[2];
     bool dead = false;
@@ -384,8 +384,8 @@ struct AttentionBackward {
     }
     if (dead) {
       for (int64_t i = 0; i < span.queries; ++i)
-        for (int64_t c = 0; c < grads.row; ++c) copies[i * grads.row + c] = shares[i] == T(0) ? R{} : grads.data[i * grads.row + c];
-      grads.data = copies;
+        for (int64_t c = 0; c < copies_row; ++c) copies[i * copies_row + c] = shares[i] == T(0) ? R{} : grads.data[i * grads.row + c];
+      grads.data = copies, grads.row = copies_row;
     }
   }
 

@@ -4,7 +4,7 @@
 // C (rows, whole vectors) = A B, added to C, or to C times a factor a row.
 struct PairProduct {
   int64_t lines;  // pairs in depth
-  // A row by row, of whole tiles of lines; or turned: the lines of a right factor, whose columns are A's rows, of which there are fours.
+  // A row by row, its lines whole tiles; or turned: the lines of a right factor, whose columns are A's rows, read four at a time.
   const char* left;
   int64_t left_row;      // bytes; turned: from 16 rows to the next
   const char* right;     // tile columns of lines, from the first one on

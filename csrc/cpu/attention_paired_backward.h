@@ -56,7 +56,7 @@ struct TiledBackward<S, true> {
     *m.queries = flags ? PairRows::of(n, p.width, Backward::query_rows(p, all, b, h, flags), m.query_copies)
                        : PairRows::left(n, p.width, query, p.query_stride[2], p.query_stride[3], m.query_copies);
     *m.grads = PairRows::left(n, p.value_width, grad, g.grad_out_stride[2], g.grad_out_stride[3], m.grad_copies);
-    Backward::upstream(p, g, all, b, h, part, shares, *m.grads, m.grad_copies, spoilt);
+    Backward::upstream(p, g, all, b, h, part, shares, *m.grads, m.grad_copies, PairRows::padded(p.value_width), spoilt);
     for (int64_t i = 0; i < n; i += chunk_rows) {
       const auto pack = [&](const Rows<S>& rows, int64_t width, float* to) {
         const int64_t size = Layout::packed_size(width, chunk_rows);

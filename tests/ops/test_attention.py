@@ -280,6 +280,29 @@ def test_rows_that_see_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", ["apart", "expanded"])
+def test_what_comes_from_above_to_rows_that_see_nothing(backend, dtype, layout):
+    """As before, of whole tiles whose rows lie apart or are one."""
+    draw = Draw(dtype)
+    leaves = [draw(2, 3, time, 32).requires_grad_() for time in (40, 72, 72)]
+    mask = torch.ones(2, 1, 40, 72, dtype=torch.bool)
+    mask[0, :, 7] = mask[1] = False
+    upstream = draw(2, 40, 5, 32).transpose(1, 2)[:, 1:4] if layout == "apart" else draw(2, 3, 1, 32)
+    upstream[1] = INF
+    if layout == "apart":
+        upstream[0, :, 7] = NAN
+    upstream = upstream.expand(2, 3, 40, 32)
+    with s2s.use_backend(backend):
+        grads = torch.autograd.grad(s2s.attention(*leaves, mask=mask), leaves, upstream)
+        clean = upstream.clone()
+        clean[0, :, 7] = clean[1] = 0
+        expected = torch.autograd.grad(s2s.attention(*leaves, mask=mask), leaves, clean)
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert grad.equal(wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_bias_of_least_number_and_infinity(backend, dtype):
     """Rows 16 and 17: of any dtype, whole rows included."""
