@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
@@ -162,7 +162,7 @@ def probability(operator: str, name: str, value: float) -> None:
 def integer(operator: str, name: str, value: Any, expected: str = "an integer") -> int:
     """`value` as an int if it is an integer of Python, numpy or torch.compile, else TypeError."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value  # type: ignore[return-value]
+        return cast(int, value)  # a SymInt stands for one
     if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
         wrong_type(operator, name, expected, repr(value))
     return index(value)

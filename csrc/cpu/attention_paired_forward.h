@@ -102,15 +102,8 @@ struct TiledForward<S, true> {
             row.distance = static_cast<T>(at - i - span.diagonal);
             m.extras.point(p, b, h, i, at, row);
           }
-          const auto weights = S2S_LAMBDA(auto pairs) {
-            m.tiled.factors[r] =
-                tiled_weights<1, EXTRA, decltype(pairs)::value>(p, m, row, hull, block, p.first_row(b, h) + i, begin + r,
-                                                                m.tiled.scores + r * attention_block, m.tiled.weights + r * weight_row, 64);
-          };
-          if (hull.end - hull.begin == 64)
-            weights(std::integral_constant<int, 2>{});
-          else
-            weights(std::integral_constant<int, 1>{});
+          m.tiled.factors[r] = tiled_weights<1, EXTRA>(p, m, row, hull, block, p.first_row(b, h) + i, begin + r,
+                                                       m.tiled.scores + r * attention_block, m.tiled.weights + r * weight_row, 64);
         }
         pair_product<false>(rows, width / 16,
                             {(hull.end - hull.begin) / 2, m.tiled.weights, weight_row, values + hull.begin / 32 * Layout::step,

@@ -25,8 +25,8 @@ struct TiledForward {
 // Row i of the queries at hand: products become scores and then weights, as planes, whose lines for 32 keys are `step` bytes apart. The
 // factor, which is returned, brings what was summed before to the new maximum.
 template <int PLANES, bool EXTRA, int PAIRS, class S, class M>
-S2S_INLINE float tiled_weights(const AttentionCall<S>& p, const M& m, const ScoreRow<float>& row, const Hull& hull, int64_t block,
-                               int64_t dropout_row, int64_t i, const float* products, char* planes, int64_t step) {
+S2S_INLINE float tiled_weights_of(const AttentionCall<S>& p, const M& m, const ScoreRow<float>& row, const Hull& hull, int64_t block,
+                                  int64_t dropout_row, int64_t i, const float* products, char* planes, int64_t step) {
   using T = float;
   const T lowest = -std::numeric_limits<T>::infinity();
   Vec<T> scores[2 * PAIRS], top = broadcast(lowest), slowed;
@@ -76,6 +76,14 @@ S2S_INLINE float tiled_weights(const AttentionCall<S>& p, const M& m, const Scor
   store(m.sums + i * lanes<T>, sum);
   if constexpr (PLANES == 1) store(m.tiled.rounded + i * lanes<T>, rounded);
   return factor;
+}
+
+template <int PLANES, bool EXTRA, class S, class M>
+S2S_INLINE float tiled_weights(const AttentionCall<S>& p, const M& m, const ScoreRow<float>& row, const Hull& hull, int64_t block,
+                               int64_t dropout_row, int64_t i, const float* products, char* planes, int64_t step) {
+  if (hull.end - hull.begin == 64)
+    return tiled_weights_of<PLANES, EXTRA, 2>(p, m, row, hull, block, dropout_row, i, products, planes, step);
+  return tiled_weights_of<PLANES, EXTRA, 1>(p, m, row, hull, block, dropout_row, i, products, planes, step);
 }
 
 // What row i of bfloat16 is divided by: the sum of its weights as they were rounded to 16 bits. What all values share would keep the
@@ -230,15 +238,9 @@ struct TiledForward<S, true> {
           row.distance = static_cast<T>(at - i - span.diagonal);
           m.extras.point(p, b, h, i, at, row);
         }
-        const auto weights = S2S_LAMBDA(auto pairs) {
-          now.factors(m.tiled)[r] = tiled_weights<plane_count, EXTRA, decltype(pairs)::value>(
-              p, m, row, now.hull, now.block, p.first_row(b, h) + i, now.begin + r, now.scores(m.tiled) + r * attention_block,
-              now.planes(m.tiled, r), Layout::step);
-        };
-        if (now.hull.end - now.hull.begin == 64)
-          weights(std::integral_constant<int, 2>{});
-        else
-          weights(std::integral_constant<int, 1>{});
+        now.factors(m.tiled)[r] =
+            tiled_weights<plane_count, EXTRA>(p, m, row, now.hull, now.block, p.first_row(b, h) + i, now.begin + r,
+                                              now.scores(m.tiled) + r * attention_block, now.planes(m.tiled, r), Layout::step);
       }
       for (int64_t r = now.rows; r < last.rows; ++r) add_up(last, r);
       queue.finish();
