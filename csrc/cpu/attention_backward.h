@@ -127,12 +127,10 @@ struct AttentionBackward {
       if (finite && (!g.key || at_once || all_finite(count, width, key_sums, width))) break;
       wanted.bias = nullptr, wanted.long_bias = nullptr;  // have been added to, and were right: hidden keys have no part in them
     }
-    if (at_once) {
-      zero_rows(0, 1, width, key_sums, value_width, value_sums);
-      for (int64_t j = present; j < count; ++j) write_keys(p, g, b, kv, part_begin + j, 1, key_sums, value_sums, spoilt);
-    } else {
+    if (at_once)
+      clear_keys(p, g, b, kv, part_begin + present, count - present);
+    else
       write_keys(p, g, b, kv, part_begin, count, keys_in_place ? nullptr : key_sums, value_sums, spoilt, values_in_place);
-    }
   }
 
   // The gradient of the slope of query head h of batch element b. A row's gradients of scores sum up to that of its lse, but for the error
@@ -160,30 +158,47 @@ struct AttentionBackward {
       T* const first = g.query_parts + at * width;
       for (int64_t part = 1; part < g.parts; ++part)
         for (int64_t c = 0; c < width; c += lanes<T>) store(first + c, load(first + c) + load(first + (part * all) * width + c));
-      write_row(p.width, first, g.query + b * g.query_stride[0] + h * g.query_stride[1] + i * g.query_row);
+      write_rows(1, p.width, first, g.query + b * g.query_stride[0] + h * g.query_stride[1] + i * g.query_row, g.query_row);
     }
   }
 
  private:
   friend Tiled;
 
-  static void write_row(int64_t width, const T* from, S* to) {
-    int64_t c = 0;
-    for (; c + lanes<T> <= width; c += lanes<T>) store(to + c, load(from + c));
-    if (c < width) store_partial(to + c, load(from + c), width - c);
+  // From rows of whole vectors. Dense rows narrower than a vector are written by whole ones: the next row overwrites what is too much.
+  static void write_rows(int64_t n, int64_t width, const T* from, S* to, int64_t row) {
+    const int64_t from_row = whole_vectors<T>(width);
+    int64_t j = 0;
+    for (; row == width && width < lanes<T> && (n - j) * width >= lanes<T>; ++j) store(to + j * width, load(from + j * from_row));
+    for (; j < n; ++j) {
+      int64_t c = 0;
+      for (; c + lanes<T> <= width; c += lanes<T>) store(to + j * row + c, load(from + j * from_row + c));
+      if (c < width) store_partial(to + j * row + c, load(from + j * from_row + c), width - c);
+    }
+  }
+  static void clear_rows(int64_t n, int64_t width, S* to, int64_t row) {
+    if (row == width) width *= n, n = 1;
+    for (int64_t j = 0; j < n; ++j) std::memset(to + j * row, 0, static_cast<size_t>(width) * sizeof(S));
   }
 
   // The gradients of n keys, from the first'th on, and of their values; where they are in place already, a value's may still be dropped.
   static void write_keys(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t kv, int64_t first, int64_t n,
                          const T* key_sums, T* value_sums, bool spoilt, bool values_in_place = false) {
-    const int64_t width = whole_vectors<T>(p.width), value_width = whole_vectors<T>(p.value_width);
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t at = p.spans[b].key_begin + first + j;
-      if (g.key && key_sums) write_row(p.width, key_sums + j * width, g.key + b * g.key_stride[0] + kv * g.key_stride[1] + at * g.key_row);
-      if (g.value && spoilt) drop_bad(p, b, kv, at, value_sums + j * value_width);
-      if (g.value && !values_in_place)
-        write_row(p.value_width, value_sums + j * value_width, g.value + b * g.value_stride[0] + kv * g.value_stride[1] + at * g.value_row);
-    }
+    const int64_t value_width = whole_vectors<T>(p.value_width), at = p.spans[b].key_begin + first;
+    if (g.key && key_sums) write_rows(n, p.width, key_sums, key_grad(p, g, b, kv, first), g.key_row);
+    for (int64_t j = 0; j < n && g.value && spoilt; ++j) drop_bad(p, b, kv, at + j, value_sums + j * value_width);
+    if (g.value && !values_in_place) write_rows(n, p.value_width, value_sums, value_grad(p, g, b, kv, first), g.value_row);
+  }
+  static S* key_grad(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t kv, int64_t first) {
+    return g.key + b * g.key_stride[0] + kv * g.key_stride[1] + (p.spans[b].key_begin + first) * g.key_row;
+  }
+  static S* value_grad(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t kv, int64_t first) {
+    return g.value + b * g.value_stride[0] + kv * g.value_stride[1] + (p.spans[b].key_begin + first) * g.value_row;
+  }
+  // Nothing reaches these keys.
+  static void clear_keys(const AttentionCall<S>& p, const AttentionGradients<S>& g, int64_t b, int64_t kv, int64_t first, int64_t n) {
+    if (g.key) clear_rows(n, p.width, key_grad(p, g, b, kv, first), g.key_row);
+    if (g.value) clear_rows(n, p.value_width, value_grad(p, g, b, kv, first), g.value_row);
   }
 
   // What is not finite in a value was left out of the products, and has no gradient, but NaN where a weight is.
@@ -222,15 +237,9 @@ struct AttentionBackward {
     for (int64_t c = 0; c < lanes<T>; ++c) m.slope_sums[c] = 0;
     if (g.slope_rows) std::memset(Derivative::slope_row(p, g, b, h, part, 0), 0, static_cast<size_t>(span.queries) * 2 * sizeof(double));
     bool finite = true;
-    const auto block_of_keys = [&](int64_t at, int64_t n, T* key_sums, T* value_sums) {
+    // Of n keys and the queries [begin, end), which may see some of them.
+    const auto block_of_keys = [&](int64_t at, int64_t n, int64_t begin, int64_t end, T* key_sums, T* value_sums) {
       if (at_once && !fresh) zero_rows(0, n, width, key_sums, value_width, value_sums);
-      // The queries that see something of this block.
-      const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
-      const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
-      if (begin >= end) {
-        if (fresh) zero_rows(0, n, width, key_sums, value_width, value_sums);
-        return;
-      }
       row.valid = n;
       if (tiled) {
         Tiled::template block<EXTRA>(p, g, m, b, h, at, n, begin, end, peaks, shares, row, query_sums, key_sums, value_sums, fresh, flags,
@@ -256,8 +265,15 @@ struct AttentionBackward {
     };
     for (int64_t at = part_begin; at < min(part_end, span.keys); at += attention_block) {
       const int64_t n = min(attention_block, span.keys - at), local = at_once ? 0 : at - part_begin;
-      block_of_keys(at, n, key_sums + local * width, value_sums + local * value_width);
-      if (!at_once) continue;
+      const int64_t begin = max(int64_t{0}, at - span.diagonal - p.right);
+      const int64_t end = min(span.queries, at + n + p.left - span.diagonal);
+      if (begin < end)
+        block_of_keys(at, n, begin, end, key_sums + local * width, value_sums + local * value_width);
+      else if (at_once)
+        clear_keys(p, g, b, kv, at, n);
+      else if (fresh)
+        zero_rows(local, local + n, width, key_sums, value_width, value_sums);
+      if (!at_once || begin >= end) continue;
       finite &= !g.key || all_finite(n, width, key_sums, width);
       write_keys(p, g, b, kv, at, n, key_sums, value_sums, spoilt);
     }
@@ -266,8 +282,7 @@ struct AttentionBackward {
       for (int64_t c = 0; c < lanes<T>; ++c) total += m.slope_sums[c];
     }
     if (!g.query) return finite;
-    if (!g.query_parts && !in_place)
-      for (int64_t i = 0; i < span.query_rows; ++i) write_row(p.width, query_sums + i * width, grad_query_of(p, g, b, h) + i * g.query_row);
+    if (!g.query_parts && !in_place) write_rows(span.query_rows, p.width, query_sums, grad_query_of(p, g, b, h), g.query_row);
     return finite && all_finite(span.query_rows, width, query_sums, width);
   }
 
@@ -331,8 +346,7 @@ struct AttentionBackward {
                                                      query_sums, key_sums, value_sums, !add, ahead);
     if (g.query) {
       std::memset(query_sums + span.queries * width, 0, static_cast<size_t>((span.query_rows - span.queries) * width) * sizeof(T));
-      for (int64_t i = 0; i < span.query_rows && !in_place; ++i)
-        write_row(p.width, query_sums + i * width, grad_query_of(p, g, b, h) + i * g.query_row);
+      if (!in_place) write_rows(span.query_rows, p.width, query_sums, grad_query_of(p, g, b, h), g.query_row);
     }
     const int64_t value_width = whole_vectors<T>(p.value_width);
     return finite ||

@@ -24,7 +24,7 @@ struct AttentionForward {
     m.transposed = pieces.take<T>(Tiled::always_pays(p) ? 0 : max(blocks, int64_t{1}) * attention_block * p.width);
     m.value_copies = pieces.take<T>(blocks * attention_block * value_width);
     m.query_copies = pieces.take<T>(queries_at_once * width);
-    m.key_copies = pieces.take<T>((may_turn(p) || p.least_time <= few_queries ? blocks : 1) * attention_block * width);
+    m.key_copies = pieces.take<T>((may_turn(p) || may_be_few(p) ? blocks : 1) * attention_block * width);
     m.out = pieces.take<T>(queries_at_once * value_width);
     m.sums = pieces.take<T>(queries_at_once * lanes<T>);
     m.totals = pieces.take<T>(queries_at_once);
@@ -57,7 +57,10 @@ struct AttentionForward {
   }
 
   // Whether keys are multiplied as they lie in memory.
-  static bool few(const AttentionCall<S>& p, const AttentionSpan& span) { return span.queries <= few_queries && !Tiled::pays(p, span); }
+  static bool may_be_few(const AttentionCall<S>& p) { return p.least_time <= few_queries && min(p.width, p.value_width) > lanes<T>; }
+  static bool few(const AttentionCall<S>& p, const AttentionSpan& span) {
+    return may_be_few(p) && span.queries <= few_queries && !Tiled::pays(p, span);
+  }
 
   // Queries [query_begin, query_end) of the heads that read key head kv.
   static void run(const AttentionCall<S>& p, int64_t b, int64_t kv, int64_t query_begin, int64_t query_end, char* scratch) {

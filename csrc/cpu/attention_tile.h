@@ -214,7 +214,9 @@ Rows<compute_t<S>> prepare_rows(int64_t n, int64_t width, const S* from, int64_t
   if constexpr (std::is_same_v<S, T>) {
     if (column_stride == 1 && row_stride == width && padded == width && !flags) return {from, width, false};
   }
-  if (column_stride == 1) {
+  if (column_stride == 1 && width < lanes<T>) {
+    for (int64_t i = 0; i < n; ++i) store(buffer + i * lanes<T>, load_partial(from + i * row_stride, width));
+  } else if (column_stride == 1) {
     for (int64_t i = 0; i < n; ++i) {
       const S* const source = from + i * row_stride;
       T* const target = buffer + i * padded;

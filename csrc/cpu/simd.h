@@ -160,6 +160,7 @@ S2S_INLINE Vec<compute_t<T>> load_partial(const T* from, int64_t n) {
 #elif defined(__x86_64__) && S2S_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), from);
   if constexpr (std::is_same_v<T, double>) return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), from);
+  if constexpr (sizeof(T) == 2) return widen((HalfWords)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), from), T{});
 #endif
   T buffer[lanes<T>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
@@ -175,6 +176,7 @@ S2S_INLINE void store_partial(T* to, Vec<compute_t<T>> v, int64_t n) {
 #elif defined(__x86_64__) && S2S_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1u), v);
   if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << n) - 1u), v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1u), (__m256i)narrow(v, T{}));
 #endif
   T buffer[lanes<T>];
   store(buffer, v);

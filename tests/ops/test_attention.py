@@ -318,11 +318,14 @@ def test_16_bits_in_whole_blocks(dtype, width, value_width, name, spoilt):
     "options",
     [{}, {"window": (5, 20)}, {"causal": "bottom-right"}, {"query_lengths": [0, 1], "key_lengths": [150, 70]}],
 )
-def test_keys_that_a_few_queries_do_not_see_have_no_gradient(time, options):
-    """Sums of a few queries aren't added to what was there, and each key's are written all the same."""
+@pytest.mark.parametrize("width, value_width, heads", [(24, 40, 2), (24, 40, 4), (5, 3, 4), (1, 1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_that_a_few_queries_do_not_see_have_no_gradient(dtype, width, value_width, heads, time, options):
+    """Sums of a few queries aren't added to what was there, and each key's are written all the same: the rows of narrow
+    heads by stores that reach into the next."""
     options = {name: torch.tensor(value) if "lengths" in name else value for name, value in options.items()}
-    draw = Draw(torch.float32)
-    tensors = draw(2, 4, time, 24), draw(2, 2, 150, 24), draw(2, 2, 150, 40)
+    draw = Draw(dtype)
+    tensors = draw(2, 4, time, width), draw(2, heads, 300, width), draw(2, heads, 300, value_width)
     judged = compare(s2s.attention, (tensors, {**options, "enable_gqa": True}), "cpu")
     assert all(by <= 0 for by in judged.values()), judged
 
