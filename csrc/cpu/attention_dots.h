@@ -77,13 +77,14 @@ struct AttentionDots {
   }
 };
 
-// So few queries to a sequence that turning keys and values around for them costs more than their products.
 inline constexpr int64_t few_queries = 3;
 
-// to (rows, attention_block) = `rows` <= few_queries rows by n rows of keys; zeros up to a whole vector.
+// to (rows, attention_block) = rows by n rows of keys; zeros up to a whole vector.
 template <class T, int ROWS = few_queries>
 void few_products(int64_t rows, int64_t width, const Rows<T>& queries, int64_t first, int64_t n, const Rows<T>& keys, int64_t begin,
                   T* to) {
+  for (; rows > ROWS; rows -= ROWS, first += ROWS, to += ROWS * attention_block)
+    few_products<T, ROWS>(ROWS, width, queries, first, n, keys, begin, to);
   if constexpr (ROWS > 1)
     if (rows < ROWS) return few_products<T, ROWS - 1>(rows, width, queries, first, n, keys, begin, to);
   constexpr int64_t at_once = AttentionDots<T>::template keys_at_once<ROWS>;

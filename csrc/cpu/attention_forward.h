@@ -52,14 +52,20 @@ struct AttentionForward {
     return plain<S> && !(p.softcap > 0 || p.bias || p.mask || p.slopes || p.dropout) && !Tiled::always_pays(p);
   }
   static bool turned(const AttentionCall<S>& p, const AttentionSpan& span) {
-    return may_turn(p) && !Tiled::pays(p, span) && span.queries > few_queries &&
+    return may_turn(p) && !Tiled::pays(p, span) && !few(p, span) && span.queries > few_queries &&
            whole_vectors<T>(span.queries) * span.keys <= (span.queries + lanes<T> / 4) * whole_vectors<T>(span.keys);
   }
 
   // Whether keys are multiplied as they lie in memory.
-  static bool may_be_few(const AttentionCall<S>& p) { return p.least_time <= few_queries && min(p.width, p.value_width) > lanes<T>; }
+  static bool may_be_few(const AttentionCall<S>& p) { return are_few(p, p.least_time, p.least_source); }
   static bool few(const AttentionCall<S>& p, const AttentionSpan& span) {
-    return may_be_few(p) && span.queries <= few_queries && !Tiled::pays(p, span);
+    return are_few(p, span.queries, span.keys) && !Tiled::pays(p, span);
+  }
+  // So few that turning keys and values around for them costs more than their products, or so few of both, of wide heads, that turning
+  // either does.
+  static bool are_few(const AttentionCall<S>& p, int64_t queries, int64_t keys) {
+    return (queries <= few_queries && min(p.width, p.value_width) > lanes<T>) ||
+           (2 * queries <= lanes<T> && keys < lanes<T> && p.width >= (queries - 1) * lanes<T>);
   }
 
   // Queries [query_begin, query_end) of the heads that read key head kv.

@@ -190,6 +190,22 @@ S2S_INLINE void transpose_strips(const S* from, int64_t from_row, int64_t column
     _mm512_storeu_ps(to + 3 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0xee));
   }
 }
+// The same of at most four rows.
+template <class S>
+S2S_INLINE void transpose_rest(int64_t rows, const S* from, int64_t from_row, int64_t columns, float* to, int64_t to_row) {
+  const S* row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) row[i] = from + min(int64_t{i}, rows - 1) * from_row;
+  const __mmask8 some = static_cast<__mmask8>((1u << rows) - 1u);
+  for (int64_t j = 0; j < columns; j += 4, to += 4 * to_row) {
+    const __m128 r0 = load_four(row[0] + j), r1 = load_four(row[1] + j), r2 = load_four(row[2] + j), r3 = load_four(row[3] + j);
+    const __m128 a = _mm_unpacklo_ps(r0, r1), b = _mm_unpackhi_ps(r0, r1), c = _mm_unpacklo_ps(r2, r3), d = _mm_unpackhi_ps(r2, r3);
+    _mm_mask_storeu_ps(to, some, _mm_movelh_ps(a, c));
+    _mm_mask_storeu_ps(to + to_row, some, _mm_movehl_ps(c, a));
+    _mm_mask_storeu_ps(to + 2 * to_row, some, _mm_movelh_ps(b, d));
+    _mm_mask_storeu_ps(to + 3 * to_row, some, _mm_movehl_ps(d, b));
+  }
+}
 #endif
 
 S2S_INLINE void transpose_block(const double* from, int64_t from_row, double* to, int64_t to_row) {
@@ -253,6 +269,11 @@ void copy_transposed(int64_t rows, int64_t cols, const S* from, int64_t from_row
     while (from_col == 1 && rows >= 16 && cols % 4 == 0) {
       transpose_strips(from, from_row, cols, to, to_row);
       rows -= 16, from += 16 * from_row, to += 16;
+    }
+    while (from_col == 1 && rows % gemm_transpose<T> && cols % 4 == 0) {
+      const int64_t some = (rows - 1) % 4 + 1;
+      rows -= some;
+      transpose_rest(some, from + rows * from_row, from_row, cols, to + rows, to_row);
     }
   }
 #endif

@@ -331,6 +331,23 @@ def test_keys_that_a_few_queries_do_not_see_have_no_gradient(dtype, width, value
 
 
 @needs_extension
+@pytest.mark.parametrize("options", [{}, {"causal": "bottom-right"}, {"key_lengths": [0, 3]}, {"softcap": 2.0}])
+@pytest.mark.parametrize("time, source", [(4, 2), (5, 15), (8, 7)])
+@pytest.mark.parametrize("width, value_width", [(130, 96), (512, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_few_queries_and_keys_of_wide_heads(heads, dtype, width, value_width, time, source, options):
+    """Neither is turned around."""
+    options = {name: torch.tensor(value) if "lengths" in name else value for name, value in options.items()}
+    options["key_lengths"] = options.get("key_lengths", torch.tensor([source, source])).clamp(max=source)
+    draw = Draw(dtype)
+    tensors = draw(2, 4, time, width), draw(2, heads, source, width), draw(2, heads, source, value_width)
+    tensors[1][1, 0, -1, 3] = tensors[2][0, 0, 0, 5] = NAN
+    judged = compare(s2s.attention, (tensors, {**options, "enable_gqa": True}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
+@needs_extension
 def test_more_heads_than_a_grid_has_blocks():
     """Row 8."""
     draw = Draw()
