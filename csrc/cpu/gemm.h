@@ -190,6 +190,7 @@ S2S_INLINE void transpose_strips(const S* from, int64_t from_row, int64_t column
     _mm512_storeu_ps(to + 3 * to_row, _mm512_maskz_shuffle_ps(-1, b, d, 0xee));
   }
 }
+
 // The same of at most four rows.
 template <class S>
 S2S_INLINE void transpose_rest(int64_t rows, const S* from, int64_t from_row, int64_t columns, float* to, int64_t to_row) {
