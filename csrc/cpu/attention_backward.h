@@ -421,10 +421,14 @@ struct AttentionBackward {
     for (int64_t q = 0; q < n; q += attention_rows) {
       const int64_t rows = min(attention_rows, n - q), i = first + q;
       Hull& hull = hulls[q / attention_rows];
-      hull = hull_of<T>(span, p.left, p.right, i, i + rows - 1, at);
-      if (hull.empty()) continue;
-      ahead.step();
+      hull = seen_of(p, b, h, i, i + rows - 1, at);
       T *const weights = m.weights + q * attention_block, *const slopes = m.grads + q * attention_block;
+      if (hull.empty()) {
+        for (T* const rest : {weights, slopes})  // a mask may show some of it to queries before and after these
+          if (p.mask || p.bias) std::memset(rest, 0, static_cast<size_t>(rows * attention_block) * sizeof(T));
+        continue;
+      }
+      ahead.step();
       const int64_t columns = hull.end - hull.begin;
       if (few) {
         const int64_t valid = min(hull.end, row.valid) - hull.begin;

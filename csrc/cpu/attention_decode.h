@@ -171,6 +171,9 @@ struct AttentionDecode {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + span.key_begin * p.value_stride[2];
     for (int64_t at = begin; at < end; at += attention_block) {
       const int64_t count = min(attention_block, end - at);
+      bool hidden = EXTRA;
+      for (int g = 0; g < HEADS && hidden; ++g) hidden = hides(p, b, h + g, 0, 1, at, count);
+      if (hidden) continue;
       const int64_t ahead = rows_ahead(p.width), value_ahead = rows_ahead(p.value_width), after = at + attention_block;
       Next next_key{key + (at + ahead) * p.key_stride[2], p.key_stride[2],   p.width,       count - ahead,
                     value + at * p.value_stride[2],       p.value_stride[2], p.value_width, min(count, value_ahead)};

@@ -201,7 +201,7 @@ struct AttentionForward {
       row.valid = min(attention_block, span.keys - at);
       for (int64_t g = 0; g < n; g += attention_rows) {
         const int64_t rows = min(attention_rows, n - g);
-        const Hull hull = hull_of<T>(span, p.left, p.right, first + g, first + g + rows - 1, at);
+        const Hull hull = seen_of(p, b, h, first + g, first + g + rows - 1, at);
         if (hull.empty()) continue;
         ahead.step();
         if (few(p, span))

@@ -81,9 +81,9 @@ struct PairGroup {
   int64_t begin, end;
   Hull hull;
   // Those from `begin` on of n, the first of which is `first`; at most `most`.
-  static PairGroup of(const AttentionSpan& span, int64_t left, int64_t right, int64_t first, int64_t begin, int64_t n, int64_t at,
+  static PairGroup of(const AttentionCall<bfloat16>& p, int64_t b, int64_t h, int64_t first, int64_t begin, int64_t n, int64_t at,
                       int64_t most) {
-    const auto hull = [&](int64_t i) { return hull_of<float>(span, left, right, first + i, first + min(n, i + tiled_rows) - 1, at, 32); };
+    const auto hull = [&](int64_t i) { return seen_of(p, b, h, first + i, first + min(n, i + tiled_rows) - 1, at, 32); };
     PairGroup group{begin, min(n, begin + tiled_rows), hull(begin)};
     while (group.end < n && group.end - begin < most) {
       const Hull next = hull(group.end);

@@ -80,11 +80,25 @@ struct TiledBackward<S, true> {
       const int64_t rows = min(chunk_rows, end - first);
       int64_t low = chunk_rows, high = 0;  // the rows that see something
       for (int64_t r = 0, next; r < rows; r = next) {
-        const PairGroup group = PairGroup::of(span, p.left, p.right, first, r, rows, at, PairGroup::most(p.width, chunk_rows));
+        const PairGroup group = PairGroup::of(p, b, h, first, r, rows, at, PairGroup::most(p.width, chunk_rows));
         const Hull hull = group.hull;
         const int64_t i = first + r, count = group.end - r;
         next = group.end;
-        if (hull.empty()) continue;
+        const int64_t whole = (next + tiled_rows - 1) / tiled_rows * tiled_rows;
+        const auto clear = [&](int64_t begin) {
+          for (T* const rest : {m.scores, m.slopes})
+            std::memset(rest + begin * attention_block, 0, static_cast<size_t>((whole - begin) * attention_block) * sizeof(T));
+        };
+        const auto put = [&] {
+          for (int64_t j = r; j < next; j += tiled_rows) {
+            put_lines(m.scores + j * attention_block, j, m.weight_pairs);
+            put_lines(m.slopes + j * attention_block, j, m.slope_pairs);
+          }
+        };
+        if (hull.empty()) {
+          if (low < high) clear(r), put();  // others may follow
+          continue;
+        }
         low = min(low, r), high = next;
         const auto product = [&](const Rows<S>& left, int64_t size, const float* right, T* to) {
           const int64_t steps = split_steps(size);
@@ -103,13 +117,7 @@ struct TiledBackward<S, true> {
           for (int64_t c = hull.begin; c < hull.end; c += 32)  // in the order of key_pairs
             _mm512_store_si512(m.left + j * slope_row + 2 * c, in_turns(load(slopes + c), load(slopes + c + 16)));
         }
-        const int64_t whole = (next + tiled_rows - 1) / tiled_rows * tiled_rows;
-        for (T* const rest : {m.scores, m.slopes})
-          std::memset(rest + next * attention_block, 0, static_cast<size_t>((whole - next) * attention_block) * sizeof(T));
-        for (int64_t j = r; j < next; j += tiled_rows) {
-          put_lines(m.scores + j * attention_block, j, m.weight_pairs);
-          put_lines(m.slopes + j * attention_block, j, m.slope_pairs);
-        }
+        clear(next), put();
         if (!g.query) continue;
         pair_product<false>(
             count, width / 16,

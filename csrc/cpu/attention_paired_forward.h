@@ -84,7 +84,7 @@ struct TiledForward<S, true> {
       const char* const values = right(m.tiled.values, Layout::packed_size(p.value_width, attention_block));
       row.valid = min(attention_block, span.keys - at);
       for (int64_t begin = 0, end; begin < n; begin = end) {
-        const PairGroup group = PairGroup::of(span, p.left, p.right, first, begin, n, at, PairGroup::most(p.width, attention_queries));
+        const PairGroup group = PairGroup::of(p, b, h, first, begin, n, at, PairGroup::most(p.width, attention_queries));
         const Hull hull = group.hull;
         const int64_t rows = group.end - begin;
         end = group.end;

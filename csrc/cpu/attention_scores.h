@@ -146,6 +146,67 @@ struct ScoreExtras {
   }
 };
 
+// Whether a line of n numbers, `stride` apart, is `hiding` throughout; at the first that isn't, as most lines begin, the search ends.
+template <class N>
+bool hides_line(const N* from, int64_t stride, int64_t n, N hiding) {
+  constexpr int64_t together = 32 / static_cast<int64_t>(sizeof(N));
+  const auto differs = [hiding](N x) __attribute__((always_inline)) {
+    if constexpr (sizeof(N) == 2)
+      return x.bits != hiding.bits;
+    else
+      return x != hiding;
+  };
+  int64_t c = 0;
+  for (; stride == 1 && c + together <= n; c += together) {
+    int any = 0;
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < together; ++i) any |= differs(from[c + i]);
+    if (any) return false;
+  }
+  for (; c < n; ++c)
+    if (differs(from[c * stride])) return false;
+  return true;
+}
+
+// Whether a mask, or a bias of -inf, hides the n keys from j on from all of `rows` queries from i on.
+template <class N>
+bool hides(const N* from, const int64_t* stride, int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t n, N hiding) {
+  from += b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
+  for (int64_t r = 0; r < (stride[2] ? rows : 1); ++r)
+    if (!hides_line(from + r * stride[2], stride[3], stride[3] ? n : 1, hiding)) return false;
+  return true;
+}
+template <class S>
+bool hides(const AttentionCall<S>& p, int64_t b, int64_t h, int64_t i, int64_t rows, int64_t j, int64_t n) {
+  if (p.mask && hides(p.mask, p.mask_stride, b, h, i, rows, j, n, uint8_t{0})) return true;
+  const auto of_bias = [&](auto hiding) {
+    return hides(static_cast<const decltype(hiding)*>(p.bias), p.bias_stride, b, h, i, rows, j, n, hiding);
+  };
+  if (!p.bias) return false;
+  switch (p.bias_type) {
+    case FloatType::float64:
+      return of_bias(-std::numeric_limits<double>::infinity());
+    case FloatType::float32:
+      return of_bias(-std::numeric_limits<float>::infinity());
+    case FloatType::bfloat16:
+      return of_bias(bfloat16{0xff80});
+    case FloatType::float16:
+      return of_bias(float16{0xfc00});
+  }
+  return false;
+}
+
+// hull_of queries, empty where a mask or bias hides all of it.
+template <class S>
+Hull seen_of(const AttentionCall<S>& p, int64_t b, int64_t h, int64_t first_row, int64_t last_row, int64_t block_begin,
+             int64_t whole = lanes<compute_t<S>>) {
+  const AttentionSpan& span = p.spans[b];
+  const Hull hull = hull_of<compute_t<S>>(span, p.left, p.right, first_row, last_row, block_begin, whole);
+  if (hull.empty() || !(p.mask || p.bias)) return hull;
+  const int64_t begin = block_begin + hull.begin, end = min(block_begin + hull.end, span.keys);
+  return hides(p, b, h, first_row, last_row - first_row + 1, begin, end - begin) ? Hull{0, 0} : hull;
+}
+
 // What all rows of one head share.
 template <class S>
 ScoreRow<compute_t<S>> score_row_of(const AttentionCall<S>& p, int64_t b, int64_t h) {

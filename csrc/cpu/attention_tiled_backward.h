@@ -206,7 +206,7 @@ struct TiledBackward<S, true> {
       for (; first < end && !chunk.rows; first += chunk_rows) {
         chunk = {first, min(chunk_rows, end - first), turn, {}};
         for (int64_t q = 0; q < chunk.rows; q += tiled_rows)
-          chunk.hulls[q / tiled_rows] = hull_of<T>(span, p.left, p.right, first + q, first + min(chunk.rows, q + tiled_rows) - 1, at, 32);
+          chunk.hulls[q / tiled_rows] = seen_of(p, b, h, first + q, first + min(chunk.rows, q + tiled_rows) - 1, at, 32);
         if (chunk.begin() >= chunk.end() || chunk.hulls[chunk.begin()].empty()) chunk.rows = 0;
       }
       return chunk;

@@ -189,7 +189,7 @@ struct TiledForward<S, true> {
       for (; block < block_end; ++block, begin = 0)
         for (; begin < n; begin += tiled_rows) {
           const int64_t rows = min(tiled_rows, n - begin);
-          const Hull hull = hull_of<T>(span, p.left, p.right, first + begin, first + begin + rows - 1, block * attention_block, 32);
+          const Hull hull = seen_of(p, b, h, first + begin, first + begin + rows - 1, block * attention_block, 32);
           if (!hull.empty()) return Group{block, begin, rows, turn, hull};
         }
       return Group{};

@@ -347,6 +347,44 @@ def test_few_queries_and_keys_of_wide_heads(heads, dtype, width, value_width, ti
     assert all(by <= 0 for by in judged.values()), judged
 
 
+def _blocks(draw, rows, keys, size=32, p=0.35):
+    """A mask (rows, keys) in which whole blocks are hidden, some of them of all queries or from all keys."""
+    blocks = draw.mask(-(-rows // size), -(-keys // size), p=p)
+    blocks[2:4], blocks[:, 1] = False, False
+    return blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :keys]
+
+
+@needs_extension
+@pytest.mark.parametrize("as_bias", [None, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("width", [64, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [6, 32, 96])
+def test_blocks_that_a_mask_hides(size, dtype, width, heads, as_bias):
+    """They are skipped, the ones between others too, and hold what isn't finite; an empty row is 0."""
+    draw = Draw(dtype)
+    mask = _blocks(draw, 200, 300, size)
+    tensors = draw(2, 4, 200, width), draw(2, heads, 300, width), draw(2, heads, 300, width)
+    tensors[1][:, :, ~mask.any(0)], tensors[2][:, :, ~mask.any(0)] = INF, NAN
+    hides = {"mask": mask}
+    if as_bias is not None:
+        hides = {"bias": torch.randn(2, 1, 200, 300).to(as_bias).masked_fill(~mask, -INF)}
+    judged = compare(s2s.attention, (tensors, {**hides, "enable_gqa": True, "return_lse": True}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_a_cache_that_a_mask_hides(dtype):
+    draw = Draw(dtype)
+    tensors = draw(2, 12, 1, 40), draw(2, 2, 1000, 40), draw(2, 2, 1000, 24)
+    mask = draw.mask(2, 12, 1, 1000)
+    mask[..., 100:300], mask[1, ..., 384:], mask[0, 5] = False, False, False
+    tensors[1][:, :, 128:256], tensors[2][1, :, 500:] = NAN, INF
+    judged = compare(s2s.attention, (tensors, {"mask": mask, "enable_gqa": True, "return_lse": True}), "cpu")
+    assert all(by <= 0 for by in judged.values()), judged
+
+
 @needs_extension
 def test_more_heads_than_a_grid_has_blocks():
     """Row 8."""
