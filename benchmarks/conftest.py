@@ -5,7 +5,8 @@ rounds, when the first of them comes up. pytest-benchmark then gets each entrant
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,15 +107,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "race" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY))
-    cases = config.stash.get(CASES, {})
+    if config.getoption("--device") == "cuda":
+        cases = config.stash.get(CASES, {})
+        in_turns(items, cases)
 
-    def place(item: pytest.Item) -> tuple[bool, bool]:
+
+def in_turns(items: list[pytest.Item], cases: Mapping[tuple[str, str], Case]) -> None:
+    """Puts what bars ask for first, of each bar in turn: where time runs out, every bar has had its share of it. The
+    entrants of a case stay together."""
+    turns: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, bool]] = Counter()
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int]:
         asked = item.callspec.params if hasattr(item, "callspec") else {}
-        case = cases.get((asked.get("case", ""), asked.get("direction", "")))
-        return (case is None or not (case.bar and case.quick), case is None or not case.bar)
+        key = asked.get("case", ""), asked.get("direction", "")
+        case = cases.get(key)
+        if case is None or not case.bar:
+            return True, True, 0
+        if key not in turns:
+            turns[key] = counts[case.bar, case.quick]
+            counts[case.bar, case.quick] += 1
+        return not case.quick, False, turns[key]
 
-    if config.getoption("--device") == "cuda":  # where time runs out, it is not at the cost of a bar
-        items.sort(key=place)  # stable: the entrants of a case stay together
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

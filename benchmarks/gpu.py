@@ -154,8 +154,13 @@ def command(
     }
 
 
+# What kernels of recurrence have code of their own for.
+OPTIONS = {"layer_norm", "weight_hr", "lengths", "reset", "recurrent_mask", "reverse"}
+
+
 def samples(device: str = "cuda", backends: Sequence[str] = ("cuda", "triton")) -> dict[str, list[str]]:
-    """Runs one sample of every operator, forward and backward, on each of these backends that covers one: what
+    """Runs one sample of every operator, forward and backward, on each of these backends that covers one, and of the
+    kernels that needn't be compiled first also one with each of OPTIONS, in bfloat16 too, for their tensor cores: what
     compute-sanitizer watches. Returns the backends that ran."""
     import torch
 
@@ -165,16 +170,25 @@ def samples(device: str = "cuda", backends: Sequence[str] = ("cuda", "triton")) 
     served: dict[str, list[str]] = {name: [] for name in CASES}
     for backend in backends:
         for name, case in CASES.items():
+            wanted, dtypes = {""}, [torch.float32]
+            if backend == "cuda":
+                wanted, dtypes = wanted | OPTIONS, [torch.float32, torch.bfloat16]
             for sample in case.samples:
-                arguments = prepare(sample.build(Draw(torch.float32, device)))
-                try:
-                    with use_backend(backend):
-                        results = dict(evaluate(case.function, arguments, noise_like))
-                except NotImplementedError:
+                _, given = sample.build(Draw(torch.float32, device))
+                if not wanted & {"", *given}:
                     continue
-                print(backend, name, sample.name, *results, flush=True)
-                served[name].append(backend)
-                break
+                for dtype in dtypes:
+                    arguments = prepare(sample.build(Draw(dtype, device)))
+                    try:
+                        with use_backend(backend):
+                            results = dict(evaluate(case.function, arguments, noise_like))
+                    except NotImplementedError:
+                        break
+                    print(backend, name, sample.name, dtype, *results, flush=True)
+                    if backend not in served[name]:
+                        served[name].append(backend)
+                else:
+                    wanted -= {"", *given}
     if device == "cuda":
         torch.cuda.synchronize()
     return served

@@ -85,6 +85,13 @@ cudaError_t resident(K kernel, const RecurrencePlan& p, int* teams) {
   return error;
 }
 
+// Null where there is none. What was returned is forgotten: the next launch, anyone's, would report it again.
+const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 template <class Arguments>
 const char* launch(Arguments a, void* stream) {
   const auto kernel = kernel_of<Arguments>(a.plan, a.shape.operand);
@@ -93,7 +100,7 @@ const char* launch(Arguments a, void* stream) {
     Launch launch(a.plan, static_cast<cudaStream_t>(stream));
     error = cudaLaunchKernelEx(&launch.config, kernel, a);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(error);
 }
 
 }  // namespace
@@ -104,7 +111,7 @@ const char* launch_recurrence(const RecurrenceBackward& a, void* stream) { retur
 const char* resident_teams(const RecurrencePlan& plan, Operand operand, bool backward, int* teams) {
   const cudaError_t error = backward ? resident(kernel_of<RecurrenceBackward>(plan, operand), plan, teams)
                                      : resident(kernel_of<RecurrenceForward>(plan, operand), plan, teams);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(error);
 }
 
 }  // namespace s2s::persistent

@@ -1,5 +1,6 @@
 """The benchmarks run end to end on tiny shapes, and what they compute about a run is right. No time is asserted."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,6 +34,8 @@ from benchmarks import (
 )  # fmt: skip
 from benchmarks.harness import FORWARD, TRAINING, Case, Entrant, Grid
 from benchmarks.results import Group, Record
+from s2s_kernels import dispatch
+from s2s_kernels.testing import CASES, Draw
 
 ROOT = Path(__file__).parent.parent.parent
 # Where the suite runs in several processes, pytest-benchmark would take its own for one of them, and measure nothing.
@@ -345,6 +348,16 @@ def test_one_sample_of_every_operator_is_run_on_each_backend_that_covers_it():
     assert all(backends == ["cpu"] for backends in served.values()) and served.keys() >= {"lstm", "attention_pool"}
 
 
+def test_each_option_of_the_compiled_kernels_is_run_in_two_dtypes(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "use_backend", lambda name: contextlib.nullcontext())
+    gpu.samples("cpu", ("cuda",))
+    lines = [line.split("torch.") for line in capsys.readouterr().out.splitlines() if line.startswith("cuda lstm ")]
+    ran = [head for head, _ in lines]
+    assert ran[::2] == ran[1::2] and len(ran) >= 8
+    chosen = [sample for sample in CASES["lstm"].samples if f"cuda lstm {sample.name} " in ran]
+    assert {option for sample in chosen for option in sample.build(Draw())[1]} >= gpu.OPTIONS
+
+
 @pytest.fixture
 def told(monkeypatch):
     """What would be run is kept, and nothing run; the answers are these."""
@@ -431,6 +444,19 @@ def test_bars_come_first_on_a_gpu():
     items.append(types.SimpleNamespace(name="another suite's"))
     conftest.pytest_collection_modifyitems(config, items)
     assert [item.name for item in items] == ["first", "first", "bar", "bar", "other", "another suite's"]
+
+
+def test_every_bar_has_its_turn_on_a_gpu():
+    case, bars = recording_case([]), ["GA1"] * 3 + ["GR1"] * 2 + ["GD1"]
+    cases = {(f"{bar} {n}", FORWARD): harness.on_gpu(case, bar, True) for n, bar in enumerate(bars)}
+    items = [
+        types.SimpleNamespace(name=name, callspec=types.SimpleNamespace(params={"case": name, "direction": direction}))
+        for name, direction in cases
+        for _ in ("ours", "torch")
+    ]
+    conftest.in_turns(items, cases)
+    assert [item.name[:3] for item in items[::2]] == ["GA1", "GR1", "GD1", "GA1", "GR1", "GA1"]
+    assert [item.name for item in items[::2]] == [item.name for item in items[1::2]]
 
 
 @pytest.mark.parametrize("kind", ["dense", "lengths", "bias", "causal"])
