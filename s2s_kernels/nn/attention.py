@@ -87,7 +87,6 @@ class MultiheadAttention(Layer):
         attn_mask: torch.Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        *,
         cache: KVCache | None = None,
         lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -139,6 +138,8 @@ class MultiheadAttention(Layer):
                 key = query if self_attention else key[None]
                 value = key if same else value[None]
                 key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+            if key is not query:
+                key, value = _without_padding(key, value, key_padding_mask, batch_second)
             q, k, v = self._project(query, key, value, batch_second)
             if cache is None and more_keys:
                 k, v = self._with_more_keys(k, v)
@@ -192,6 +193,7 @@ class MultiheadAttention(Layer):
             key, value = key[None], value[None]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         batch_second = batched and not self.batch_first
+        key, value = _without_padding(key, value, key_padding_mask, batch_second)
         _, *projections = self._projections(key is value)
         k, v = self._project_keys(key, value, projections, batch_second)
         return AttentionKeys(*self._with_more_keys(k, v), key_padding_mask, batched)
@@ -381,6 +383,18 @@ class MultiheadAttention(Layer):
         """A learned key or value (1, 1, E) as (B, H, 1, D)."""
         heads = bias.to(like.dtype).view(1, self.num_heads, 1, self.head_dim)
         return heads.expand(like.shape[0], -1, -1, -1)
+
+
+def _without_padding(
+    key: torch.Tensor, value: torch.Tensor, key_padding_mask: torch.Tensor | None, batch_second: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with 0 where a boolean mask (B, S) hides them, if a gradient is recorded: a NaN there would come
+    through the products that project them into the gradients of the weights."""
+    if key_padding_mask is None or key_padding_mask.dtype != torch.bool or not torch.is_grad_enabled():
+        return key, value
+    hidden = (key_padding_mask.mT if batch_second else key_padding_mask)[..., None]
+    seen = key.masked_fill(hidden, 0)
+    return seen, seen if key is value else value.masked_fill(hidden, 0)
 
 
 def _restrictions(

@@ -118,7 +118,8 @@ class KVCache:
     def to(self, *args: Any, **kwargs: Any) -> "KVCache":
         """A cache with `Tensor.to` of the keys and values, and the lengths beside them."""
         key, value = self.key.to(*args, **kwargs), self.value.to(*args, **kwargs)
-        return self._of(key, value, self.lengths.to(key.device))
+        lengths = self.lengths.to(key.device)
+        return self._of(key, value, lengths if key is self.key else lengths.clone())
 
     def __repr__(self) -> str:
         names = ("batch", "kv_heads", "max_length", "head_dim")

@@ -180,6 +180,36 @@ def test_hidden_keys_never_reach_the_result(need_weights):
     assert grad[:, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 5}])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hidden_keys_never_reach_a_gradient_of_the_weights(prepared, sizes, batch_first):
+    draw = Draw(torch.float32)
+    layer = s2s.nn.MultiheadAttention(8, 2, batch_first=batch_first, **sizes)
+    query, key, value = draw(2, 3, 8), draw(2, 4, sizes.get("kdim", 8)), draw(2, 4, sizes.get("vdim", 8))
+    hidden = torch.tensor([[False, False, False, True], [True, False, False, True]])
+    if not sizes:
+        value = key
+    grads = []
+    for filling in (0.0, float("nan")):
+        memory = [x.masked_fill(hidden[..., None], filling) for x in (key, value)]
+        given = [x if batch_first else x.transpose(0, 1) for x in (query, *(memory if sizes else memory[:1] * 2))]
+        if prepared:
+            result, _ = layer(given[0], layer.prepare(*given[1:], hidden), need_weights=False)
+        else:
+            result, _ = layer(*given, hidden, need_weights=False)
+        grads.append(torch.autograd.grad(result.square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+def test_all_arguments_by_position():
+    """As torch's exporters call a layer."""
+    x = torch.randn(2, 3, 8)
+    layer = s2s.nn.MultiheadAttention(8, 2, batch_first=True)
+    expected = layer(x, x, x, need_weights=False)[0]
+    assert torch.equal(layer(x, x, x, None, False, None, True, False, None, None)[0], expected)
+
+
 def test_dropout_only_in_training():
     _, layer = pair(8, 2, 0.5, batch_first=True)
     inputs = draw_inputs(layer, 2, 4, 6)

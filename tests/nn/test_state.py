@@ -154,6 +154,9 @@ def test_copies_and_round_trips():
         assert torch.equal(other.key[:, :, :3], key) and torch.equal(other.value[:, :, 3:4], value[:, :, :1])
     half = cache.to(torch.bfloat16)
     assert half.key.dtype == half.value.dtype == torch.bfloat16 and half.lengths.dtype == torch.int64
+    for other in (half, cache.to(torch.float32, copy=True)):  # has lengths of its own
+        other.append(key[:, :, :1].to(other.key.dtype), value[:, :, :1].to(other.key.dtype))
+        assert cache.lengths.tolist() == [3, 3] and other.lengths.tolist() == [4, 4]
     meta = cache.to("meta")
     assert meta.append(key.to("meta"), value.to("meta"))[2].is_meta
 

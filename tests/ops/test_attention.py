@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreting import needs_extension
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
@@ -383,6 +384,28 @@ def test_blocks_of_a_cache_that_a_mask_hides(dtype):
     tensors[1][:, :, 128:256], tensors[2][1, :, 500:] = NAN, INF
     judged = compare(s2s.attention, (tensors, {"mask": mask, "enable_gqa": True, "return_lse": True}), "cpu")
     assert all(by <= 0 for by in judged.values()), judged
+
+
+@pytest.mark.parametrize("time, source", [(5, 5), (3, 6), (6, 3)])
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_torchs_causal_bias(make, time, source):
+    """Nobody has set its elements: what it stands for is served, beside is_causal too, and it is refused elsewhere."""
+    draw = Draw()
+    query, key, value = draw(2, 2, time, 8), draw(2, 2, source, 8), draw(2, 2, source, 8)
+    bias = make(time, source)
+    keep = torch.ones(time, source).tril(0 if make is causal_upper_left else source - time).bool()
+    for is_causal in (False, True):
+        kept = keep & torch.ones(time, source).tril().bool() if is_causal else keep
+        expected = s2s.attention(query, key, value, mask=kept)
+        ours = s2s.scaled_dot_product_attention(query, key, value, bias, is_causal=is_causal)
+        torch.testing.assert_close(ours, expected)
+        assert type(ours) is torch.Tensor
+    with pytest.raises(ValueError, match="attn_mask"):
+        s2s.scaled_dot_product_attention(query, key[:, :, 1:], value[:, :, 1:], bias)
+    for argument in ("mask", "bias"):
+        with pytest.raises(TypeError, match=argument):
+            s2s.attention(query, key, value, **{argument: bias})
 
 
 @needs_extension

@@ -1,5 +1,6 @@
 """Scaled dot-product attention with every restriction of the contract, and torch's own signature of it."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ def _torch_gap(call: Call) -> str | None:
             return f"what isn't finite makes other results of torch's kernel, and Triton's can't mend them: {mended}"
         return builtin.gap(query, key, value, right is not None)
     return (
-        "torch's kernel has no second derivative; measured, it wins on long dense sequences only, by at most 15 % "
-        "forward and 6 % with backward, and nowhere on a processor with a tile unit"
+        "torch's kernel has no second derivative; where it was measured it was at most 15 % faster forward and 6 % "
+        "with backward, on long dense sequences, and nowhere on a processor with AVX-512"
     )
 
 
@@ -133,6 +134,9 @@ def attention(
         arguments.groups(name, key, heads, kv_heads, enable_gqa)
     shape = (batch, heads, time, source)
     # What isn't given isn't asked about: a small call takes as long as its checks.
+    for argument, x in (("mask", mask), ("bias", bias)):
+        if x is not None and _is_causal_bias(x):
+            checks.wrong_type(name, argument, "a tensor with elements (there is `causal`)", type(x).__name__)
     if mask is not None:
         checks.boolean(name, "mask", mask, query, "query")
         mask = _four(name, "mask", mask, shape)
@@ -217,8 +221,8 @@ def scaled_dot_product_attention(
         query: (..., T, D), or (..., H, T, D) under `enable_gqa`.
         key: (..., S, D), or (..., Hkv, S, D).
         value: (..., S, Dv), or (..., Hkv, S, Dv); the leading dimensions of all three are broadcast.
-        attn_mask: boolean, True = attend, or floating, added to the scores; broadcastable to (..., T, S). Beside
-            is_causal both hold.
+        attn_mask: boolean, True = attend, or floating, added to the scores; broadcastable to (..., T, S); or a
+            `torch.nn.attention.bias.CausalBias` of T and S. Beside is_causal both hold.
         dropout_p: applied whenever it is above 0.
         is_causal: query i sees the keys up to i.
         scale: 1 / sqrt(D) if None.
@@ -238,6 +242,10 @@ def scaled_dot_product_attention(
             checks.wrong_value(name, argument, layout, tuple(value_of.shape))
     if not isinstance(is_causal, bool):
         checks.wrong_type(name, "is_causal", "True or False", repr(is_causal))
+    causal: bool | str = is_causal
+    if _is_causal_bias(attn_mask):
+        causal = _diagonal(name, attn_mask, query.shape[-2], key.shape[-2], is_causal)
+        attn_mask = None
     query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)  # type: ignore[assignment]
     inner = 3 if enable_gqa else 2
     leading = _broadcast_shapes(name, [x.shape[:-inner] for x in (query, key, value)])
@@ -266,12 +274,27 @@ def scaled_dot_product_attention(
         _ranked(value),
         mask=mask,
         bias=bias,
-        causal=is_causal,
+        causal=causal,
         dropout_p=dropout_p,
         scale=scale,
         enable_gqa=enable_gqa and heads != key.shape[-3],
     )
     return out if len(whole) == 2 else out.reshape(*whole, query.shape[-2], value.shape[-1])
+
+
+def _is_causal_bias(x: Any) -> bool:
+    """Whether x is torch's name for a causal mask: a tensor whose elements nobody has set."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(x, module.CausalBias)
+
+
+def _diagonal(name: str, causal_bias: Any, time: int, source: int, is_causal: bool) -> bool | str:
+    """What `attention` calls a CausalBias, beside is_causal or not."""
+    if (sizes := (causal_bias.seq_len_q, causal_bias.seq_len_kv)) != (time, source):
+        checks.wrong_value(name, "attn_mask", f"a CausalBias of (T, S) = {(time, source)}", sizes)
+    if causal_bias.variant.name == "UPPER_LEFT" or (is_causal and source >= time):
+        return True
+    return "bottom-right"
 
 
 def _ranked(x: torch.Tensor) -> torch.Tensor:
