@@ -10,7 +10,7 @@ from ..ops.additive_attention import AdditiveKeys, additive_attention, attention
 from ..ops.attention import attention
 from ..ops.random import draw_seed, keep_mask
 from .attention import attention_weights
-from .layer import Layer
+from .layer import Layer, check_projected, check_width
 
 
 class AdditiveAttention(Layer):
@@ -40,6 +40,7 @@ class AdditiveAttention(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        checks.probability("AdditiveAttention", "dropout", dropout)
         self.dropout = dropout
         self.query_projection = nn.Linear(query_size, attention_size, bias=bias, device=device, dtype=dtype)
         self.key_projection = nn.Linear(key_size, attention_size, bias=False, device=device, dtype=dtype)
@@ -58,6 +59,7 @@ class AdditiveAttention(Layer):
             key: (B, S, key_size); value: (B, S, Dv), the keys if None; key_lengths: (B,).
         """
         value = key if value is None else value
+        check_projected("AdditiveAttention", "key", key, "(B, S, key_size)", self.key_projection)
         projected = self.key_projection(_seen_only("AdditiveAttention", key, None, key_lengths))
         return prepare_additive_keys(projected, value, key_lengths)
 
@@ -73,7 +75,9 @@ class AdditiveAttention(Layer):
     ) -> Any:
         """query (B, T, query_size), key (B, S, key_size) or from `prepare`, value (B, S, Dv), the keys if None ->
         context (B, T, Dv), or (context, weights (B, T, S)); other arguments as `additive_attention`."""
+        check_projected("AdditiveAttention", "query", query, "(B, T, query_size)", self.query_projection)
         if not isinstance(key, AdditiveKeys):
+            check_projected("AdditiveAttention", "key", key, "(B, S, key_size)", self.key_projection)
             value = key if value is None else value
             key = self.key_projection(_seen_only("AdditiveAttention", key, mask, key_lengths, query.shape[1]))
         return additive_attention(
@@ -137,6 +141,7 @@ class LuongAttention(Layer):
             checks.wrong_value("LuongAttention", "key_size", f"query_size = {query_size} under dot", key_size)
         if (score == "location") != (max_length is not None):
             checks.wrong_value("LuongAttention", "max_length", "given with location alone", max_length)
+        checks.probability("LuongAttention", "dropout", dropout)
         if window is not None and window < 1:
             checks.wrong_value("LuongAttention", "window", "at least 1", window)
         self.score, self.window, self.dropout = score, window, dropout
@@ -171,8 +176,15 @@ class LuongAttention(Layer):
         (B, T, S) with True = attend, key_lengths (B,) -> context (B, T, Dv), or (context, weights (B, T, S) before
         dropout)."""
         value = key if value is None else value
-        checks.data("LuongAttention", "query", query, 3, "(B, T, query_size)")
-        checks.data("LuongAttention", "key", key, 3, "(B, S, key_size)")
+        of_query: nn.Module = self  # no linear map
+        of_key: nn.Module = self
+        if self.score == "concat":
+            of_query, of_key = self.query_projection, self.key_projection
+        elif self.score != "dot":
+            of_query = self.projection
+        check_projected("LuongAttention", "query", query, "(B, T, query_size)", of_query)
+        check_projected("LuongAttention", "key", key, "(B, S, key_size)", of_key)
+        checks.data("LuongAttention", "value", value, 3, "(B, S, Dv)")
         (batch, rows, _), keys = query.shape, key.shape[1]
         key_lengths = checks.lengths("LuongAttention", "key_lengths", key_lengths, key, batch, keys, "S")
         checks.boolean("LuongAttention", "mask", mask, query, "query")
@@ -192,6 +204,8 @@ class LuongAttention(Layer):
                 longest = self.projection.out_features
                 raise ValueError(f"LuongAttention: key must have at most max_length = {longest} positions, got {keys}")
             key = self.projection.weight[:keys].to(query.dtype).expand(batch, -1, -1)
+        if key.shape[2] != query.shape[2]:
+            checks.wrong_value("LuongAttention", "key", f"of width {query.shape[2]}", tuple(key.shape))
         # The scores are those of dot-product attention with one head and no scale.
         q, k, v = query[:, None], key[:, None], value[:, None]
         if mask is not None:
@@ -302,6 +316,8 @@ class AttentionPool(Layer):
 
     def forward(self, x: torch.Tensor, *, lengths: torch.Tensor | None = None, return_weights: bool = False) -> Any:
         """x (B, T, I), lengths (B,) -> pooled (B, I), or (pooled, weights (B, T))."""
+        checks.data("AttentionPool", "x", x, 3, "(B, T, I)")
+        check_width("AttentionPool", "x", x, self.input_size, self.weight.dtype)
         return attention_pool(x, self.weight, self.bias, self.context, lengths=lengths, return_weights=return_weights)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import checks
 from ..ops.attention import attention
-from .layer import Layer
+from .layer import Layer, check_width
 from .state import AttentionKeys, KVCache
 
 Projection = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
@@ -443,10 +443,7 @@ def _check_rows(name: str, x: Any, size: int, dtype: torch.dtype) -> None:
     if x.dim() not in (2, 3):
         wanted = "(T, B, E), (B, T, E) or (T, E), like the others"
         checks.wrong_value("MultiheadAttention", name, wanted, tuple(x.shape))
-    if x.shape[-1] != size:
-        checks.wrong_value("MultiheadAttention", name, f"of width {size}", tuple(x.shape))
-    if x.dtype != dtype and not (x.is_floating_point() and checks.autocasts(x)):
-        checks.wrong_type("MultiheadAttention", name, f"{dtype} like the parameters", x.dtype)
+    check_width("MultiheadAttention", name, x, size, dtype)
 
 
 def _check_mask(name: str, mask: Any) -> None:

@@ -1,5 +1,7 @@
 """Bahdanau's and Luong's attention and the pooling, as layers, against the plain formulas of their papers."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,3 +310,37 @@ def test_luong_on_any_shape(score, window, rows, keys, masked, with_lengths, see
     plain = luong(layer, query, key, value, visible_of(query, key, mask, lengths), lengths)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("change, error, argument", [
+    ({"query": torch.randn(2, 3, 7)}, ValueError, "query"),
+    ({"query": torch.randn(3)}, ValueError, "query"),
+    ({"query": None}, TypeError, "query"),
+    ({"query": torch.randn(2, 3, 6).double()}, TypeError, "query"),
+    ({"key": torch.randn(2, 4, 5)}, ValueError, "key"),
+    ({"key": [1.0]}, TypeError, "key"),
+    ({"value": 3}, TypeError, "value"),
+    ({"value": torch.randn(4, 6)}, ValueError, "value"),
+])  # fmt: skip
+@pytest.mark.parametrize("make", [
+    lambda: s2s.nn.AdditiveAttention(6, 6, 4),
+    lambda: s2s.nn.LuongAttention(6, 6, "dot"),
+    lambda: s2s.nn.LuongAttention(6, 6, "general"),
+    lambda: s2s.nn.LuongAttention(6, 6, "concat"),
+])  # fmt: skip
+def test_bad_input_is_refused_by_the_layers_name(make, change, error, argument):
+    given = {"query": torch.randn(2, 3, 6), "key": torch.randn(2, 4, 6), "value": torch.randn(2, 4, 3), **change}
+    layer = make()
+    layer(**given | {name: torch.randn(2, 4, 6) for name in change} | {"query": torch.randn(2, 3, 6)})
+    # A dot product knows no dtype of parameters: the others' is wrong there.
+    named = "(query|key)" if argument == "query" else argument
+    with pytest.raises(error, match=f": {named} must be"):
+        layer(**given)
+
+
+def test_what_pools_and_drops_is_checked():
+    with pytest.raises(ValueError, match="AttentionPool: x must be of width 5"):
+        s2s.nn.AttentionPool(5, 4)(torch.randn(2, 3, 6))
+    for make in (s2s.nn.AdditiveAttention, functools.partial(s2s.nn.LuongAttention, score="concat", window=2)):
+        with pytest.raises(ValueError, match="dropout must be"):
+            make(6, 6, attention_size=4, dropout=2.0)

@@ -386,6 +386,14 @@ def test_blocks_of_a_cache_that_a_mask_hides(dtype):
     assert all(by <= 0 for by in judged.values()), judged
 
 
+def test_a_scale_of_another_library():
+    query = torch.randn(1, 2, 3, 8)
+    for scale in (np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(
+            s2s.attention(query, query, query, scale=scale), s2s.attention(query, query, query, scale=0.5)
+        )
+
+
 @pytest.mark.parametrize("time, source", [(5, 5), (3, 6), (6, 3)])
 @pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
 @pytest.mark.filterwarnings("ignore:Lower right causal bias")

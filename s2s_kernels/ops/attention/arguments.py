@@ -1,5 +1,6 @@
 """Checks that attention and attention of packed sequences share."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def _side(name: str, side: Any, window: Any) -> int | None:
 
 
 def real(name: str, argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
         checks.wrong_type(name, argument, "a number or None", type(value).__name__)
 
 
