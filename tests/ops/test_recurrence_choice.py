@@ -44,6 +44,33 @@ def gpu(monkeypatch):
     estimates.predicted.cache_clear()
 
 
+@needs_extension
+def test_no_more_is_laid_over_a_device_than_is_resident(gpu):
+    """Row 28: blocks that wait for one another must all be there. A cluster that isn't makes way for the grid."""
+    shape = cuda_kernels.Shape(64, 128, 128, 0, torch.bfloat16, False, False)
+
+    def plan(clusters, grids):
+        class Kernels(cuda_kernels.kernels):
+            @staticmethod
+            def recurrence_persistent_resident(plan, operand, backward, device):
+                answer = clusters if plan[0] else grids
+                if answer is None:
+                    raise RuntimeError("invalid cluster size")
+                return answer
+
+        return cuda_kernels._plan(Kernels, shape, 1, False, 0, (132, 227 << 10, True))
+
+    whole = plan(99, 0)
+    teams = cuda_kernels.TEAM + 1
+    assert whole[0] and whole[teams] > 1 and plan(1, 0) == (*whole[:teams], 1, *whole[teams + 1 :])
+    for clusters in (0, None):
+        grid = plan(clusters, 99)
+        assert grid and not grid[0]
+        assert plan(clusters, grid[teams] - 1) == ()
+        with pytest.raises(RuntimeError, match="cluster size"):
+            plan(clusters, None)
+
+
 def test_the_gaps_of_cudnn(gpu, monkeypatch):
     assert reason() is None and reason(cell="gru") is None
     assert "no measurement" in reason(cell="rnn_tanh") and "no measurement" in reason(

@@ -90,7 +90,12 @@ def _plan(
         if not plan:
             return ()
         cluster, team, teams = plan[0], plan[TEAM], plan[TEAM + 1]
-        resident = source.recurrence_persistent_resident(plan, operand, backward, index)
+        try:
+            resident = source.recurrence_persistent_resident(plan, operand, backward, index)
+        except RuntimeError:
+            if not cluster:
+                raise
+            continue  # a part of a GPU may have no cluster of this size
         if cluster and resident:
             return (*plan[: TEAM + 1], min(teams, resident), *plan[TEAM + 2 :])
         if not cluster:
