@@ -1,4 +1,5 @@
-"""Which engine runs the recurrent part of a call on CUDA tensors: by arithmetic, not by measurement so far.
+"""Which engine runs the recurrent part of a call on CUDA tensors: by arithmetic. What was measured decides among
+backends, before (measurements.py).
 
 An engine is a module of this package with the `forward` and `backward` that device.py describes. Backward asks again: a
 call's own sizes and its device must decide, or engines that lay out alike what they save.
