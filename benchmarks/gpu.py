@@ -170,14 +170,13 @@ def samples(device: str = "cuda", backends: Sequence[str] = ("cuda", "triton")) 
     served: dict[str, list[str]] = {name: [] for name in CASES}
     for backend in backends:
         for name, case in CASES.items():
-            wanted, dtypes = {""}, [torch.float32]
-            if backend == "cuda":
-                wanted, dtypes = wanted | OPTIONS, [torch.float32, torch.bfloat16]
+            compiled = backend == "cuda"
+            missing = set(OPTIONS) if compiled else set()
             for sample in case.samples:
                 _, given = sample.build(Draw(torch.float32, device))
-                if not wanted & {"", *given}:
+                if backend in served[name] and not missing & given.keys():
                     continue
-                for dtype in dtypes:
+                for dtype in (torch.float32, torch.bfloat16) if compiled else (torch.float32,):
                     arguments = prepare(sample.build(Draw(dtype, device)))
                     try:
                         with use_backend(backend):
@@ -185,10 +184,10 @@ def samples(device: str = "cuda", backends: Sequence[str] = ("cuda", "triton")) 
                     except NotImplementedError:
                         break
                     print(backend, name, sample.name, dtype, *results, flush=True)
+                else:
+                    missing -= given.keys()
                     if backend not in served[name]:
                         served[name].append(backend)
-                else:
-                    wanted -= {"", *given}
     if device == "cuda":
         torch.cuda.synchronize()
     return served

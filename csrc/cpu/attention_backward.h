@@ -424,8 +424,8 @@ struct AttentionBackward {
       hull = seen_of(p, b, h, i, i + rows - 1, at);
       T *const weights = m.weights + q * attention_block, *const slopes = m.grads + q * attention_block;
       if (hull.empty()) {
-        for (T* const rest : {weights, slopes})  // a mask may show some of it to queries before and after these
-          if (p.mask || p.bias) std::memset(rest, 0, static_cast<size_t>(rows * attention_block) * sizeof(T));
+        if (p.mask || p.bias)  // which may show some of it to queries before and after these
+          for (T* const rest : {weights, slopes}) std::memset(rest, 0, static_cast<size_t>(rows * attention_block) * sizeof(T));
         continue;
       }
       ahead.step();

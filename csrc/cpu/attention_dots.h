@@ -77,6 +77,7 @@ struct AttentionDots {
   }
 };
 
+// How many rows are multiplied with each key that is loaded.
 inline constexpr int64_t few_queries = 3;
 
 // to (rows, attention_block) = rows by n rows of keys; zeros up to a whole vector.

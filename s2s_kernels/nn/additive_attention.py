@@ -176,8 +176,7 @@ class LuongAttention(Layer):
         (B, T, S) with True = attend, key_lengths (B,) -> context (B, T, Dv), or (context, weights (B, T, S) before
         dropout)."""
         value = key if value is None else value
-        of_query: nn.Module = self  # no linear map
-        of_key: nn.Module = self
+        of_query = of_key = None
         if self.score == "concat":
             of_query, of_key = self.query_projection, self.key_projection
         elif self.score != "dot":
@@ -334,7 +333,6 @@ def _seen_only(
 ) -> torch.Tensor:
     """x (B, S, W) with 0 at the positions that no row sees: a NaN there would come through the product that projects
     them into the gradient of its weight."""
-    checks.data(name, "key", x, 3, "(B, S, key_size)")
     batch, keys, _ = x.shape
     seen = None
     lengths = checks.lengths(name, "key_lengths", lengths, x, batch, keys, "S")

@@ -30,8 +30,8 @@ def check_width(name: str, argument: str, x: torch.Tensor, size: int, dtype: tor
         checks.wrong_type(name, argument, f"{dtype} like the parameters", x.dtype)
 
 
-def check_projected(name: str, argument: str, x: Any, layout: str, projection: nn.Module) -> None:
-    """The same of data of three dimensions, unless something has taken the linear map's place."""
+def check_projected(name: str, argument: str, x: Any, layout: str, projection: nn.Module | None) -> None:
+    """The same of data of three dimensions, unless there is no linear map, or something has taken its place."""
     checks.data(name, argument, x, 3, layout)
     if isinstance(projection, nn.Linear):
         check_width(name, argument, x, projection.in_features, projection.weight.dtype)

@@ -134,9 +134,6 @@ def attention(
         arguments.groups(name, key, heads, kv_heads, enable_gqa)
     shape = (batch, heads, time, source)
     # What isn't given isn't asked about: a small call takes as long as its checks.
-    for argument, x in (("mask", mask), ("bias", bias)):
-        if x is not None and _is_causal_bias(x):
-            checks.wrong_type(name, argument, "a tensor with elements (there is `causal`)", type(x).__name__)
     if mask is not None:
         checks.boolean(name, "mask", mask, query, "query")
         mask = _four(name, "mask", mask, shape)
@@ -340,6 +337,8 @@ def _floating(name: str, argument: str, value: Any, query: torch.Tensor) -> torc
     if value is None:
         return None
     checks.tensor(name, argument, value)
+    if _is_causal_bias(value):
+        checks.wrong_type(name, argument, "a tensor with elements (there is `causal`)", type(value).__name__)
     if value.dtype not in checks.DTYPES:
         checks.wrong_type(name, argument, "float64, float32, bfloat16 or float16", value.dtype)
     checks.beside(name, argument, value, query, "query")

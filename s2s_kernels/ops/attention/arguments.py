@@ -65,7 +65,7 @@ def _side(name: str, side: Any, window: Any) -> int | None:
 
 
 def real(name: str, argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         checks.wrong_type(name, argument, "a number or None", type(value).__name__)
 
 
