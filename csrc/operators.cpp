@@ -8,14 +8,14 @@ STABLE_TORCH_LIBRARY(s2s, m) {
       "recurrence_forward(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, Tensor? "
       "weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? lengths, Tensor? "
       "reset, "
-      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, bool "
+      "Tensor? seed, int cell, bool reverse, float zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, int "
       "cuda, int save) -> "
       "Tensor[]");
   m.def(
       "recurrence_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? h0, "
       "Tensor? c0, Tensor? weight_hr, Tensor? recurrent_mask, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_b, Tensor? "
       "lengths, Tensor? reset, Tensor? seed, Tensor? gates, Tensor? extra, Tensor? hidden, Tensor? normed, int cell, bool reverse, float "
-      "zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, bool cuda, int needs) -> Tensor[]");
+      "zoneout_h, float zoneout_c, bool training, float weight_dropout, bool packed, int cuda, int needs) -> Tensor[]");
   m.def(
       "recurrence_step(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h0, Tensor? c0, int cell) "
       "-> "

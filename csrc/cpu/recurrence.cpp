@@ -169,7 +169,7 @@ std::vector<Tensor> recurrence_forward(const Tensor& x, const Tensor& weight_ih,
                                        const OptionalTensor& norm_hh, const OptionalTensor& norm_c, const OptionalTensor& norm_b,
                                        const OptionalTensor& lengths, const OptionalTensor& reset, const OptionalTensor& seed, int64_t cell,
                                        bool reverse, double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed,
-                                       bool cuda, int64_t save) {
+                                       int64_t cuda, int64_t save) {
   const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
                     lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};
   if (weight_hh.dim() == 3) return run_heads(a, bias_ih, bias_hh, save);
@@ -184,7 +184,7 @@ std::vector<Tensor> recurrence_backward(const OptionalTensor& grad_output, const
                                         const OptionalTensor& norm_b, const OptionalTensor& lengths, const OptionalTensor& reset,
                                         const OptionalTensor& seed, const OptionalTensor& gates, const OptionalTensor& extra,
                                         const OptionalTensor& hidden, const OptionalTensor& normed, int64_t cell, bool reverse,
-                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed, bool cuda,
+                                        double zoneout_h, double zoneout_c, bool training, double weight_dropout, bool packed, int64_t cuda,
                                         int64_t needs) {
   const Arguments a{x,       weight_ih, weight_hh, h0,   c0,      weight_hr, recurrent_mask, norm_ih,  norm_hh,        norm_c, norm_b,
                     lengths, reset,     seed,      cell, reverse, zoneout_h, zoneout_c,      training, weight_dropout, packed};

@@ -35,7 +35,7 @@ def call(
     lengths, reset = torch.full((batch,), time), torch.zeros(batch, time, dtype=torch.bool)
     seed = torch.tensor([1, 2]) if everything else None
     zones = (0.5, 0.5 if lstm else 0.0) if everything else (0.0, 0.0)
-    rest = (number, reverse, *zones, everything, 0.5 if everything else 0.0, False, False)
+    rest = (number, reverse, *zones, everything, 0.5 if everything else 0.0, False, 0)
     original, choice.engine_of = choice.engine_of, lambda sizes: engine
     try:
         results = device.recurrence_forward(

@@ -58,15 +58,16 @@ def test_no_more_is_laid_over_a_device_than_is_resident(gpu):
                     raise RuntimeError("invalid cluster size")
                 return answer
 
-        return cuda_kernels._plan(Kernels, shape, 1, False, 0, (132, 227 << 10, True))
+        return cuda_kernels._plan(Kernels, shape, 1, False, 0, (132, 227 << 10, True), 1)
 
     whole = plan(99, 0)
     teams = cuda_kernels.TEAM + 1
     assert whole[0] and whole[teams] > 1 and plan(1, 0) == (*whole[:teams], 1, *whole[teams + 1 :])
     for clusters in (0, None):
         grid = plan(clusters, 99)
-        assert grid and not grid[0]
-        assert plan(clusters, grid[teams] - 1) == ()
+        assert grid and not grid[0] and grid[teams] > 1
+        assert plan(clusters, 1) == (*grid[:teams], 1, *grid[teams + 1 : -1], grid[-1] // grid[teams])
+        assert plan(clusters, 0) == ()
         with pytest.raises(RuntimeError, match="cluster size"):
             plan(clusters, None)
 

@@ -174,7 +174,7 @@ def test_packed_raw_calls_are_checked():
         rest = (none,) * 7
         return torch.ops.s2s.recurrence_forward(
             x, *weights, h0, *rest, lengths, none, none, 1, False, 0.0, 0.0, False, 0.0,
-            True, False, 0,
+            True, 0, 0,
         )  # fmt: skip
 
     assert forward(lengths)[0].shape == (5, 5)
@@ -334,7 +334,7 @@ def test_lengths_out_of_range_are_clamped_in_the_kernels(engine):
     def forward(lengths):
         rest = (none,) * 8
         return torch.ops.s2s.recurrence_forward(
-            x, *weights, *rest, lengths, none, none, 1, False, 0.0, 0.0, False, 0.0, False, False, 0
+            x, *weights, *rest, lengths, none, none, 1, False, 0.0, 0.0, False, 0.0, False, 0, 0
         )
 
     for out, inside in zip(forward(torch.tensor([99, -5])), forward(torch.tensor([3, 0])), strict=True):
@@ -347,7 +347,7 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
     x, weights, h0 = draw(2, 3, 4), (draw(12, 4), draw(12, 4), draw(12), draw(12)), draw(2, 4)
     norms = (draw(12), draw(12), none, none)
     good = (x, *weights, h0, none, none, none, *norms, torch.tensor([3, 2]), none, none)
-    options = (1, False, 0.0, 0.0, False, 0.0, False, False)
+    options = (1, False, 0.0, 0.0, False, 0.0, False, 0)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.s2s.recurrence_forward, (*good, *options, 1), test_utils=tests)
     output, h_n, *saved = torch.ops.s2s.recurrence_forward(*good, *options, 1)
@@ -385,6 +385,30 @@ def test_the_driver_with_the_cuda_engine(cell, sample, monkeypatch):
     with emulated_recurrence.emulated():
         judge(sample.build(Draw()), CASES[cell].function)
     assert calls
+
+
+@interpreted
+@pytest.mark.parametrize("streams", [False, True])
+def test_directions_with_the_cuda_engine(streams, monkeypatch):
+    """Where each has a stream of its own, both share the device, in backward too."""
+    emulated_recurrence = pytest.importorskip("emulated_recurrence")
+    from s2s_kernels.ops.recurrence import choice, cuda_kernels, layers, stack
+
+    sharing, plan_of = [], cuda_kernels.plan_of
+    monkeypatch.setattr(choice, "engine_of", lambda sizes: "cuda_kernels")
+    monkeypatch.setattr(cuda_kernels, "plan_of", lambda *call: sharing.append((call[1], *call[3:])) or plan_of(*call))
+    for module in (recurrence, stack):
+        monkeypatch.setattr(module, "chosen", lambda *call: "cuda" if dispatch.asked()[0] == "cpu" else "reference")
+    monkeypatch.setattr(stack, "_has_streams", lambda x: streams)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: True))
+    monkeypatch.setattr(layers, "_on_another_stream", lambda begun, given, call: call())
+    function, arguments = layered(Draw(), 9, dropout=0.5)
+    with emulated_recurrence.emulated(machine=(2, 96 << 10, False)):
+        judge(arguments, function)
+        tensors = (*(v.detach() for v in arguments[0][:1] + arguments[0][2:6]), *(None,) * 11)
+        recurrence.one_of_a_stack("lstm", tensors, False, False, "cuda", 3)
+    count = 1 + streams
+    assert {call for call in sharing if len(call) > 1} == {(False, count), (True, count), (False, 3)}
 
 
 @interpreted
@@ -531,10 +555,11 @@ def test_a_gpu_compiles_once_for_all_lengths_and_repeats_its_bits():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden", [64, 200])
+@pytest.mark.parametrize("hidden", [64, 200, 768])
 def test_directions_side_by_side_on_a_gpu(hidden, monkeypatch):
-    """Many times over, without a pause: memory that is used again too early would show."""
-    from s2s_kernels.ops.recurrence import stack
+    """Many times over, without a pause: memory that is used again too early would show. Against the same calls one
+    after the other."""
+    from s2s_kernels.ops.recurrence import layers
 
     layer = s2s.nn.LSTM(24, hidden, num_layers=3, bidirectional=True, batch_first=True, device="cuda")
     x = torch.randn(8, 60, 24, device="cuda", requires_grad=True)
@@ -545,7 +570,7 @@ def test_directions_side_by_side_on_a_gpu(hidden, monkeypatch):
         return [output.detach(), *(state.detach() for state in states), *grads]
 
     runs = [results() for _ in range(10)]
-    monkeypatch.setattr(stack, "_has_streams", lambda x: False)
+    monkeypatch.setattr(layers, "_on_another_stream", lambda begun, given, call: call())
     for run_ in runs:
         assert all(map(torch.equal, run_, results()))
 

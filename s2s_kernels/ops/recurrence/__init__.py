@@ -332,6 +332,7 @@ def run(
     layer_norm: tuple[torch.Tensor, ...] | None = None,
     weight_dropout: float = 0,
     packed: bool = False,
+    sharing: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `lstm`, `gru` and `rnn` are made of, and what the layers call: checks, then dispatches.
 
@@ -343,6 +344,7 @@ def run(
             pass 0 in evaluation.
         packed: x is (N, I), the present positions only, time by time, of rows sorted by lengths, longest first: the
             data of a PackedSequence. The output is then (N, P or H).
+        sharing: how many such calls run on the device at once.
         the others: as `lstm`.
 
     Returns:
@@ -413,7 +415,8 @@ def run(
     )  # fmt: skip
     backend = chosen(asked, dispatch.untouched(tensors))
     options = (
-        cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed, backend == "cuda"
+        cell, bool(reverse), zoneout_h, zoneout_c, bool(training), float(weight_dropout), packed,
+        sharing if backend == "cuda" else 0,
     )  # fmt: skip
     if backend == "reference" or dispatch.transformed(*tensors):
         return autograd.reference_of(tensors, options)  # type: ignore[return-value]
@@ -426,7 +429,7 @@ def run(
 
 
 def one_of_a_stack(
-    cell: str, tensors: Tensors, reverse: bool, training: bool, backend: str | None = None
+    cell: str, tensors: Tensors, reverse: bool, training: bool, backend: str | None = None, sharing: int = 1
 ) -> Tensors | None:
     """One layer and direction of a call that nothing looks at, in which nothing is random and all tensors have one
     dtype, that of a kernel, and one device, by a kernel, if that is what serves it.
@@ -434,6 +437,7 @@ def one_of_a_stack(
     Args:
         tensors: as `autograd.kernel`'s.
         backend: where it is known already.
+        sharing: as `run`'s.
 
     Returns:
         output, h_n, and c_n of an LSTM, else None. None for all where `run` has to see to the call: another backend's,
@@ -454,7 +458,8 @@ def one_of_a_stack(
     if backend not in ("cuda", "triton"):
         return None
     try:
-        return autograd.kernel(tensors, (cell, reverse, 0.0, 0.0, training, 0.0, False, backend == "cuda"))
+        cuda = sharing if backend == "cuda" else 0
+        return autograd.kernel(tensors, (cell, reverse, 0.0, 0.0, training, 0.0, False, cuda))
     except autograd.Unfit:
         return None
 

@@ -13,7 +13,8 @@ STREAM_H, STREAM_C, STREAM_WEIGHT = 0, 1, 2
 
 # tensors: x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, recurrent_mask, four of layer_norm, lengths,
 # reset, seed. options: cell, reverse, zoneout of h, zoneout of c, whether in training, weight_dropout, whether x is
-# packed: (N, I), the present positions time by time, its rows sorted by lengths; whether the cuda backend runs.
+# packed: (N, I), the present positions time by time, its rows sorted by lengths; of the cuda backend, how many such
+# calls the device is shared by, 0 of others.
 
 CELLS = tuple(reference.GATES)  # by the numbers that the C++ side knows them by
 

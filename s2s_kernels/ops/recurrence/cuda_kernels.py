@@ -8,7 +8,9 @@ grad_recurrent and the state before each position.
 """
 
 import functools
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,8 @@ from .reference import GATES
 # What the kernels read in a product, by the numbers that the C++ side knows them by.
 OPERANDS = {torch.bfloat16: 0, torch.float16: 1}
 TF32, EXACT = 2, 3
-TEAM = 5  # where a plan says how many blocks are a team, and after it how many teams there are
+TEAM = 5  # where a plan says how many blocks are a team, and after it how many teams there are; last is the workspace
+MODELS_ERROR = 1.1  # of predicted times, by which a plan must be the better one to be taken for it
 
 kernels: Any = torch.ops.s2s  # an emulator's in tests
 
@@ -81,32 +84,43 @@ class Shape(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    source: Any, shape: Shape, operand: int, backward: bool, index: int, machine: tuple[int, ...]
+    source: Any, shape: Shape, operand: int, backward: bool, index: int, machine: tuple[int, ...], sharing: int
 ) -> tuple[int, ...]:
-    """How the work is laid over the device, no more of it at once than is resident; empty: it doesn't fit."""
+    """How the work is laid over the device, no more of it at once than is resident; empty: it doesn't fit. Calls that
+    share the device run at once, each on its part of the multiprocessors, where one after the other would take longer.
+    """
     call = shape._replace(batch=max(shape.batch, 1)).call()
-    for clusters in (True, False) if machine[2] else (False,):
-        plan = source.recurrence_persistent_plan(call, backward, [machine[0], machine[1], int(clusters)])
+    multiprocessors, shared, able = machine
+
+    def planned(processors: int, clusters: bool) -> tuple[Sequence[int], float]:
+        facts = [processors, shared, int(clusters)]
+        plan = source.recurrence_persistent_plan(call, backward, facts)
+        return plan, torch.ops.s2s.recurrence_persistent_step(call, backward, facts, plan) if plan else math.inf
+
+    for clusters in (True, False) if able else (False,):
+        plan, alone = planned(multiprocessors, clusters)
+        part, beside = planned(multiprocessors // sharing, clusters)
         if not plan:
             return ()
-        cluster, team, teams = plan[0], plan[TEAM], plan[TEAM + 1]
+        if beside * MODELS_ERROR < sharing * alone:
+            plan = part
+        cluster, teams = plan[0], plan[TEAM + 1]
         try:
             resident = source.recurrence_persistent_resident(plan, operand, backward, index)
         except RuntimeError:
             if not cluster:
                 raise
             continue  # a part of a GPU may have no cluster of this size
-        if cluster and resident:
-            return (*plan[: TEAM + 1], min(teams, resident), *plan[TEAM + 2 :])
-        if not cluster:
-            return tuple(plan) if resident >= teams and team else ()
+        if resident:
+            kept = min(teams, resident)  # each has a part of the workspace
+            return (*plan[: TEAM + 1], kept, *plan[TEAM + 2 : -1], plan[-1] // teams * kept)
     return ()
 
 
-def plan_of(shape: Shape, backward: bool, device: torch.device) -> tuple[int, ...]:
+def plan_of(shape: Shape, backward: bool, device: torch.device, sharing: int = 1) -> tuple[int, ...]:
     # Where there is no GPU, emulated kernels have no use for the index.
     index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
-    return _plan(kernels, shape, operand(shape.dtype), backward, index, machine_of(device))
+    return _plan(kernels, shape, operand(shape.dtype), backward, index, machine_of(device), sharing)
 
 
 def gap(
@@ -164,13 +178,14 @@ def forward(
     inputs: torch.Tensor, weight_hh: torch.Tensor, bias_hh: Optional, h0: Optional, c0: Optional, weight_hr: Optional,
     recurrent_mask: Optional, norm_hh: Optional, norm_c: Optional, norm_b: Optional, lengths: Optional, reset: Optional,
     seed: Optional, *, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool, save: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, sharing: int = 1,
 ) -> Tensors:  # fmt: skip
     """-> output (B, T, P), h_n (B, P), c_n (B, H), gates (B, T, G), extra (B, T, H), hidden (B, T, P), normed.
 
     inputs (B, T, G) float32: the input product with its bias, and an LSTM's or RNN's bias_hh.
     normed (B, T, normed_row): the normalised W_hh h, then its reciprocal deviation, and of an LSTM's new cell the mean
     and the reciprocal deviation.
+    sharing: how many such calls run on the device at once.
     """
     batch, time, rows = inputs.shape
     shape, name = _checked(Shape.of(batch, weight_hh, weight_hr, norm_hh, cell), inputs.device), CELLS[cell]
@@ -190,7 +205,7 @@ def forward(
     exact = over(shape.width, save and dtype != torch.float32)
     normed = over(normed_row(rows), save and shape.normed)
     if batch > 0:
-        plan = plan_of(shape, False, inputs.device)
+        plan = plan_of(shape, False, inputs.device, sharing)
         kernels.recurrence_persistent_forward(
             inputs, weight_hh, _wide(bias_hh), _wide(h0), _wide(c0), weight_hr, _wide(recurrent_mask), norm_hh, norm_c,
             norm_b, _indices(lengths), _whole(reset), _whole(seed), _workspace(plan, inputs), output, h_n, c_n, gates,
@@ -204,7 +219,7 @@ def backward(
     weight_hr: Optional, recurrent_mask: Optional, norm_hh: Optional, norm_c: Optional, norm_b: Optional,
     lengths: Optional, reset: Optional, seed: Optional, output: torch.Tensor, gates: Optional, extra: Optional,
     hidden: Optional, normed_hh: Optional, *, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float,
-    training: bool, dtype: torch.dtype,
+    training: bool, dtype: torch.dtype, sharing: int = 1,
 ) -> Tensors:  # fmt: skip
     """-> grad_inputs (B, T, G), grad_recurrent (B, T, G), grad_h0 (B, P), grad_c0 (B, H), grad_projected (B, T, P),
     grad_norm_c (H,), grad_norm_b (H,).
@@ -227,7 +242,7 @@ def backward(
         normal = normed_hh[..., :rows].flatten(0, 1)
         normal_product, weight_sums = product(normal.to(dtype), weight_hh), weight_hh.sum(0, dtype=torch.float32)
     if batch > 0:
-        plan = plan_of(shape, True, output.device)
+        plan = plan_of(shape, True, output.device, sharing)
         grad = torch.zeros_like(states) if grad_output is None else _wide(grad_output)
         kernels.recurrence_persistent_backward(
             grad, _wide(grad_h), _wide(grad_c), weight_hh, _wide(h0), _wide(c0), weight_hr, _wide(recurrent_mask),

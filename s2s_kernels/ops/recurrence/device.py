@@ -49,7 +49,7 @@ def recurrence_forward(
     x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, bias_ih: Optional, bias_hh: Optional,
     h0: Optional, c0: Optional, weight_hr: Optional, recurrent_mask: Optional, norm_ih: Optional, norm_hh: Optional,
     norm_c: Optional, norm_b: Optional, lengths: Optional, reset: Optional, seed: Optional, cell: int, reverse: bool,
-    zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool, cuda: bool, save: int,
+    zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool, cuda: int, save: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
         "recurrence", x, weight_ih, weight_hh, (bias_ih, bias_hh), h0, c0, weight_hr, recurrent_mask,
@@ -92,7 +92,7 @@ def recurrence_backward(
     norm_ih: Optional, norm_hh: Optional, norm_c: Optional, norm_b: Optional, lengths: Optional, reset: Optional,
     seed: Optional, gates: Optional, extra: Optional, hidden: torch.Tensor, normed: Optional, cell: int,
     reverse: bool, zoneout_h: float, zoneout_c: float, training: bool, weight_dropout: float, packed: bool,
-    cuda: bool, needs: int,
+    cuda: int, needs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     call = call_of(
         "recurrence_backward", x, weight_ih, weight_hh, (), h0, c0, weight_hr, recurrent_mask,

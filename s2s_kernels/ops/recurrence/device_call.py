@@ -113,7 +113,7 @@ def call_of(
     operator: str, x: torch.Tensor, weight_ih: torch.Tensor, weight_hh: torch.Tensor, biases: tuple[Optional, ...],
     h0: Optional, c0: Optional, weight_hr: Optional, mask: Optional, norms: tuple[Optional, ...], lengths: Optional,
     reset: Optional, seed: Optional, cell: int, reverse: bool, zoneout_h: float, zoneout_c: float, training: bool,
-    weight_dropout: float, packed: bool, cuda: bool,
+    weight_dropout: float, packed: bool, cuda: int,
 ) -> Call:  # fmt: skip
     check(operator, x, weight_ih, weight_hh, biases, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
     packing = None
@@ -127,7 +127,9 @@ def call_of(
     gates = GATES[CELLS[cell]]
     plain = zoneout_h == zoneout_c == 0 and weight_hr is mask is norms[0] is None
     shared = choice.shared_memory(x.device)
-    sizes = choice.Sizes(cell, batch, time, rows // gates, width, x.dtype, weight_hr is not None, plain, shared, cuda)
+    sizes = choice.Sizes(
+        cell, batch, time, rows // gates, width, x.dtype, weight_hr is not None, plain, shared, cuda > 0
+    )
     heads = 1
     if weight_hh.dim() == 3:
         heads = weight_hh.shape[0]
@@ -147,6 +149,8 @@ def call_of(
         "cell": cell, "reverse": reverse, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "training": training,
         "dtype": x.dtype,
     }  # fmt: skip
+    if cuda:
+        options["sharing"] = cuda
     norm_ih, norm_hh, norm_c, norm_b = map(wide, norms)
     return Call(
         heads, sizes, packing, contiguous(lengths), contiguous(reset), weight_hh.contiguous(), contiguous(h0),

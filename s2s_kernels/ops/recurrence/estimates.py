@@ -135,7 +135,7 @@ def _cuda(asked: "Asked", machine: Machine, backward: bool) -> float:
     shape = cuda_kernels.Shape(
         asked.batch, asked.hidden, asked.width, CELLS.index(asked.cell), asked.dtype, asked.normed, asked.projected
     )
-    plan = cuda_kernels.plan_of(shape, backward, asked.device)
+    plan = cuda_kernels.plan_of(shape, backward, asked.device, asked.directions)
     facts = [machine.multiprocessors, machine.shared, int(machine.clusters)]
     step = torch.ops.s2s.recurrence_persistent_step(shape.call(asked.time), backward, facts, list(plan))
     # A second direction, on a stream of its own, runs beside the first where the blocks of both are resident.

@@ -91,13 +91,16 @@ def stack(
     if packed and x.is_cuda:  # from a PackedSequence, which has them on the CPU: once for all layers
         lengths = checks.lengths(cell.partition("_")[0], "lengths", lengths, x, batch, time)
 
+    beside = tensors if directions == 2 and backend in ("triton", "cuda") and _has_streams(x) else None
+    sharing = 1 if beside is None else directions
+
     def one(x: torch.Tensor, index: int, reverse: bool) -> Tensors:
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *norms = parts[index]
         before = [state if state is None else state[index] for state in states]
         if usual:
             c0 = before[1] if lstm else None
             given = (x, *parts[index][:4], before[0], c0, weight_hr, None, *norms, lengths, reset, None)
-            found = one_of_a_stack(cell, given, reverse, training, backend if len(parts) == 1 else None)
+            found = one_of_a_stack(cell, given, reverse, training, backend if len(parts) == 1 else None, sharing)
             if found is not None:
                 return found
         mask = None
@@ -121,9 +124,9 @@ def stack(
             layer_norm=tuple(norms if lstm else norms[:2]) if normed else None,
             weight_dropout=weight_dropout if training else 0.0,
             packed=packed,
+            sharing=sharing,
         )
 
-    beside = tensors if directions == 2 and backend in ("triton", "cuda") and _has_streams(x) else None
     output, finals = through(x, len(parts), directions, time_first, one, dropout if training else 0.0, beside)
     return output, tuple(stacked(final) for final in finals[: len(states)])
 
