@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -120,9 +121,11 @@ def kept(device: str, dtypes: Sequence[torch.dtype] = (torch.float32, torch.floa
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for each case of which the grid of pytest-benchmark's JSON has sizes, with the best time of each backend.
-    Where torch's float32 was rounded and ours wasn't, its time is left out: it wouldn't serve such a call."""
+    """One for each case of which the grid of pytest-benchmark's JSON has sizes, with the best time of each backend and
+    when that was. Where torch's float32 was rounded and ours wasn't, its time is left out: it wouldn't serve such a
+    call."""
     rows: dict[str, dict[str, Any]] = {}
+    measured = datetime.fromisoformat(results["datetime"]).astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     for entry in results["benchmarks"]:
         facts = entry["extra_info"]
         if "sizes" not in facts or facts["entrant"] not in COMPARED:
@@ -137,6 +140,7 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "time": facts["T"],
                 "dtype": facts["dtype"],
                 "recording": facts["direction"] != "forward",
+                "measured": measured,
                 "seconds": {},
             },
         )
@@ -145,7 +149,7 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def taken(table: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
-    """The table with a result of `make gpu` in the place of what it had of that device.
+    """The table with a result of `make gpu`. What it had of other cases on that device, by the same libraries, stays.
 
     Raises:
         ValueError: nothing of the kind was measured.
@@ -156,14 +160,22 @@ def taken(table: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
     rows = [row for run in outcome["benchmarks"].values() if run["results"] for row in rows_of(run["results"])]
     if not rows:
         raise ValueError("no case of it has the backends' times")
-    device = {
-        "measured": facts["date"],
-        "torch": facts["torch"],
-        "cudnn": facts["cudnn"],
-        "keeps_contract": outcome.get("keeps_contract") or [],
-        "rows": rows,
-    }
-    return {"devices": {**table["devices"], facts["gpu"]: device}}
+    libraries = {name: facts[name] for name in ("torch", "cudnn")}
+    before = table["devices"].get(facts["gpu"], {})
+    if libraries.items() <= before.items():
+        anew = list(map(case_of, rows))
+        rows = [row for row in before["rows"] if case_of(row) not in anew] + rows
+    else:
+        before = {}
+    keeps = outcome.get("keeps_contract")
+    if keeps is None:
+        keeps = before.get("keeps_contract", [])
+    return {"devices": {**table["devices"], facts["gpu"]: {**libraries, "keeps_contract": keeps, "rows": rows}}}
+
+
+def case_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What was called."""
+    return {name: value for name, value in row.items() if name not in ("measured", "seconds")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

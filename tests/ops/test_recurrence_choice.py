@@ -35,7 +35,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "_not_on", lambda device: None)
     monkeypatch.setattr(estimates.Machine, "of", staticmethod(lambda device: estimates.Machine(*facts, (9, 0))))
     monkeypatch.setattr(dispatch, "triton_missing", None)
-    known = {"measured": "2026-01-01", "cudnn": torch.backends.cudnn.version(), "rows": []}
+    known = {"cudnn": torch.backends.cudnn.version(), "rows": []}
     known["keeps_contract"] = ["lstm float16", "gru float16"]
     monkeypatch.setattr(measurements, "known_of", lambda device: known)
     torch.use_deterministic_algorithms(False)
@@ -267,7 +267,10 @@ def result(entrants, dtype="float16", **changes):
     machine = {"gpu": "NVIDIA H100", "date": "2026-02-03", "torch": "2.11", "cudnn": 91000}
     return {
         "facts": machine,
-        "benchmarks": {"float16": {"results": {"benchmarks": entries}}, "bfloat16": {"results": None}},
+        "benchmarks": {
+            "float16": {"results": {"benchmarks": entries, "datetime": "2026-02-03T05:06:07.9+01:00"}},
+            "bfloat16": {"results": None},
+        },
     }
 
 
@@ -283,10 +286,22 @@ def test_the_table_is_made_by_one_command(tmp_path, monkeypatch, capsys):
     devices = json.loads(table.read_text())["devices"]
     assert devices.keys() == {"another", "NVIDIA H100"}
     h100 = devices["NVIDIA H100"]
-    assert (h100["measured"], h100["cudnn"], h100["keeps_contract"]) == ("2026-02-03", 91000, ["lstm float16"])
+    assert (h100["cudnn"], h100["keeps_contract"]) == (91000, ["lstm float16"])
     (row,) = h100["rows"]
+    assert row["measured"] == "2026-02-03 04:06 UTC"
     assert row["seconds"] == {"torch": 3e-3, "cuda": 2e-3, "triton": 4e-3}
     assert (row["time"], row["dtype"], row["recording"], row["hidden"]) == (1000, "float16", False, 768)
+    # What is measured anew takes its place, where the libraries are others all of it.
+    again = measured.taken({"devices": devices}, result({**TIMES, "cuda": 1e-3}))["devices"]["NVIDIA H100"]
+    assert [row["seconds"]["cuda"] for row in again["rows"]] == [1e-3] and again["keeps_contract"] == ["lstm float16"]
+    more = result(TIMES, batch=64)
+    assert [row["batch"] for row in measured.taken({"devices": devices}, more)["devices"]["NVIDIA H100"]["rows"]] == [
+        16,
+        64,
+    ]
+    more["facts"]["cudnn"] += 1
+    other = measured.taken({"devices": devices}, more)["devices"]["NVIDIA H100"]
+    assert [row["batch"] for row in other["rows"]] == [64] and other["keeps_contract"] == []
     with pytest.raises(ValueError, match="not a result"):
         measured.taken({"devices": {}}, {})
     with pytest.raises(ValueError, match="no case"):
@@ -301,7 +316,7 @@ def test_what_was_measured_decides_before_the_model(gpu):
     gpu["rows"] = measured.taken({"devices": {}}, result(TIMES))["devices"]["NVIDIA H100"]["rows"]
     assert chosen(PLAIN) == "cuda"
     told = dispatch._explain(OPERATORS["lstm"], GPU, PLAIN, None).reasons
-    where = "measured on this device on 2026-01-01, for 16 x 1000 of 768 -> 768"
+    where = "measured on this device on 2026-02-03 04:06 UTC, for 16 x 1000 of 768 -> 768"
     assert told["torch"] == f"{where}: torch 3.07 ms, cuda 2.05 ms, triton 4.1 ms"
     gpu["rows"][0]["seconds"]["torch"] = 1e-3
     assert chosen(PLAIN) == chosen(PLAIN._replace(batch=8, time=256)) == "torch"
@@ -340,8 +355,12 @@ def test_float32_is_compared_where_it_is_rounded_alike(gpu, monkeypatch):
 
 def test_the_table_in_the_package_is_well_formed():
     for known in measurements.devices().values():
-        assert known.keys() == {"measured", "torch", "cudnn", "keeps_contract", "rows"}
+        assert known.keys() == {"torch", "cudnn", "keeps_contract", "rows"}
         for row in known["rows"]:
-            assert row["seconds"] and all(value > 0 for value in row["seconds"].values())
+            assert (
+                row["measured"].endswith(" UTC")
+                and row["seconds"]
+                and all(value > 0 for value in row["seconds"].values())
+            )
     if not torch.cuda.is_available():
         assert measurements.known_of(GPU) is None and not measurements.keeps_contract("lstm", torch.float16, GPU)

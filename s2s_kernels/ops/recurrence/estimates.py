@@ -57,7 +57,7 @@ def compared(asked: "Asked", backends: tuple[str, ...]) -> tuple[dict[str, float
     row = None if known is None else nearest(asked, known["rows"], backends, machine)
     if known is not None and row is not None:
         where = f"{row['batch']} x {row['time']} of {row['inputs']} -> {row['hidden']}"
-        source = f"measured on this device on {known['measured']}, for {where}"
+        source = f"measured on this device on {row['measured']}, for {where}"
         return {name: row["seconds"][name] * asked.time / row["time"] for name in backends}, source
     times = predicted(asked, backends, machine, torch.get_float32_matmul_precision())
     return {name: time * 1e-9 for name, time in times.items()}, "predicted, as nothing like it was measured here"

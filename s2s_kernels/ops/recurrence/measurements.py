@@ -1,7 +1,7 @@
 """What was measured of the recurrences on GPUs: measurements.json, which `python -m benchmarks.choice` makes.
 
-For each device by its name: the date, the versions of torch and cuDNN, for which cells and dtypes cuDNN was seen to
-keep the contract, and rows of sizes and seconds a call of each backend.
+For each device by its name: the versions of torch and cuDNN, for which cells and dtypes cuDNN was seen to keep the
+contract, and rows of sizes, the time of measurement, and seconds a call of each backend.
 """
 
 import functools
