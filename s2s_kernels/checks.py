@@ -22,9 +22,11 @@ def wrong_type(operator: str, name: str, expected: str, given: Any) -> NoReturn:
 
 
 def tensor(operator: str, name: str, value: Any) -> None:
-    """TypeError unless `value` is a tensor."""
+    """TypeError unless `value` is a tensor, whose shape can be asked for."""
     if not isinstance(value, torch.Tensor):
         wrong_type(operator, name, "a tensor", type(value).__name__)
+    if value.is_nested:
+        wrong_type(operator, name, "a strided tensor", "a nested one")
 
 
 def data(operator: str, name: str, value: Any, rank: int, layout: str) -> None:

@@ -491,6 +491,20 @@ def test_bad_input_is_refused_by_name(case, sample, backend):
         case.function(*args, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("case", [parameter for parameter in OPERATORS if parameter.id != "recurrent layers"])
+def test_nested_tensors_are_refused_by_name(case, layout):
+    """What layers hand each other they have checked."""
+    flat, spec = tree_flatten(prepare(case.samples[0].build(Draw())))
+    for place, value in enumerate(flat):
+        if is_float(value) and value.dim():
+            nested = torch.nested.nested_tensor([value.detach(), value.detach()], layout=layout)
+            args, kwargs = tree_unflatten([*flat[:place], nested, *flat[place + 1 :]], spec)
+            with pytest.raises(TypeError, match=r"^\w+: \w+ must be a strided tensor, got a nested one"):
+                case.function(*args, **kwargs)
+
+
 # On a GPU
 
 

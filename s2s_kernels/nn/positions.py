@@ -114,7 +114,7 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10000.0, *, interleaved: bool = False) -> None:
         super().__init__()
-        if head_dim <= 0 or head_dim % 2:
+        if checks.integer("RotaryPositions", "head_dim", head_dim) <= 0 or head_dim % 2:
             checks.wrong_value("RotaryPositions", "head_dim", "even and at least 2", head_dim)
         _check_base("RotaryPositions", base)
         self.head_dim, self.base, self.interleaved = head_dim, base, interleaved
@@ -159,7 +159,7 @@ class RotaryPositions(nn.Module):
 
 
 def _at_least_one(name: str, argument: str, size: int) -> None:
-    if size <= 0:
+    if checks.integer(name, argument, size) <= 0:
         checks.wrong_value(name, argument, "at least 1", size)
 
 

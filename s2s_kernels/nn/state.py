@@ -178,8 +178,7 @@ class ConvState:
     """
 
     def __init__(self, state: torch.Tensor) -> None:
-        if state.dim() != 3:
-            raise ValueError(f"ConvState: state must be (B, C, (K-1) dilation), got {tuple(state.shape)}")
+        checks.data("ConvState", "state", state, 3, "(B, C, (K-1) dilation)")
         self.ring = state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         self.position = torch.zeros((), dtype=torch.int64, device=state.device)
 

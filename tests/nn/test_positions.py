@@ -128,6 +128,8 @@ def test_compiles_whole():
         (lambda: LearnedPositions(4, 0), ValueError, "d_model"),
         (lambda: RotaryPositions(5), ValueError, "head_dim"),
         (lambda: RotaryPositions(0), ValueError, "head_dim"),
+        (lambda: RotaryPositions(8.0), TypeError, "head_dim"),
+        (lambda: SinusoidalPositions(8.0), TypeError, "d_model"),
         (lambda: RotaryPositions(4, -1.0), ValueError, "base"),
         (lambda: SinusoidalPositions(4)(torch.zeros(3, 4)), ValueError, "x"),
         (lambda: SinusoidalPositions(4)(torch.zeros(2, 3, 5)), ValueError, "x"),

@@ -182,7 +182,7 @@ def _as_given(
         )
         if query.is_cuda and builtin.may_serve(tensors, causal):
             return None
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):  # the checks say what is wrong
         return None
     if not as_it_is:
         return None
