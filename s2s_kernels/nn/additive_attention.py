@@ -56,7 +56,8 @@ class AdditiveAttention(Layer):
         """Does the per-key work once, for decoding step by step: pass the result as `key`.
 
         Args:
-            key: (B, S, key_size); value: (B, S, Dv), the keys if None; key_lengths: (B,).
+            key: (B, S, key_size); value: (B, S, Dv), the keys if None; key_lengths: (B,). Nothing tells here what a
+                mask will hide: where that isn't finite, the gradient of the keys' projection isn't either.
         """
         value = key if value is None else value
         check_projected("AdditiveAttention", "key", key, "(B, S, key_size)", self.key_projection)
@@ -206,7 +207,7 @@ class LuongAttention(Layer):
         if key.shape[2] != query.shape[2]:
             checks.wrong_value("LuongAttention", "key", f"of width {query.shape[2]}", tuple(key.shape))
         # The scores are those of dot-product attention with one head and no scale.
-        q, k, v = query[:, None], key[:, None], value[:, None]
+        q, k, v = (x[:, None] for x in checks.autocast(query, key, value) if x is not None)
         if mask is not None:
             mask = mask[:, None]
 

@@ -342,6 +342,18 @@ def test_bad_input_is_refused_by_the_layers_name(make, change, error, argument):
         layer(**given | change)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("score", s2s.nn.LuongAttention.SCORES)
+def test_luong_under_autocast(score, window):
+    layer = s2s.nn.LuongAttention(6, 6, score, window=window, max_length=4 if score == "location" else None)
+    query, key = torch.randn(2, 3, 6), torch.randn(2, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        context, weights = layer(query, key, return_weights=True)
+    assert context.dtype == weights.dtype == torch.bfloat16
+    for ours, wanted in zip((context, weights), layer(query, key, return_weights=True), strict=True):
+        torch.testing.assert_close(ours, wanted.bfloat16(), rtol=0.05, atol=0.05)
+
+
 def test_what_pools_and_drops_is_checked():
     with pytest.raises(ValueError, match="AttentionPool: x must be of width 5"):
         s2s.nn.AttentionPool(5, 4)(torch.randn(2, 3, 6))
