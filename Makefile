@@ -55,12 +55,11 @@ test: $(STAMPS)/build $(STAMPS)/test
 	S2S_BACKEND=reference $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
 	S2S_BACKEND=cpu $(PYTHON) $(PYTEST) tests/test_operators.py -k "not (reference or cpu)"
 
-# Wider than what the tests run: several tiles of rows, passes and warps, four blocks, an odd number of steps.
 RACES := build/emulated/races
 tsan:
 	@mkdir -p $(dir $(RACES))
 	$(CXX) -std=c++20 -O1 -g -pthread -ffp-contract=off -fsanitize=thread -Wno-tsan -Itests/csrc tests/csrc/recurrence_races.cpp -o $(RACES)
-	TSAN_OPTIONS=halt_on_error=1 $(RACES) 70 5 61 16
+	TSAN_OPTIONS=halt_on_error=1 $(RACES)
 
 # A copy of the tree whose kernels for the tile unit are compiled with its instructions emulated; their tests, and those of what calls them.
 TILES := build/emulated/tiles

@@ -146,18 +146,11 @@ class RecurrenceBlock {
         for (int peer = exchange.sender.peer; peer < peers; peer += exchange.sender.peers)
           device::store_in_block(here, peer < rank ? peer : peer + 1, value);
       }
-#ifdef S2S_FORGET_THE_STEPS_BARRIER
-      meanwhile();
-#else
       device::cluster_arrive();
       meanwhile();
       device::cluster_wait();
-#endif
     } else {
       device::block_sync();
-#ifdef S2S_FORGET_THE_STEPS_BARRIER
-      meanwhile();
-#else
       target_ += a_.plan.team;
       const bool speaks = threadIdx.x == blockDim.x - 1;  // of the warp that has least to do meanwhile
       if (speaks) device::arrive(counter_);
@@ -166,7 +159,6 @@ class RecurrenceBlock {
         while (static_cast<int>(device::arrived(counter_) - target_) < 0) {
         }
       }
-#endif
       device::block_sync();
     }
   }

@@ -1,14 +1,20 @@
 // Runs a kernel's source on the host: one operating-system thread per CUDA thread, a barrier for __syncthreads, warps and clusters.
-// For tests only. Data races of the kernel are data races here, so -fsanitize=thread finds a missing barrier.
+// For tests only. Data races of the kernel are data races here, so -fsanitize=thread finds a missing barrier: what orders nothing on a
+// device must order nothing here either.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstring>
+#include <limits>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../../csrc/cpu/storage.h"
 
@@ -24,30 +30,76 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// In two halves, as a cluster's. Waits without spinning: dozens of threads share a core here.
+// Synchronisation that kernels may leave out, for tests of whether that is found.
+enum class Forgotten { nothing, block, cluster, grid, copies };
+inline Forgotten forgotten = Forgotten::nothing;
+
+// Sleeps until the word isn't `value`: dozens of threads share a core here. The system's own call, where there is one, since a mutex, and
+// std::atomic's queue of those who wait, would order what came before them.
+inline void sleep_while(const std::atomic<unsigned>& word, unsigned value) {
+#if defined(__linux__)
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+  word.wait(value);
+#endif
+}
+inline void wake_all(std::atomic<unsigned>& word) {
+#if defined(__linux__)
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+#else
+  word.notify_all();
+#endif
+}
+
+// In two halves, as a cluster's. What comes after a wait comes after what preceded each arrival, and after nothing else: not after what
+// others did between their two halves.
 class Barrier {
  public:
   explicit Barrier(unsigned size) : size_(size) {}
   void wait() { wait(arrive()); }
   unsigned arrive() {
-    const std::lock_guard lock(mutex_);
-    const unsigned phase = phase_;
-    if (++arrived_ == size_) {
-      arrived_ = 0, ++phase_;
-      passed_.notify_all();
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_[phase % 2].fetch_add(1, std::memory_order_release) + 1 == size_) {
+      arrived_[(phase + 1) % 2].store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      wake_all(phase_);
     }
     return phase;
   }
   void wait(unsigned phase) {
-    std::unique_lock lock(mutex_);
-    passed_.wait(lock, [&] { return phase_ != phase; });
+    while (phase_.load(std::memory_order_acquire) == phase) sleep_while(phase_, phase);
+    arrived_[phase % 2].load(std::memory_order_acquire);
   }
 
  private:
   const unsigned size_;
-  unsigned arrived_ = 0, phase_ = 0;
-  std::mutex mutex_;
-  std::condition_variable passed_;
+  std::atomic<unsigned> arrived_[2] = {0, 0}, phase_ = 0;  // arrivals of a phase and of the next: some are there before others have left
+};
+
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void AnnotateIgnoreSyncBegin(const char*, int);
+void AnnotateIgnoreSyncEnd(const char*, int);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#endif
+// While one lives, the thread sanitizer sees nothing of what its thread does.
+struct Unseen {
+#if defined(__SANITIZE_THREAD__)
+  Unseen() {
+    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+  }
+#endif
 };
 
 struct Cluster;
@@ -56,10 +108,11 @@ struct Lane {
   uint32_t a[4], b[2];
 };
 
+// What lanes give each other, by a shuffle or a matrix instruction, orders nothing else: it goes by a barrier of its own, unseen.
 struct Warp {
-  Barrier barrier;
+  Barrier barrier, exchange;
   std::vector<Lane> lanes[2];  // used in turn, so that one barrier is enough for an exchange
-  explicit Warp(unsigned size) : barrier(size), lanes{std::vector<Lane>(size), std::vector<Lane>(size)} {}
+  explicit Warp(unsigned size) : barrier(size), exchange(size), lanes{std::vector<Lane>(size), std::vector<Lane>(size)} {}
 };
 
 struct Block {
@@ -86,8 +139,38 @@ struct Cluster {
   }
 };
 
+// Copies of a thread that are under way. They may land at any time until they have been waited for, so that what they overwrite is lost at
+// once, and what they bring is there at the end.
+class Copies {
+ public:
+  void start(float* to, const float* from, int count) {
+    for (int i = 0; i < count; ++i) to[i] = std::numeric_limits<float>::quiet_NaN();
+    copies_.push_back({to, from, count});
+  }
+  void commit() { older_ = committed_, committed_ = copies_.size(); }
+  void wait_for_older() {
+    finish(older_);
+    committed_ -= older_, older_ = 0;
+  }
+  void finish() { finish(copies_.size()); }
+
+ private:
+  struct Copy {
+    float* to;
+    const float* from;
+    int count;
+  };
+  void finish(size_t count) {
+    for (size_t i = 0; i < count; ++i) std::copy_n(copies_[i].from, copies_[i].count, copies_[i].to);
+    copies_.erase(copies_.begin(), copies_.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+  std::vector<Copy> copies_;
+  size_t older_ = 0, committed_ = 0;  // how many came before the last commit's, and with it
+};
+
 inline thread_local Block* block = nullptr;
 inline thread_local unsigned turn = 0, phase = 0;
+inline thread_local Copies copies;
 
 }  // namespace emulator
 
@@ -119,22 +202,29 @@ T* shared_memory() {
   return reinterpret_cast<T*>(emulator::block->shared.data());
 }
 inline int in_register(int value) { return value; }
-inline void block_sync() { emulator::block->barrier.wait(); }
+inline void block_sync() {
+  if (emulator::forgotten != emulator::Forgotten::block) emulator::block->barrier.wait();
+}
 inline void warp_sync() { emulator::block->warps[threadIdx.x / 32]->barrier.wait(); }
 // By the lanes' own slots of the warp's exchange, as a matrix instruction does.
 inline float half_warp_sum(float value) {
+  const emulator::Unseen unseen;
   emulator::Warp& warp = *emulator::block->warps[threadIdx.x / 32];
   const unsigned lane = threadIdx.x % 32;
   for (unsigned apart = 8; apart > 0; apart /= 2) {
     std::vector<emulator::Lane>& lanes = warp.lanes[emulator::turn++ % 2];
     lanes[lane].a[0] = bits_of(value);
-    warp.barrier.wait();
+    warp.exchange.wait();
     value += float_of(lanes[lane ^ apart].a[0]);
   }
   return value;
 }
-inline void cluster_arrive() { emulator::phase = emulator::block->cluster->barrier.arrive(); }
-inline void cluster_wait() { emulator::block->cluster->barrier.wait(emulator::phase); }
+inline void cluster_arrive() {
+  if (emulator::forgotten != emulator::Forgotten::cluster) emulator::phase = emulator::block->cluster->barrier.arrive();
+}
+inline void cluster_wait() {
+  if (emulator::forgotten != emulator::Forgotten::cluster) emulator::block->cluster->barrier.wait(emulator::phase);
+}
 inline unsigned cluster_rank() { return emulator::block->rank; }
 inline void store_in_block(Words* here, unsigned rank, const Words& value) {
   emulator::block->cluster->blocks[rank]->shared[here - emulator::block->shared.data()] = value;
@@ -147,6 +237,7 @@ inline void store_in_block(Pair* here, unsigned rank, const Pair& value) {
 
 inline void arrive(unsigned* counter) { std::atomic_ref<unsigned>(*counter).fetch_add(1, std::memory_order_release); }
 inline unsigned arrived(const unsigned* counter) {
+  if (emulator::forgotten == emulator::Forgotten::grid) return std::numeric_limits<int>::max();  // more than anyone waits for
   std::this_thread::yield();
   return std::atomic_ref<unsigned>(*const_cast<unsigned*>(counter)).load(std::memory_order_acquire);
 }
@@ -162,20 +253,23 @@ inline Pair load_atomically(const Pair* from) {
 }
 inline Words load_coherent(const void* from) { return *static_cast<const Words*>(from); }
 
-inline void copy_word(float* to, const float* from) { *to = *from; }
-inline void copy_words(float* to, const float* from) { *reinterpret_cast<Words*>(to) = *reinterpret_cast<const Words*>(from); }
-inline void copies_commit() {}
-inline void copies_wait() {}
+inline void copy_word(float* to, const float* from) { emulator::copies.start(to, from, 1); }
+inline void copy_words(float* to, const float* from) { emulator::copies.start(to, from, 4); }
+inline void copies_commit() { emulator::copies.commit(); }
+inline void copies_wait() {
+  if (emulator::forgotten != emulator::Forgotten::copies) emulator::copies.wait_for_older();
+}
 
 // d (16, 8) += a (16, K) b (K, 8): value(word, place) is one of the Each values that a register holds.
 template <int Each, class Value>
 void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Value& value) {
+  const emulator::Unseen unseen;
   emulator::Warp& warp = *emulator::block->warps[threadIdx.x / 32];
   std::vector<emulator::Lane>& lanes = warp.lanes[emulator::turn++ % 2];
   const unsigned lane = threadIdx.x % 32;
   std::memcpy(lanes[lane].a, a, sizeof a);
   std::memcpy(lanes[lane].b, b, sizeof b);
-  warp.barrier.wait();
+  warp.exchange.wait();
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
     for (unsigned half = 0; half < 2; ++half)
@@ -218,6 +312,7 @@ void launch(Kernel kernel, unsigned grid, unsigned threads, unsigned cluster, bo
           block = own;
           threadIdx.x = t, blockIdx.x = first + b, blockDim.x = threads, gridDim.x = grid;
           kernel(arguments...);
+          copies.finish();
         });
     if (!cooperative) finish();
   }
