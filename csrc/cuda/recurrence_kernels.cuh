@@ -452,9 +452,9 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
         multiply(
             projection, projected, 0, own, step, [] {},
             [&](int row, int unit, int column) { *block.kept(row, 2, unit) = projection.summed(unit, column); });
+        device::block_sync();  // a pass's rows go to other threads than the whole tile's
       }
       if (a.norm_c) {
-        device::block_sync();
         block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
           const float i = *block.fed(step, row, 1, unit), f = *block.fed(step, row, 2, unit), g = *block.fed(step, row, 3, unit);
           float normal;
@@ -469,8 +469,8 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
         statistics.send_sums(1, step);
         statistics.meet();
         statistics.receive_means(1, 1);
+        device::block_sync();
       }
-      device::block_sync();
       block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
         const bool starts = block.starts(row, step);
         float direct = 0.f, sums[4];
