@@ -170,7 +170,9 @@ __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" :
 // Waits for all copies of this thread but those of its last commit.
 __device__ inline void copies_wait() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// d (16, 8) += a (16, K) b (K, 8), K = 16 of 16-bit values or 8 of tf32, by the whole warp; PTX ISA, "matrix fragments for mma".
+// d (16, 8) += a (16, K) b (K, 8), K = 16 of 16-bit values or 8 of tf32, by the whole warp; PTX ISA, "matrix fragments for mma". On every
+// architecture: the larger instructions of later ones (wgmma, tcgen05) take 64 rows of weights or more and the other factor out of shared
+// memory, to which a grid's blocks would have to copy it first, and it is not the rate of products that a step waits for.
 __device__ inline void multiply(bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

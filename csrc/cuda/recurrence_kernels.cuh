@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
   Block block(a);
   const Exchange<operand> recurrent = block.recurrent();
   const OwnUnits own = block.of_hidden, own_h = block.of_width;
-  const int H = a.hidden, P = extended ? a.width : a.hidden, U = a.plan.units, W = extended ? a.plan.width_units : U, G = a.shape.gates;
+  const int H = a.hidden, P = extended ? a.width : a.hidden, U = a.plan.units, G = a.shape.gates;
   // The block's rows of the weights are gate by gate, units * G of them.
   const BlockProduct<operand, cluster, recurrent_tiles(false), held> product(
       recurrent_product(a.plan, a.shape), block.template shared<device::Words>(block.layout().weights),
@@ -246,7 +246,6 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_forward(const __gr
             statistics.receive_moments(1, 1);
             device::block_sync();
             block.each_unit(own, 0, block.rows, step, [&](int row, int unit) {
-              const int at = own.first + unit;
               const float normal = (*block.kept(row, 0, unit) - statistics.of(row)[0]) * statistics.of(row)[1];
               finish(row, unit,
                      *block.kept(row, 1, unit) * tanhf(fmaf(normal, *block.constant(norm_c, unit), *block.constant(norm_b, unit))));
@@ -273,7 +272,7 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
   Block block(a);
   const Exchange<operand> recurrent = block.recurrent();
   const OwnUnits own = block.of_hidden, own_h = block.of_width;
-  const int H = a.hidden, P = extended ? a.width : a.hidden, U = a.plan.units, W = extended ? a.plan.width_units : U, G = a.shape.gates;
+  const int H = a.hidden, P = extended ? a.width : a.hidden, U = a.plan.units, G = a.shape.gates;
   // The block's rows of W_hh^T are its units of P.
   const BlockProduct<operand, cluster, recurrent_tiles(true), held> product(
       recurrent_product(a.plan, a.shape), block.template shared<device::Words>(block.layout().weights),
@@ -430,7 +429,6 @@ __global__ void __launch_bounds__(most_threads, 1) recurrence_backward(const __g
     RowStatistics<operand, cluster> statistics(a, block);
     // Of an LSTM's cell, normalised: `normal`, and as `squashed_cell`, but the gradient is that of what w_c multiplies.
     const auto squashed_normal = [&](int row, int unit, int step, float c, float o, float dh, float& normal) {
-      const int at = own.first + unit;
       normal = (c - block.scale(step, row)[mean_c]) * block.scale(step, row)[scale_c];
       return squashed_cell(fmaf(normal, *block.constant(norm_c, unit), *block.constant(norm_b, unit)), o, dh);
     };
