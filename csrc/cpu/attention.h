@@ -50,6 +50,12 @@ struct AttentionCall {
   // Where the first query of a head stands among all rows of lse, as dropout counts them too.
   int64_t first_row(int64_t b, int64_t h) const { return b * lse_stride[0] + h * lse_stride[1] + spans[b].query_begin; }
   int64_t all_rows() const { return (packed ? 1 : batch) * heads * lse_stride[1]; }
+  // How far behind a row of keys or values, in elements, is the one that is asked for when it is read: where they come from far away, the
+  // processor itself looks no further than a page. 0: none, since a head's lie near.
+  int64_t next(const int64_t* stride) const {
+    constexpr int64_t near = 1 << 20;
+    return source * (width + value_width) * static_cast<int64_t>(sizeof(S)) > near ? attention_block * stride[2] : 0;
+  }
 };
 
 template <class S>

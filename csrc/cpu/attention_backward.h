@@ -325,11 +325,11 @@ struct AttentionBackward {
   }
   static Rows<T> key_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t at, int64_t n, uint8_t* flags) {
     const S* const key = p.key + b * p.key_stride[0] + kv * p.key_stride[1] + (p.spans[b].key_begin + at) * p.key_stride[2];
-    return prepare_rows(n, p.width, key, p.key_stride[2], p.key_stride[3], m.key_copies, flags);
+    return prepare_rows(n, p.width, key, p.key_stride[2], p.key_stride[3], m.key_copies, flags, p.next(p.key_stride));
   }
   static Rows<T> value_rows(const AttentionCall<S>& p, const Memory& m, int64_t b, int64_t kv, int64_t at, int64_t n) {
     const S* const value = p.value + b * p.value_stride[0] + kv * p.value_stride[1] + (p.spans[b].key_begin + at) * p.value_stride[2];
-    return prepare_rows(n, p.value_width, value, p.value_stride[2], p.value_stride[3], m.value_copies);
+    return prepare_rows(n, p.value_width, value, p.value_stride[2], p.value_stride[3], m.value_copies, nullptr, p.next(p.value_stride));
   }
   // One query head that is one block with its keys; whether its gradients are finite.
   static bool sole_head(const AttentionCall<S>& p, const AttentionGradients<S>& g, const Memory& m, int64_t b, int64_t h, T* key_sums,

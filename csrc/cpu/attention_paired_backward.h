@@ -154,11 +154,11 @@ struct TiledBackward<S, true> {
     };
     const Rows<S> keys = flags ? PairRows::of(n, p.width, AttentionBackward<S>::key_rows(p, all, b, kv, at, n, flags), m.copies)
                                : PairRows::right(n, p.width, from(p.key, p.key_stride), p.key_stride[2], p.key_stride[3], m.copies);
-    tiled_pack_columns<1>(n, p.width, keys, m.keys);
+    tiled_pack_columns<1>(n, p.width, keys, m.keys, p.next(p.key_stride));
     if (g.query) tiled_pack_rows<1>(n, p.width, keys, m.key_pairs);
     tiled_pack_columns<1>(n, p.value_width,
                           PairRows::right(n, p.value_width, from(p.value, p.value_stride), p.value_stride[2], p.value_stride[3], m.copies),
-                          m.values);
+                          m.values, p.next(p.value_stride));
   }
   // tiled_rows rows, the `first` of a chunk and so on, as lines of a right factor: r and r + 16 in turns.
   static void put_lines(const T* rows, int64_t first, float* to) {

@@ -37,6 +37,13 @@ S2S_INLINE void prefetch_to_write(const void* line) {
 #endif
 }
 
+// Asks for n rows that will be read.
+template <class S>
+S2S_INLINE void prefetch_rows(int64_t n, int64_t width, const S* from, int64_t row) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < width; c += 64 / int64_t{sizeof(S)}) __builtin_prefetch(from + i * row + c, 0, 2);
+}
+
 // Brings in, a little at a time, what the task after this one will read and write: short sequences spend their time waiting for memory.
 struct Ahead {
   const char* at[8];
@@ -208,7 +215,7 @@ __attribute__((noinline)) bool clean_rows(int64_t n, int64_t width, T* rows, int
 // copied in any case and cleaned.
 template <class S>
 Rows<compute_t<S>> prepare_rows(int64_t n, int64_t width, const S* from, int64_t row_stride, int64_t column_stride, compute_t<S>* buffer,
-                                uint8_t* flags = nullptr) {
+                                uint8_t* flags = nullptr, int64_t next = 0) {
   using T = compute_t<S>;
   const int64_t padded = whole_vectors<T>(width);
   if constexpr (std::is_same_v<S, T>) {
@@ -223,6 +230,7 @@ Rows<compute_t<S>> prepare_rows(int64_t n, int64_t width, const S* from, int64_t
       int64_t c = 0;
       for (; c + lanes<T> <= width; c += lanes<T>) store(target + c, load(source + c));
       if (c < width) store(target + c, load_partial(source + c, width - c));
+      if (next) prefetch_rows(1, width, source + next, row_stride);
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {

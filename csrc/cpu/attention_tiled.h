@@ -158,10 +158,11 @@ void tiled_split(int64_t rows, int64_t depth, const float* from, int64_t from_ro
 
 // n <= attention_block rows as columns of a right factor.
 template <int PLANES, class R>
-void tiled_pack_columns(int64_t n, int64_t depth, const Rows<R>& rows, float* packed) {
+void tiled_pack_columns(int64_t n, int64_t depth, const Rows<R>& rows, float* packed, int64_t next = 0) {
   if constexpr (PLANES == 1) {
     for (int64_t j = 0; j < 16 * split_columns(n); j += 16) {
       char* to = reinterpret_cast<char*>(packed) + j / 16 * TiledLayout<1>::column(split_steps(depth)) + 64;
+      if (next) prefetch_rows(16, depth, rows.data + j * rows.row + next, rows.row);
       for (int64_t k = 0; k < depth; k += 32, to += split_tile) {
         __m512i lines[16];
 #pragma GCC unroll 16
