@@ -50,7 +50,7 @@ struct TiledForward<S, true> {
   template <class M>
   static void pack_keys(const AttentionCall<S>& p, const M& m, int64_t block, int64_t n, const S* from) {
     tiled_pack_columns<1>(n, p.width, PairRows::right(n, p.width, from, p.key_stride[2], p.key_stride[3], m.tiled.key_copies),
-                          m.tiled.keys + block * Layout::packed_size(attention_block, p.width));
+                          m.tiled.keys + block * Layout::packed_size(attention_block, p.width), p.next(p.key_stride));
   }
   // Those of their values; `clean`: without what is not finite.
   template <class M>
