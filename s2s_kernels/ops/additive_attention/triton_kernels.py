@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...dispatch import TRITON_DTYPES
 from ..triton_common import dense, device_of, dropout_numbers, precision, reduce, strides_of
 from .triton_scores import gradient_kernel, scores_kernel
 from .triton_softmax import (
@@ -185,9 +186,10 @@ def additive_attention_backward(
     _check("additive_attention_backward", query, key, value, weight, mask, key_lengths, seed)
     (batch, queries, width), keys, values = query.shape, key.shape[1], value.shape[2]
     for given, last in ((grad_context, values), (grad_weights, keys), (statistics, 2)):
-        if given is not None and given.shape != (batch, queries, last):
+        if given is not None and (given.shape != (batch, queries, last) or given.dtype not in TRITON_DTYPES):
             raise RuntimeError(
-                f"additive_attention_backward: expected {(batch, queries, last)}, got {tuple(given.shape)}"
+                f"additive_attention_backward: expected {(batch, queries, last)}, got {tuple(given.shape)} "
+                f"{given.dtype}"
             )
     statistics = statistics.contiguous()
     need_scores = need_query or need_key or need_weight
@@ -291,9 +293,10 @@ def _check(
     fits = query.dim() == key.dim() == value.dim() == 3 and query.dtype == key.dtype == value.dtype == weight.dtype
     fits = fits and query.dtype != torch.float64 and key.shape[0] == query.shape[0] == value.shape[0]
     fits = fits and query.shape[2:] == key.shape[2:] == weight.shape and key.shape[1] == value.shape[1]
-    fits = fits and (mask is None or mask.shape == (*query.shape[:2], key.shape[1]))
+    fits = fits and (mask is None or (mask.shape == (*query.shape[:2], key.shape[1]) and mask.dtype == torch.bool))
     fits = fits and (lengths is None or (lengths.shape == query.shape[:1] and lengths.is_contiguous()))
-    fits = fits and (seed is None or (seed.shape == (2,) and seed.is_contiguous()))
+    fits = fits and (lengths is None or lengths.dtype in (torch.int32, torch.int64))
+    fits = fits and (seed is None or (seed.shape == (2,) and seed.is_contiguous() and seed.dtype == torch.int64))
     if not fits:
         raise RuntimeError(
             f"{operator}: the arguments don't fit together: query {tuple(query.shape)} {query.dtype}, "

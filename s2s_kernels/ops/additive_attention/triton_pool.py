@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...dispatch import TRITON_DTYPES
 from ..convolution.triton_kernels import causal_conv1d_backward
 from ..triton_common import dense, device_of, kernel, length_of, power, precision, spread
 from .triton_kernels import aligned_rows, hardware_tanh
@@ -288,6 +289,9 @@ def attention_pool_backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     _check("attention_pool_backward", x, weight, bias, context, lengths)
     (batch, time, width), units = x.shape, weight.shape[0]
+    for given, shape in ((grad_pooled, (batch, width)), (grad_weights, (batch, time)), (weights, (batch, time))):
+        if given is not None and (given.shape != shape or given.dtype not in TRITON_DTYPES):
+            raise RuntimeError(f"attention_pool_backward: expected {shape}, got {tuple(given.shape)} {given.dtype}")
     if not (batch and time):
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (x, weight, bias, context))
     weights = weights.contiguous()
@@ -334,6 +338,7 @@ def _check(
     fits = fits and x.dtype != torch.float64 and weight.shape[1] == x.shape[2]
     fits = fits and bias.shape == context.shape == weight.shape[:1]
     fits = fits and (lengths is None or (lengths.shape == x.shape[:1] and lengths.is_contiguous()))
+    fits = fits and (lengths is None or lengths.dtype in (torch.int32, torch.int64))
     if not fits:
         raise RuntimeError(
             f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "

@@ -136,7 +136,8 @@ def _backward(
     assert query is not None and value is not None
     fits = grad_out.shape == out.shape == (*query.shape[:-1], value.shape[-1]) and grad_out.dtype == query.dtype
     fits = fits and softmax.shape == (2, *lse_shape) and softmax.dtype == torch.float32
-    fits = fits and (grad_lse is None or grad_lse.shape == lse_shape)
+    fits = fits and out.dtype in (query.dtype, torch.float32)
+    fits = fits and (grad_lse is None or (grad_lse.shape == lse_shape and grad_lse.dtype == torch.float32))
     if not (fits and not any(x is None and need for x, need in pairs)):
         raise RuntimeError(f"{name}: the arguments don't fit together: query {tuple(query.shape)}")
     grads: list[torch.Tensor | None]
@@ -328,7 +329,8 @@ def _checked(
             slopes is None or (slopes.shape in ((heads,), (sequences, heads)) and slopes.dtype == query.dtype)
         )
         fits = fits and (softcap is None or softcap > 0) and min(left or 0, right or 0) >= 0
-        fits = fits and 0 <= dropout_p <= 1 and (dropout_p == 0 or (seed is not None and seed.shape == (2,)))
+        fits = fits and 0 <= dropout_p <= 1 and (dropout_p == 0 or seed is not None)
+        fits = fits and (seed is None or (seed.shape == (2,) and seed.dtype == torch.int64))
     if not fits:
         given = f"query {tuple(query.shape)} {query.dtype}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         raise RuntimeError(f"{operator}: the arguments don't fit together: {given}")

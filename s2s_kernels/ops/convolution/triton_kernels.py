@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch import TRITON_DTYPES
 from ..triton_common import device_of, power, precision, reduce, strides_of
 from . import triton_epilogue as epilogue
 from .reference import padding
@@ -313,9 +314,20 @@ def causal_conv1d_backward(
     _check("causal_conv1d_backward", x, weight, lengths, initial_state, dilation, groups, activation)
     batch, inputs, time = x.shape
     outputs, channels, taps = weight.shape
+    shapes = (batch, outputs // 2 if activation in GATES else outputs, time), (batch, outputs, time)
+    fits = grad.shape == shapes[0] and grad.dtype == x.dtype and (saved is not None or not activation)
+    if fits and activation:
+        assert saved is not None
+        fits = saved.shape == shapes[not saved_output] and saved.dtype in TRITON_DTYPES
+    if not fits:
+        given = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in (grad, saved))
+        raise RuntimeError(f"causal_conv1d_backward: the gradient and what is saved don't fit x and weight: {given}")
     left, right = padding(taps, dilation, causal)
-    nothing = x.new_empty(0)
-    into = nothing
+
+    def nothing() -> torch.Tensor:  # no two results of an operator may share memory
+        return x.new_empty(0)
+
+    into = None
     depthwise = channels == 1
     heavy = not depthwise and _heavy(x, channels, outputs // groups, taps)
     if activation or need_condition:
@@ -323,8 +335,8 @@ def causal_conv1d_backward(
         grad = into
     elif heavy:
         grad = _channels_last(grad)
-    grad_x = x.new_empty(batch, inputs, time) if need_x else nothing
-    grad_state = nothing
+    grad_x = x.new_empty(batch, inputs, time) if need_x else nothing()
+    grad_state = nothing()
     if need_state:
         assert initial_state is not None
         grad_state = x.new_empty(initial_state.shape)
@@ -340,11 +352,12 @@ def causal_conv1d_backward(
     head = _line(x, weight, -left, dilation) if depthwise and grad.stride(2) == 1 else None
     if need_weight and head is not None:
         grad_weight, grad_bias = _line_gradients(grad, x, weight, lengths, state, -left, dilation, head)
-        return grad_x, grad_weight, grad_bias if need_bias else nothing, grad_state, into if need_condition else nothing
+        grad_bias = grad_bias if need_bias else nothing()
+        return grad_x, grad_weight, grad_bias, grad_state, into if into is not None and need_condition else nothing()
     grad_weight, grad_bias = _weight_gradients(
         grad, x, weight, lengths, state, groups, -left, dilation, heavy, need_weight, need_bias
     )
-    return grad_x, grad_weight, grad_bias, grad_state, into if need_condition else nothing
+    return grad_x, grad_weight, grad_bias, grad_state, into if into is not None and need_condition else nothing()
 
 
 def _activation_gradient(
@@ -449,6 +462,7 @@ def _check(
     fits = fits and not (activation in GATES and weight.shape[0] % 2)
     fits = fits and x.dtype == weight.dtype != torch.float64
     fits = fits and (lengths is None or (lengths.shape == x.shape[:1] and lengths.is_contiguous()))
+    fits = fits and (lengths is None or lengths.dtype in (torch.int32, torch.int64))
     if fits and state is not None:
         fits = state.shape == (*x.shape[:2], (weight.shape[2] - 1) * dilation) and state.dtype == x.dtype
     if not fits:

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from .autograd import CELLS
-from .device_call import call_of, check, contiguous, wide
+from .device_call import call_of, check, check_saved, contiguous, wide
 from .device_gradients import WANTED, Gradients
 from .device_heads import apart, together
 from .products import product
@@ -99,6 +99,7 @@ def recurrence_backward(
         (norm_ih, norm_hh, norm_c, norm_b), lengths, reset, seed, cell, reverse, zoneout_h, zoneout_c, training,
         weight_dropout, packed, cuda,
     )  # fmt: skip
+    check_saved(call, x, weight_hh, (grad_output, grad_h, grad_c), (gates, extra, hidden, normed))
     if weight_hh.dim() == 3:
 
         def engines(kept: Optional) -> Optional:
@@ -125,7 +126,8 @@ def recurrence_backward(
     found = Gradients(call, x, weight_ih, gates, extra, states, weight_dropout, *grads)
     wanted = {name: getattr(found, name) for place, name in enumerate(WANTED) if needs >> place & 1}
     if weight_hh.dim() == 3 and not call.apart and "weight_hh" in wanted:
-        wanted["weight_hh"] = diagonal_blocks(wanted["weight_hh"], weight_hh.shape[0], GATES[CELLS[cell]])
+        blocks = diagonal_blocks(wanted["weight_hh"], weight_hh.shape[0], GATES[CELLS[cell]])
+        wanted["weight_hh"] = blocks.contiguous()
     return [grad.to(x.dtype) for grad in wanted.values()]
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..random import threshold
 from . import choice
-from .autograd import CELLS, STREAM_WEIGHT, Unfit
+from .autograd import CELLS, STREAM_WEIGHT, Unfit, keeps_gates, normed_row
 from .device_heads import apart
 from .reference import GATES, block_diagonal, whole_shape
 from .triton_rows import dropped
@@ -116,6 +116,9 @@ def call_of(
     weight_dropout: float, packed: bool, cuda: int,
 ) -> Call:  # fmt: skip
     check(operator, x, weight_ih, weight_hh, biases, h0, c0, weight_hr, mask, norms, lengths, reset, cell, packed)
+    drawn = weight_dropout > 0 or (training and max(zoneout_h, zoneout_c) > 0)
+    if drawn and (seed is None or seed.shape != (2,) or seed.dtype != torch.int64):
+        raise Unfit(f"{operator}: seed must be two numbers of int64")
     packing = None
     if packed:
         assert lengths is not None
@@ -192,8 +195,36 @@ def check(
                 fits = fits and (tensor is None or tensor.shape == shape)
         for tensor in (weight_ih, weight_hh, weight_hr, h0, c0, mask):
             fits = fits and (tensor is None or tensor.dtype == x.dtype)
+        fits = fits and (lengths is None or lengths.dtype in (torch.int32, torch.int64))
+        fits = fits and (reset is None or reset.dtype == torch.bool)
     if not fits:
         raise Unfit(
             f"{operator}: the arguments don't fit together: x {tuple(x.shape)} {x.dtype}, "
             f"weight_ih {tuple(weight_ih.shape)} {weight_ih.dtype}, weight_hh {tuple(weight_hh.shape)}, cell {cell}"
         )
+
+
+def check_saved(
+    call: Call, x: torch.Tensor, weight_hh: torch.Tensor, grads: tuple[Optional, ...], saved: tuple[Optional, ...]
+) -> None:  # fmt: skip
+    """What a raw call of backward could get wrong beside. grads: of output, h and c. saved: gates, extra, hidden and
+    the normalised product, as `autograd`'s fakes have them."""
+    (rows, width), positions, name = whole_shape(weight_hh), x.shape[:-1], CELLS[call.options["cell"]]
+    units, batch = rows // GATES[name], x.shape[0] if call.packing is None else call.packing.batch
+    lstm, heads = name == "lstm", weight_hh.shape[:1] if weight_hh.dim() == 3 else ()
+
+    def kept(size: int, apart: bool = True) -> tuple[int, ...]:
+        return (*heads, *positions, size // heads[0]) if heads and apart else (*positions, size)
+
+    gates, extra, hidden, normed = saved
+    fits = (gates is not None) == keeps_gates(name, call.options["zoneout_h"])
+    fits = fits and (extra is not None) == (name in ("lstm", "gru")) and hidden is not None
+    fits = fits and (normed is not None) == (call.norm_hh is not None) and (lstm or grads[2] is None)
+    for tensor, shape in (
+        (grads[0], (*positions, width)), (grads[1], (batch, width)), (grads[2], (batch, units)), (gates, kept(rows)),
+        (extra, kept(units)), (hidden, kept(width, x.dtype != torch.float32)), (normed, kept(normed_row(rows))),
+    ):  # fmt: skip
+        fits = fits and (tensor is None or (tensor.shape == shape and not tensor.is_complex()))
+    if not fits:
+        given = [None if v is None else (tuple(v.shape), v.dtype) for v in (*grads, *saved)]
+        raise Unfit(f"recurrence_backward: the arguments don't fit together: x {tuple(x.shape)}, beside it {given}")

@@ -80,8 +80,10 @@ class Gradients:
 
     @functools.cached_property
     def bias_hh(self) -> torch.Tensor:
-        same = CELLS[self._call.options["cell"]] != "gru"
-        return self.bias_ih if same else self._recurrent_sum.sum((0, 1))
+        if CELLS[self._call.options["cell"]] == "gru":
+            return self._recurrent_sum.sum((0, 1))
+        # No two results of an operator may be one tensor; those of 16 bits are made of this one by one.
+        return self.bias_ih.clone() if self._x.dtype == torch.float32 else self.bias_ih
 
     @functools.cached_property
     def mask(self) -> torch.Tensor:
