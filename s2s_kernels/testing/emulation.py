@@ -80,7 +80,7 @@ def _interpreter() -> Iterator[None]:
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
     """Inside, the operators that have Triton kernels run those on CPU tensors, by Triton's interpreter, wherever the
-    cpu backend is chosen.
+    cpu backend is chosen, which is forced; the triton backend takes CPU tensors too, where it is forced.
 
     The interpreter rounds bfloat16 products wrongly and knows no float64 kernel: for float32 and float16 only.
     """
@@ -94,8 +94,10 @@ def emulated() -> Iterator[None]:
             for operator, kernel in python_kernels.KERNELS.items():
                 library.impl(operator, kernel, "CPU", allow_override=True)
         python_kernels.serve_cpu = True
+        dispatch.emulated.add("triton")
         with dispatch.use_backend("cpu"), _interpreter():
             yield
     finally:
+        dispatch.emulated.discard("triton")
         python_kernels.serve_cpu = False
         library._destroy()

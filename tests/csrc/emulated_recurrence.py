@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from s2s_kernels import dispatch
 from s2s_kernels.ops.recurrence import cuda_kernels
 
 HERE = Path(__file__).parent
@@ -120,10 +121,12 @@ class Emulated:
 @contextlib.contextmanager
 def emulated(layout: Layout | None = None, machine: tuple[int, int, bool] = (8, 96 << 10, True)) -> Iterator[Emulated]:
     """Inside, the adapter runs the emulated kernels on CPU tensors, laid over blocks as said or as planned for a
-    machine of so many multiprocessors and so much shared memory, with clusters or without."""
+    machine of so many multiprocessors and so much shared memory, with clusters or without. Around them the cuda
+    backend takes CPU tensors, where the rest of it is emulated too."""
     found = Emulated(layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_kernels, "kernels", found)
         patch.setattr(cuda_kernels, "machine_of", lambda device: machine)
         patch.setattr(cuda_kernels, "missing", lambda device: None)
+        patch.setattr(dispatch, "emulated", dispatch.emulated | {"cuda"})
         yield found
