@@ -12,12 +12,11 @@ import s2s_kernels as s2s
 from s2s_kernels import dispatch
 from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare
 from s2s_kernels.testing.emulation import unavailable
-from s2s_kernels.testing.layouts import noise_transposed, ones_expanded, sliced, transposed
+from s2s_kernels.testing.layouts import sliced, transposed
 
 pytestmark = emulating()
 judge = judging(s2s.additive_attention)
 NAN, INF = float("nan"), float("inf")
-HALVES = ("plain", "everything", "lengths")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,20 +31,6 @@ def real_tiles(kernels):
         chosen = triton_kernels._gradient_tiles
         patch.setattr(triton_kernels, "_gradient_tiles", lambda dtype: {**chosen(dtype), "KEYS": 64})
         yield chosen
-
-
-def samples():
-    for operator in ("additive_attention", "attention_pool"):
-        for dtype in (torch.float32, torch.float16):
-            for sample in CASES[operator].samples:
-                if dtype == torch.float32 or sample.name in HALVES:
-                    yield pytest.param(operator, sample, dtype, id=f"{operator}-{sample.name}-{dtype}")
-
-
-@interpreted
-@pytest.mark.parametrize("operator, sample, dtype", list(samples()))
-def test_values_and_gradients(operator, sample, dtype):
-    judge(sample.build(Draw(dtype)), CASES[operator].function)
 
 
 @interpreted
@@ -101,29 +86,10 @@ def test_no_buffer_of_the_size_of_the_scores(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("operator, name", [("additive_attention", "everything"), ("attention_pool", "lengths")])
-@pytest.mark.parametrize(
-    "layout, upstream",
-    [(transposed, noise_transposed), (sliced, ones_expanded), (lambda v: v[:1].expand_as(v), noise_like)],
-)
-def test_any_strides(operator, name, layout, upstream):
-    sample = next(sample for sample in CASES[operator].samples if sample.name == name)
-    args, kwargs = sample.build(Draw())
-    judge((tuple(layout(v) for v in args), kwargs), CASES[operator].function, upstream=upstream)
-
-
-@interpreted
 def test_lengths_that_are_no_neighbours_in_memory():
     draw, lengths = Draw(), torch.tensor([6, 7, 3, 7, 0, 7])[::2]
     judge(((draw(3, 2, 5), draw(3, 6, 5), draw(3, 6, 4), draw(5)), {"key_lengths": lengths}))
     judge(((draw(3, 6, 5), draw(4, 5), draw(4), draw(4)), {"lengths": lengths}), s2s.attention_pool)
-
-
-@interpreted
-def test_any_subset_of_inputs_wanting_a_gradient():
-    arguments = CASES["additive_attention"].samples[1].build(Draw())
-    for chosen in range(4):
-        judge(arguments, wanted=lambda index, chosen=chosen: index == chosen)
 
 
 def given_weights_alone(query, key, value, weight):

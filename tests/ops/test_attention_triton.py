@@ -15,13 +15,6 @@ from s2s_kernels.ops.random import keep_mask
 from s2s_kernels.testing import CASES, Draw, evaluate, noise_like, prepare, to_device
 from s2s_kernels.testing.layouts import sliced, transposed
 
-SAMPLES = [
-    pytest.param(CASES[operator].function, sample, id=f"{operator}, {sample.name}")
-    for operator in ("attention", "scaled_dot_product_attention")
-    for sample in CASES[operator].samples
-    # Slow ones, all that is in which others have, and one that the kernels leave to the definition.
-    if sample.name not in ("tails", "tails, everything", "several blocks", "bias of float64")
-]
 by_name = {sample.name: sample for sample in CASES["attention"].samples}
 INF, NAN = float("inf"), float("nan")
 pytestmark = emulating("real_tiles")
@@ -85,12 +78,6 @@ def test_rows_are_laid_out_in_vectors(dtype, packed):
             assert laid_out(far, packed).stride(2) == (8 if copied else row)
 
 
-@interpreted
-@pytest.mark.parametrize("function, sample", SAMPLES)
-def test_values_and_gradients(function, sample):
-    judge(sample.build(Draw()), function)
-
-
 HALVES = (
     "plain", "one query", "bias over heads", "both lengths, bottom right", "everything", "large scores",
     "tails, causal", "one query, many keys", "softcap, scale", "bias that hides",
@@ -142,19 +129,6 @@ def test_a_broadcast_is_not_copied():
     key = draw(1, 1, 16, 4).expand(3, 4, 16, 4)
     mask, bias = draw.mask(1, 1, 1, 16).expand(3, 4, 8, 16), draw(1, 1, 8, 1).expand(3, 4, 8, 16)
     judge(((query, key, key), {"mask": mask, "bias": bias}))
-
-
-@interpreted
-@pytest.mark.parametrize("layout", [transposed, sliced, lambda v: v.new_ones(()).expand(v.shape)])
-def test_any_strides_of_the_incoming_gradient(layout):
-    judge(everything(Draw()), upstream=lambda output, index: layout(noise_like(output, index)))
-
-
-@interpreted
-def test_any_subset_of_inputs_wanting_a_gradient():
-    arguments = by_name["everything"].build(Draw())
-    for chosen in range(5):
-        judge(arguments, wanted=lambda index, chosen=chosen: index == chosen)
 
 
 @interpreted

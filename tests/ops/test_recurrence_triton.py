@@ -69,17 +69,17 @@ def test_the_driver_runs_and_so_does_each_engine(monkeypatch):
         assert called == [device.__name__, module.__name__, module.__name__]
 
 
+only_the_sequence = pytest.mark.parametrize("engine", [SEQUENCE], indirect=True)
+
+
 @interpreted
+@only_the_sequence
 @pytest.mark.parametrize("cell, sample", samples())
-def test_values_and_gradients(cell, sample, engine):
+def test_values_and_gradients_by_the_engine_that_float32_is_not_given(cell, sample, engine):
+    """tests/test_operators.py runs the other."""
     judge(sample.build(Draw()), CASES[cell].function)
 
 
-PERSISTENT = (
-    "plain", "lengths", "lengths, reset", "reverse, reset, lengths", "poisoned", "zoneout in training",
-    "zoneout in training, recurrent mask", "no positions", "empty batch", "relu", "projection", "layer norm",
-    "everything", "tails, projection",
-)  # fmt: skip
 HALVES = ("projection", "everything", "poisoned", "tails", "relu", "heads")
 
 
@@ -116,16 +116,10 @@ def test_any_strides(cell, layout):
 
 
 @interpreted
+@only_the_sequence
 @pytest.mark.parametrize("upstream", [ones_expanded, noise_transposed, noise_sliced])
 def test_any_strides_of_the_incoming_gradient(upstream, engine):
     judge(named("lstm", "projection").build(Draw()), s2s.lstm, upstream=upstream)
-
-
-@interpreted
-@pytest.mark.parametrize("chosen", range(7))
-def test_any_subset_of_inputs_wanting_a_gradient(chosen):
-    arguments = named("lstm", "reverse, reset, lengths").build(Draw())
-    judge(arguments, s2s.lstm, wanted=lambda index: index == chosen)
 
 
 def weight_drop(cell, p, packed=False):
@@ -372,19 +366,17 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
 
 
 @interpreted
-@pytest.mark.parametrize("cell, sample", samples(PERSISTENT))
-def test_the_driver_with_the_cuda_engine(cell, sample, monkeypatch):
-    """Whose kernels are emulated too: what is between them and the operator."""
+def test_the_cuda_backend_runs_its_engine(monkeypatch):
     emulated_recurrence = pytest.importorskip("emulated_recurrence")
-    from s2s_kernels.ops.recurrence import choice, cuda_kernels
+    from s2s_kernels.ops.recurrence import cuda_kernels
 
     calls = []
-    monkeypatch.setattr(choice, "engine_of", lambda sizes: "cuda_kernels")
-    original = cuda_kernels.forward
-    monkeypatch.setattr(cuda_kernels, "forward", lambda *a, **k: calls.append(1) or original(*a, **k))
-    with emulated_recurrence.emulated():
-        judge(sample.build(Draw()), CASES[cell].function)
-    assert calls
+    for name in ("forward", "backward"):
+        original = getattr(cuda_kernels, name)
+        monkeypatch.setattr(cuda_kernels, name, lambda *a, f=original, n=name, **k: calls.append(n) or f(*a, **k))
+    with emulated_recurrence.emulated(), dispatch.use_backend("cuda"):
+        s2s.gru(torch.randn(1, 2, 3, requires_grad=True), torch.randn(6, 3), torch.randn(6, 2))[0].sum().backward()
+    assert calls == ["forward", "backward"]
 
 
 @interpreted
