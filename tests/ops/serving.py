@@ -15,11 +15,8 @@ THOROUGH = os.environ.get("S2S_HYPOTHESIS") == "thorough"
 ON_CPU = ("reference", "cpu", "torch")
 EMULATED = ("triton", "cuda")
 HALVES = {"triton": (torch.float16,), "cuda": (torch.bfloat16, torch.float16)}  # as emulated: see emulation.emulated
-SLOW = {
-    "attention": ("tails", "tails, everything", "several blocks"),
-    "recurrent layers": ("tails",),
-}
-# Made of the kernels of others, so that most tests leave emulated ones out.
+SLOW = {"attention": ("tails", "tails, everything", "several blocks"), "recurrent layers": ("tails",)}
+# Made of the kernels of others: without S2S_HYPOTHESIS=thorough most tests leave emulated ones out.
 COMPOSED = ("recurrent layers", "scaled_dot_product_attention", "prepared additive_attention")
 RECURRENT = ("lstm", "gru", "rnn", "recurrent layers")  # what cuda has kernels of
 
