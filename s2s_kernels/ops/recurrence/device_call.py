@@ -193,7 +193,7 @@ def check(
         ):  # fmt: skip
             for tensor in tensors:
                 fits = fits and (tensor is None or tensor.shape == shape)
-        for tensor in (weight_ih, weight_hh, weight_hr, h0, c0, mask):
+        for tensor in (weight_ih, weight_hh, *biases, h0, c0, weight_hr, mask, *norms):
             fits = fits and (tensor is None or tensor.dtype == x.dtype)
         fits = fits and (lengths is None or lengths.dtype in (torch.int32, torch.int64))
         fits = fits and (reset is None or reset.dtype == torch.bool)
