@@ -164,7 +164,14 @@ struct AttentionDerivative {
 // to[i] = from[i] + from[n + i] + ... of `parts` arrays, in the storage type.
 template <class T, class S>
 void add_up(const T* from, int64_t n, int64_t parts, int64_t begin, int64_t end, S* to) {
-  for (int64_t i = begin; i < end; ++i) {
+  int64_t i = begin;
+  if constexpr (std::is_same_v<T, compute_t<S>>)
+    for (; i + lanes<T> <= end; i += lanes<T>) {
+      Vec<T> sum = load(from + i);
+      for (int64_t part = 1; part < parts; ++part) sum = sum + load(from + part * n + i);
+      store(to + i, sum);
+    }
+  for (; i < end; ++i) {
     T sum = from[i];
     for (int64_t part = 1; part < parts; ++part) sum += from[part * n + i];
     to[i] = from_compute<S>(static_cast<compute_t<S>>(sum));

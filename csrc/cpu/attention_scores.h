@@ -110,9 +110,10 @@ struct ScoreExtras {
       const int64_t at = b * stride[0] + h * stride[1] + i * stride[2] + block_begin * stride[3];
       row.bias = bias_buffer;
       // The next rows' segments lie pages apart, where the hardware prefetches nothing.
-      const char* const ahead = static_cast<const char*>(p.bias) + (at + 6 * stride[2]) * (p.bias_type == FloatType::float64 ? 8 : 4);
-      if (stride[2] && p.bias_type <= FloatType::float32)
-        for (int64_t line = 0; line < 256; line += 64) __builtin_prefetch(ahead + line);
+      const int64_t size = p.bias_type == FloatType::float64 ? 8 : p.bias_type == FloatType::float32 ? 4 : 2;
+      const char* const ahead = static_cast<const char*>(p.bias) + (at + 6 * stride[2]) * size;
+      if (stride[2])
+        for (int64_t line = 0; line < attention_block * size; line += 64) __builtin_prefetch(ahead + line);
       switch (p.bias_type) {
         case FloatType::float64:
           if (std::is_same_v<T, double> && stride[3] == 1)
