@@ -56,12 +56,13 @@ class AdditiveAttention(Layer):
         """Does the per-key work once, for decoding step by step: pass the result as `key`.
 
         Args:
-            key: (B, S, key_size); value: (B, S, Dv), the keys if None; key_lengths: (B,). Nothing tells here what a
-                mask will hide: where that isn't finite, the gradient of the keys' projection isn't either.
+            key: (B, S, key_size); value: (B, S, Dv), the keys if None; key_lengths: (B,).
         """
         value = key if value is None else value
         check_projected("AdditiveAttention", "key", key, "(B, S, key_size)", self.key_projection)
-        projected = self.key_projection(_seen_only("AdditiveAttention", key, None, key_lengths))
+        projected = self.key_projection(key.nan_to_num(0.0, 0.0, 0.0))
+        # A mask may hide what isn't finite, which as a factor would come into the gradient of the projection's weight.
+        projected = projected + torch.where(key.isfinite().all(-1, keepdim=True), 0.0, torch.nan).to(projected.dtype)
         return prepare_additive_keys(projected, value, key_lengths)
 
     def forward(

@@ -103,6 +103,23 @@ def test_bahdanau_step_by_step():
     torch.testing.assert_close(torch.cat(steps, 1), layer(query, key, key_lengths=lengths))
 
 
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_what_a_mask_hides_of_prepared_keys_reaches_no_gradient(bad):
+    """And what it doesn't is NaN."""
+    draw, layer = Draw(), s2s.nn.AdditiveAttention(4, 6, 5)
+    query, key, mask = draw(2, 3, 4), draw(2, 7, 6), torch.ones(2, 3, 7, dtype=torch.bool)
+    key[0, 2, 3], mask[0, :, 2] = bad, False
+    value, leaves = draw(2, 7, 3), list(layer.parameters())
+    ours, wanted = layer(query, layer.prepare(key, value), mask=mask), layer(query, key, value, mask=mask)
+    torch.testing.assert_close(ours, wanted)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), leaves) for out in (ours, wanted)), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+    seen = layer(query, layer.prepare(key, value))
+    assert seen[0].isnan().all() and seen[1].isfinite().all()
+    assert torch.autograd.grad(seen.sum(), layer.key_projection.weight)[0].isnan().any()
+
+
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("score", s2s.nn.LuongAttention.SCORES)
 @pytest.mark.parametrize("restricted", [False, True])
