@@ -101,6 +101,12 @@ def test_whichever_backend_serves(case, sample, backend):
     judge(case.function, sample.build(Draw()))
 
 
+@over(*EMULATED, samples=first)
+def test_emulated_backends_take_calls(case, sample, backend):
+    """Without which the tests of them would ask nothing."""
+    assert covers(case.function, sample.build(Draw()))
+
+
 @over(*EMULATED, samples=every, emulated=covering)
 def test_values_and_gradients_in_16_bits(case, sample, backend):
     for dtype in HALVES[backend]:

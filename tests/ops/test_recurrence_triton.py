@@ -3,11 +3,13 @@
 import os
 from types import SimpleNamespace
 
+import emulated_recurrence
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreting import emulating, interpreted, judging, needs_extension, needs_triton
+from serving import not_emulated
 
 import s2s_kernels as s2s
 from s2s_kernels import dispatch
@@ -24,6 +26,7 @@ STEPS, SEQUENCE = ENGINES = ("triton_steps", "triton_sequence")
 CELLS = ("lstm", "gru", "rnn")
 pytestmark = emulating()
 judge = judging()
+emulated_cuda = pytest.mark.skipif(not_emulated("cuda") is not None, reason=str(not_emulated("cuda")))
 
 
 @pytest.fixture(params=ENGINES)
@@ -365,9 +368,8 @@ def test_raw_calls_are_checked_and_keep_to_their_fakes():
         torch.ops.s2s.recurrence_step(x, *step[1:])
 
 
-@interpreted
+@emulated_cuda
 def test_the_cuda_backend_runs_its_engine(monkeypatch):
-    emulated_recurrence = pytest.importorskip("emulated_recurrence")
     from s2s_kernels.ops.recurrence import cuda_kernels
 
     calls = []
@@ -379,11 +381,10 @@ def test_the_cuda_backend_runs_its_engine(monkeypatch):
     assert calls == ["forward", "backward"]
 
 
-@interpreted
+@emulated_cuda
 @pytest.mark.parametrize("streams", [False, True])
 def test_directions_with_the_cuda_engine(streams, monkeypatch):
     """Where each has a stream of its own, both share the device, in backward too."""
-    emulated_recurrence = pytest.importorskip("emulated_recurrence")
     from s2s_kernels.ops.recurrence import choice, cuda_kernels, layers, stack
 
     sharing, plan_of = [], cuda_kernels.plan_of

@@ -99,11 +99,11 @@ def _plan(
 
     for clusters in (True, False) if able else (False,):
         plan, alone = planned(multiprocessors, clusters)
-        part, beside = planned(multiprocessors // sharing, clusters)
         if not plan:
             return ()
-        if beside * MODELS_ERROR < sharing * alone:
-            plan = part
+        if sharing > 1:
+            part, beside = planned(multiprocessors // sharing, clusters)
+            plan = part if beside * MODELS_ERROR < sharing * alone else plan
         cluster, teams = plan[0], plan[TEAM + 1]
         try:
             resident = source.recurrence_persistent_resident(plan, operand, backward, index)

@@ -224,7 +224,7 @@ def check_saved(
         (grads[0], (*positions, width)), (grads[1], (batch, width)), (grads[2], (batch, units)), (gates, kept(rows)),
         (extra, kept(units)), (hidden, kept(width, x.dtype != torch.float32)), (normed, kept(normed_row(rows))),
     ):  # fmt: skip
-        fits = fits and (tensor is None or (tensor.shape == shape and not tensor.is_complex()))
+        fits = fits and (tensor is None or (tensor.shape == shape and tensor.is_floating_point()))
     if not fits:
         given = [None if v is None else (tuple(v.shape), v.dtype) for v in (*grads, *saved)]
         raise Unfit(f"recurrence_backward: the arguments don't fit together: x {tuple(x.shape)}, beside it {given}")
